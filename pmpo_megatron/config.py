@@ -1,0 +1,292 @@
+"""Typed, frozen configuration sections and how YAML and the command line fill them.
+
+This file knows no section: each section's class stands beside the code that it configures, derives from `Section`,
+and declares its fields with `setting`. `run_config.py` composes them into the configuration of a run.
+
+    @dataclass(frozen=True, kw_only=True)
+    class RolloutConfig(Section):
+        \"\"\"How responses are sampled.\"\"\"
+        temperature: float = setting(1.0, "sampling temperature", above=0.0)
+        engine: str = setting("vllm", "which engine", choices=("vllm", "replay"))
+
+        def validate(self) -> None:           # cross-field checks, optional
+            ...raise ConfigError("temperature", "...")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from pmpo_megatron.errors import ConfigError
+
+SectionT = TypeVar("SectionT", bound="Section")
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    unit: str = "",
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[Any] | None = None,
+) -> Any:
+    """A field of a `Section`: its default, its meaning, its unit and its range.
+
+    Args:
+        default: the value when none is given; left out, the field is required. A mutable default is copied.
+        help: one line for ``--print-config`` and the configuration reference.
+        unit: unit of the value, e.g. ``tokens`` or ``s``.
+        minimum, maximum: inclusive bounds; ``above``: exclusive lower bound.
+        choices: the only values allowed.
+    """
+    metadata = {"help": help, "unit": unit, "minimum": minimum, "above": above, "maximum": maximum, "choices": choices}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    if isinstance(default, type) and issubclass(default, Section):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Base of every configuration section: checks types and ranges of its fields, then calls `validate`."""
+
+    def __post_init__(self) -> None:
+        hints = field_types(type(self))
+        for item in dataclasses.fields(self):
+            value = convert(getattr(self, item.name), hints[item.name], item.name)
+            object.__setattr__(self, item.name, value)
+            _check_range(item, value)
+        self.validate()
+
+    def validate(self) -> None:
+        """Cross-field checks of a subclass; raises `ConfigError` with the field's bare name."""
+
+    @classmethod
+    def base_for(cls: type[SectionT], values: dict[str, Any]) -> dict[str, Any]:
+        """Defaults that depend on the given values, e.g. a preset. ``values`` may be edited (keys consumed)."""
+        return {}
+
+
+def field_types(section: type[Section]) -> dict[str, Any]:
+    """Resolved type of every field of ``section``, by name."""
+    return typing.get_type_hints(section)
+
+
+def convert(value: Any, expected: Any, name: str) -> Any:
+    """``value`` as ``expected``, without guessing: int -> float, list -> tuple and numeric strings such as 1e-6 only.
+
+    Raises:
+        ConfigError: ``value`` has another type; names the field, the value and the type that would be right.
+    """
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        for option in (a for a in arguments if a is not type(None)):
+            try:
+                return convert(value, option, name)
+            except ConfigError as error:
+                last = error
+        raise last
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(convert(v, arguments[0], f"{name}[{i}]") for i, v in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {k: convert(v, arguments[1], f"{name}.{k}") for k, v in value.items()}
+    if expected is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-6 as a string
+        except ValueError:
+            pass
+    elif isinstance(origin or expected, type) and isinstance(value, origin or expected):
+        if not (isinstance(value, bool) and expected is int):
+            return value
+    wanted = getattr(expected, "__name__", str(expected))
+    raise ConfigError(name, f"{value!r} is a {type(value).__name__}; expected {wanted}")
+
+
+def _check_range(item: dataclasses.Field, value: Any) -> None:
+    rules = item.metadata
+    if value is None or not rules:
+        return
+    if rules.get("choices") is not None and value not in rules["choices"]:
+        raise ConfigError(item.name, f"{value!r} is not one of {', '.join(map(repr, rules['choices']))}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    unit = f" {rules['unit']}" if rules.get("unit") else ""
+    if math.isnan(value):
+        raise ConfigError(item.name, "is not a number")
+    if rules.get("minimum") is not None and value < rules["minimum"]:
+        raise ConfigError(item.name, f"{value!r} must be at least {rules['minimum']}{unit}")
+    if rules.get("above") is not None and value <= rules["above"]:
+        raise ConfigError(item.name, f"{value!r} must be above {rules['above']}{unit}")
+    if rules.get("maximum") is not None and value > rules["maximum"]:
+        raise ConfigError(item.name, f"{value!r} must be at most {rules['maximum']}{unit}")
+
+
+def unknown_key(field: str, key: str, known: Sequence[str]) -> ConfigError:
+    """The error for a key that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+    return ConfigError(field, f"unknown key {key!r}{hint}")
+
+
+def build(section: type[SectionT], values: Mapping[str, Any] | None) -> SectionT:
+    """An instance of ``section`` from nested plain values (as read from YAML).
+
+    Raises:
+        ConfigError: an unknown key, a missing required field, or a bad value, with the dotted name of the field.
+    """
+    if isinstance(values, section):
+        return values
+    if values is not None and not isinstance(values, Mapping):
+        raise ConfigError("", f"{values!r} is not a mapping of the fields of {section.__name__}")
+    given = dict(values or {})
+    arguments = section.base_for(given)
+    fields = {item.name: item for item in dataclasses.fields(section)}
+    hints = field_types(section)
+    for key, value in given.items():
+        if key not in fields:
+            raise unknown_key("", str(key), list(fields)).within(str(key))
+        kind = _section_type(hints[key])
+        if kind is not None and not (value is None and _optional(hints[key])):
+            try:
+                value = build(kind, value)
+            except ConfigError as error:
+                raise error.within(key) from None
+        arguments[key] = value
+    for name, item in fields.items():
+        if (
+            name not in arguments
+            and item.default is dataclasses.MISSING
+            and item.default_factory is dataclasses.MISSING
+        ):
+            raise ConfigError(name, f"is required ({item.metadata.get('help', '')})")
+    return section(**arguments)
+
+
+def _section_type(expected: Any) -> type[Section] | None:
+    for option in (expected, *typing.get_args(expected)):
+        if isinstance(option, type) and issubclass(option, Section):
+            return option
+    return None
+
+
+def _optional(expected: Any) -> bool:
+    return type(None) in typing.get_args(expected)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in ``path``. Duplicate keys are errors, because YAML would silently keep the last.
+
+    Raises:
+        ConfigError: the file is absent, is not YAML, or is not a mapping; the message has file and line.
+    """
+    try:
+        values = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), f"is not valid YAML: {error}") from None
+    if not isinstance(values, dict | None):
+        raise ConfigError(str(path), "must hold a mapping of sections")
+    return values or {}
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """yaml.SafeLoader that refuses a mapping with the same key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``values`` with every ``section.key=value`` of ``overrides`` put in; the value is read as YAML.
+
+    Raises:
+        ConfigError: an override without ``=``, or a path that runs through something that is not a section.
+    """
+    result = _copy(values)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(override, "an override has the form section.key=value")
+        *parents, key = path.split(".")
+        target = result
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ConfigError(path, f"{parent!r} is a value, not a section")
+        try:
+            target[key] = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise ConfigError(path, f"{text!r} is not valid YAML: {error}") from None
+    return result
+
+
+def _copy(values: Any) -> Any:
+    return {k: _copy(v) for k, v in values.items()} if isinstance(values, dict) else values
+
+
+def to_plain(section: Section) -> dict[str, Any]:
+    """Nested plain values of ``section``: what `build` accepts and YAML can write."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Section):
+            return to_plain(value)
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
+        return value
+
+    return {item.name: plain(getattr(section, item.name)) for item in dataclasses.fields(section)}
+
+
+def describe(section: type[Section], prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Rows (dotted name, type, default, meaning) for every field of ``section`` and of the sections inside it."""
+    rows = []
+    hints = field_types(section)
+    for item in dataclasses.fields(section):
+        name = f"{prefix}{item.name}"
+        inner = _section_type(hints[item.name])
+        if inner is not None:
+            rows.extend(describe(inner, f"{name}."))
+            continue
+        if item.default is not dataclasses.MISSING:
+            default = "null" if item.default is None else str(item.default)
+        elif item.default_factory is not dataclasses.MISSING:
+            default = str(item.default_factory())
+        else:
+            default = "required"
+        kind = hints[item.name]
+        kind = (
+            kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
+        )
+        meaning = item.metadata.get("help", "")
+        if item.metadata.get("choices"):
+            meaning += f" ({' | '.join(map(str, item.metadata['choices']))})"
+        if item.metadata.get("unit"):
+            meaning += f" [{item.metadata['unit']}]"
+        rows.append((name, kind, default, meaning))
+    return rows
