@@ -65,6 +65,7 @@ class Sample:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     rollout_log_probs: np.ndarray  # float32 [len(response_ids)]
+    truncated: bool  # the response hit the token limit
     reward: float
     advantage: float
     weight: float

@@ -1,0 +1,152 @@
+"""Rank 0's half of a round: prompts are sampled, answered by the rollout engine, scored, and become samples."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pmpo_megatron.algo.advantages import compute_advantages
+from pmpo_megatron.data.prompts import PromptSet
+from pmpo_megatron.data.sampler import PromptSampler
+from pmpo_megatron.rewards import RewardScorer
+from pmpo_megatron.rollout.engine import RolloutEngine, SamplingConfig
+from pmpo_megatron.run_config import BatchConfig, RoundConfig
+from pmpo_megatron.types import RolloutGroup, Sample
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group of responses with the reward of each."""
+
+    group: RolloutGroup
+    rewards: tuple[float, ...]
+
+    @property
+    def informative(self) -> bool:
+        """Whether the rewards differ: a group of equal rewards has advantage 0 and teaches nothing."""
+        return len(set(self.rewards)) > 1
+
+
+@dataclass(frozen=True)
+class RoundBatch:
+    """A round's trajectories, the same on every rank, and what rank 0 saw while it collected them."""
+
+    round_index: int
+    samples: tuple[Sample, ...]  # group after group
+    metrics: dict[str, float]
+    sampler_state: dict[str, Any]  # after this round's prompts: what a checkpoint of the finished round holds
+    examples: tuple[dict[str, Any], ...]  # a few rollouts for people
+
+
+class Collector:
+    """Collects rounds of scored trajectories, in the foreground or one round ahead in a thread of its own."""
+
+    def __init__(
+        self,
+        *,
+        prompts: PromptSet,
+        sampler: PromptSampler,
+        engine: RolloutEngine,
+        scorer: RewardScorer,
+        sampling: SamplingConfig,
+        batch: BatchConfig,
+        round: RoundConfig,
+        advantage: str,
+    ) -> None:
+        self.prompts, self.sampler, self.engine, self.scorer = prompts, sampler, engine, scorer
+        self.sampling, self.batch, self.round, self.advantage = sampling, batch, round, advantage
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
+        self._pending: tuple[int, Future[RoundBatch]] | None = None
+
+    def start(self, round_index: int) -> None:
+        """Begins to collect ``round_index`` in the background; `collect` of the same round waits for it."""
+        self._pending = (round_index, self._thread.submit(self._collect, round_index))
+
+    def collect(self, round_index: int, *, stop: Callable[[], bool]) -> RoundBatch | None:
+        """The batch of ``round_index``; None if ``stop()`` turned true before it was complete."""
+        if self._pending is None or self._pending[0] != round_index:
+            self.start(round_index)
+        future = self._pending[1]
+        while not future.done():
+            if stop():
+                return None
+            time.sleep(0.05)
+        self._pending = None
+        return future.result()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _collect(self, round_index: int) -> RoundBatch:
+        started = time.monotonic()
+        groups = self._generate(self.batch.prompts_per_round, round_index)
+        generated = len(groups)
+        if self.round.dynamic_sampling:
+            groups, generated = self._replace_uninformative(groups, round_index)
+        samples = make_samples(groups, advantage=self.advantage)
+        return RoundBatch(
+            round_index=round_index,
+            samples=tuple(samples),
+            metrics=describe_groups(groups) | {
+                "rollout/groups_generated": float(generated),
+                "time/collect_s": time.monotonic() - started,
+            },
+            sampler_state=self.sampler.state(),
+            examples=tuple(example_rollouts(groups)),
+        )
+
+    def _generate(self, count: int, round_index: int) -> list[ScoredGroup]:
+        prompts = [self.prompts[index] for index in self.sampler.next(count)]
+        return score_groups(self.engine.generate(prompts, self.sampling, round_index=round_index), self.scorer)
+
+    def _replace_uninformative(self, groups: list[ScoredGroup], round_index: int) -> tuple[list[ScoredGroup], int]:
+        """``groups`` with those of equal rewards replaced where further prompts gave better ones; and how many were made."""
+        useful = [group for group in groups if group.informative]
+        spare = [group for group in groups if not group.informative]
+        generated = len(groups)
+        for _ in range(self.round.dynamic_sampling_attempts):
+            missing = len(groups) - len(useful)
+            if not missing:
+                break
+            further = self._generate(missing, round_index)
+            generated += missing
+            useful += [group for group in further if group.informative]
+        return (useful + spare)[: len(groups)], generated
+
+
+def score_groups(groups: Sequence[RolloutGroup], scorer: RewardScorer) -> list[ScoredGroup]:
+    """Every response of ``groups`` scored, in one call so that the workers share the work evenly."""
+    rollouts = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
+    scores = iter(scorer.score_rollouts(rollouts))
+    return [ScoredGroup(group, tuple(next(scores) for _ in group.rollouts)) for group in groups]
+
+
+def make_samples(groups: Sequence[ScoredGroup], *, advantage: str) -> list[Sample]:
+    """One `Sample` for every response, group after group; weights are set when the optimizer steps are known."""
+    advantages = compute_advantages([group.rewards for group in groups], advantage)
+    samples: list[Sample] = []
+    for group_id, (scored, values) in enumerate(zip(groups, advantages, strict=True)):
+        for rollout, reward, value in zip(scored.group.rollouts, scored.rewards, values, strict=True):
+            samples.append(
+                Sample(
+                    sample_id=len(samples),
+                    group_id=group_id,
+                    prompt_ids=scored.group.prompt.token_ids,
+                    response_ids=rollout.token_ids,
+                    rollout_log_probs=rollout.log_probs,
+                    truncated=rollout.finish_reason == "length",
+                    reward=reward,
+                    advantage=float(value),
+                    weight=0.0,
+                    policy_version=rollout.policy_version,
+                )
+            )
+    return samples
