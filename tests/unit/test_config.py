@@ -61,9 +61,7 @@ def test_a_bad_value_names_field_value_and_remedy(values, message):
 
 def test_overrides_are_yaml_and_leave_the_input_alone():
     values = {"path": "x", "rollout": {"temperature": 1.0}}
-    result = apply_overrides(
-        values, ["rollout.temperature=1e-1", "rollout.stop=[a, b]", "seed=3", "rollout.limit=null"]
-    )
+    result = apply_overrides(values, ["rollout.temperature=1e-1", "rollout.stop=[a, b]", "seed=3", "rollout.limit=null"])
     assert build(Outer, result) == Outer(path="x", seed=3, rollout=Inner(temperature=0.1, stop=("a", "b")))
     assert values == {"path": "x", "rollout": {"temperature": 1.0}}
     for bad in ("seed", "=3", "path.x=3"):

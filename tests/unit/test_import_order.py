@@ -31,9 +31,7 @@ def imported_modules(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import; write the full name"
-            names |= (
-                {node.module} if node.module != "pmpo_megatron" else {f"pmpo_megatron.{a.name}" for a in node.names}
-            )
+            names |= {node.module} if node.module != "pmpo_megatron" else {f"pmpo_megatron.{a.name}" for a in node.names}
     return {name.split(".")[1] for name in names if name.startswith("pmpo_megatron.")}
 
 

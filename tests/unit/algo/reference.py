@@ -1,0 +1,84 @@
+"""The objective, slow and obviously right: a Python loop over trajectories, the textbook formulas, 200 bisections, float64."""
+
+import math
+
+import torch
+
+FLAT = 2.5e-13
+
+
+def clip_bounds(config):
+    if config.eps_low_log is not None:
+        return -config.eps_low_log, config.eps_high_log
+    return math.log(1 - config.eps_low_ratio), math.log(1 + config.eps_high_ratio)
+
+
+def log_power_mean(x, p):
+    if p == 0:
+        return x.mean()
+    if abs(p) < 1e-5:
+        return x.mean() + p * x.var(correction=0) / 2
+    return torch.log1p(torch.expm1(p * x).mean()) / p
+
+
+def ess_fraction(x, p):
+    w = torch.softmax(p * x, 0)
+    return 1 / (w * w).sum() / len(x)
+
+
+def bisect(x, target, low=0.0, high=1.0):
+    for _ in range(200):
+        middle = (low + high) / 2
+        if ess_fraction(x, middle) > target:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def choose_p(x, f, config, progress):
+    flat = x.var(correction=0) <= FLAT + 1e-14 * (x * x).mean()
+    rule = config.exponent_rule
+    if rule.name == "fixed":
+        return rule.p, None
+    if rule.name == "schedule":
+        return rule.p_start + (rule.p_end - rule.p_start) * progress, None
+    if rule.name == "linear":
+        return rule.p_max - (rule.p_max - rule.p_min) * f, None
+    if rule.name == "ess":
+        n1 = ess_fraction(x, 1.0)
+        target = float(n1 + (1 - n1) * f)
+        p = 1.0 if flat or f == 0 else 0.0 if f == 1 else bisect(x, target)
+        return p, target
+    target = rule.ess_floor + (1 - rule.ess_floor) * f
+    p = 1.0 if flat else bisect(x, target, rule.p_min, rule.p_max)
+    return min(max(p, rule.p_min), rule.p_max), target
+
+
+def reference_objective(log_probs, old, trajectory, advantages, weights, config, progress=0.0):
+    """(loss with gradient, list of per-trajectory dicts)."""
+    loss = torch.zeros((), dtype=torch.float64)
+    low, high = clip_bounds(config)
+    rows = []
+    for i in range(len(advantages)):
+        chosen = trajectory == i
+        if not chosen.any():
+            rows.append(dict(p=1.0, n=0.0, target=0.0, f=0.0, T=0, M=1.0))
+            continue
+        A, c = float(advantages[i]), float(weights[i])
+        r = (log_probs[chosen].double() - old[chosen].double()).clamp(-20, 20)
+        x, f = r, 0.0
+        if config.clip_level == "token" and A != 0:
+            x = torch.clamp(r, max=high) if A > 0 else torch.clamp(r, min=low)
+            f = float(((r > high) if A > 0 else (r < low)).double().mean())
+        p, target = choose_p(x.detach(), f, config, progress)
+        M = torch.exp(log_power_mean(x, p))
+        term = M * A
+        if config.clip_level == "sequence":
+            bounded = M.clamp(math.exp(low), math.exp(high)) * A
+            f = float(A != 0 and bounded.item() < term.item())
+            term = torch.minimum(term, bounded)
+        loss = loss - c * term
+        n = float(ess_fraction(x.detach(), p))
+        rows.append(dict(p=p, n=n, target=n if target is None else target, f=f, T=len(r), M=float(M.detach())))
+    return loss, rows
