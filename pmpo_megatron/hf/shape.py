@@ -1,0 +1,156 @@
+"""What a Hugging Face ``config.json`` says of a model, as one value, and which architecture file speaks for it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pmpo_megatron.errors import MappingError
+
+LISTED_IN = "architectures"
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Frequency scaling of Llama 3.1 (transformers, modeling_rope_utils._compute_llama3_parameters)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything about a decoder that Megatron, the planner and the bridge need. Sizes in elements."""
+
+    architecture: str  # Hugging Face class, e.g. Qwen2ForCausalLM
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    norm_epsilon: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    max_position_embeddings: int
+    dtype: str  # of the checkpoint's tensors: float32, bfloat16, float16
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """Rows of the embedding that Megatron allocates: a multiple of 64 and of the tensor-parallel size.
+
+        The multiple of 64 makes it the same for every usual tensor-parallel size, so that a checkpoint moves between them.
+        """
+        multiple = 64 if 64 % tensor_parallel == 0 else 64 * tensor_parallel
+        return -(-self.vocab_size // multiple) * multiple
+
+
+def architectures() -> dict[str, ModuleType]:
+    """Every architecture file of this package by the Hugging Face class names that it lists in ``ARCHITECTURES``."""
+    found = {}
+    package = importlib.import_module("pmpo_megatron.hf")
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"pmpo_megatron.hf.{info.name}")
+        for name in getattr(module, "ARCHITECTURES", ()):
+            found[name] = module
+    return found
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint directory.
+
+    Raises:
+        MappingError: it is absent or is not a JSON object.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise MappingError(f"{path}: {error.strerror}; a Hugging Face checkpoint directory is needed") from None
+    except ValueError as error:
+        raise MappingError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise MappingError(f"{path}: is not a JSON object")
+    return config
+
+
+def read_shape(directory: str | Path) -> ModelShape:
+    """The shape of the model in ``directory``.
+
+    Raises:
+        MappingError: ``config.json`` is missing something, or names an architecture or a feature that is not supported.
+    """
+    return shape_of(read_config(directory), where=str(Path(directory) / "config.json"))
+
+
+def shape_of(config: Mapping[str, Any], *, where: str = "config") -> ModelShape:
+    """As `read_shape`, from the values of ``config.json``; ``where`` stands in error messages."""
+    names = config.get("architectures") or []
+    known = architectures()
+    supported = [name for name in names if name in known]
+    if not supported:
+        raise MappingError(f"{where}: architectures {names} are not supported; supported: {', '.join(sorted(known))}")
+    try:
+        return known[supported[0]].shape(config, supported[0])
+    except KeyError as error:
+        raise MappingError(f"{where}: {error} is missing") from None
+    except MappingError as error:
+        raise MappingError(f"{where}: {error}") from None
+
+
+def llama_like(config: Mapping[str, Any], architecture: str, *, qkv_bias: bool, qk_norm: bool) -> ModelShape:
+    """Shape of the family RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+
+    Raises:
+        MappingError: the config asks for something outside this family (sliding window, biases, other rope scaling).
+    """
+    heads = config["num_attention_heads"]
+    if config.get("use_sliding_window"):
+        raise MappingError("use_sliding_window is true; only full attention is supported")
+    if config.get("mlp_bias"):
+        raise MappingError("mlp_bias is true; only MLPs without bias are supported")
+    if config.get("hidden_act", "silu") != "silu":
+        raise MappingError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
+    theta, scaling = _rope(config)
+    return ModelShape(
+        architecture=architecture,
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        ffn_hidden_size=config["intermediate_size"],
+        norm_epsilon=config["rms_norm_eps"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        max_position_embeddings=config["max_position_embeddings"],
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+    )
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling): transformers 5 writes ``rope_parameters``, earlier ones ``rope_theta`` and ``rope_scaling``."""
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3":
+        raise MappingError(f"rope scaling {kind!r} is not supported; supported: default, llama3")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return float(theta), RopeScaling(**{name: parameters[name] for name in names})

@@ -1,0 +1,147 @@
+"""The mapping against Hugging Face's own modules, its inverse, and damaged checkpoints."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from pmpo_megatron.errors import MappingError
+from pmpo_megatron.hf.mapping import Mapping, global_name, local_name
+from pmpo_megatron.hf.safetensors import SafetensorsReader, SafetensorsWriter, copy_side_files
+from pmpo_megatron.hf.shape import read_shape, shape_of
+
+SIZES = dict(
+    vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+    rope_theta=5e5,
+)
+CONFIGS = {
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "qwen2_tied": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
+    "llama": transformers.LlamaConfig(**SIZES),
+    "llama3": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def checkpoint(request, tmp_path_factory):
+    """(model, directory) of every architecture, random weights, saved by transformers in several shards."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    directory = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(directory, max_shard_size="20KB")
+    return model, directory
+
+
+def test_shapes_are_those_of_transformers(checkpoint):
+    model, directory = checkpoint
+    mapping = Mapping(read_shape(directory))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    assert mapping.hf_shapes == expected
+    reader = SafetensorsReader(directory)
+    mapping.check_names(reader.names, where="here")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_merge_shard_unshard_split_is_the_identity(checkpoint, size):
+    _, directory = checkpoint
+    reader = SafetensorsReader(directory)
+    for entry in Mapping(read_shape(directory)).entries:
+        tensors = [reader(name) for name in entry.hf]
+        whole = entry.merge(tensors)
+        back = entry.split(entry.unshard([entry.shard(whole, rank, size) for rank in range(size)]))
+        for name, before, after in zip(entry.hf, tensors, back, strict=True):
+            assert torch.equal(before, after), name
+
+
+def test_qkv_rows_of_a_shard_belong_to_that_ranks_heads(checkpoint):
+    """Rank 1 of 2 holds key-value head 1 and query heads 2 and 3, and nothing of the others."""
+    _, directory = checkpoint
+    shape, reader = read_shape(directory), SafetensorsReader(directory)
+    entry = Mapping(shape).by_megatron["decoder.layers.1.self_attention.linear_qkv.weight"]
+    q, k, v = (reader(name) for name in entry.hf)
+    d = shape.head_dim
+    expected = torch.cat([q[2 * d : 4 * d], k[d : 2 * d], v[d : 2 * d]])
+    assert torch.equal(entry.shard(entry.merge([q, k, v]), 1, 2), expected)
+
+
+def test_writer_writes_what_transformers_reads(checkpoint, tmp_path):
+    model, directory = checkpoint
+    reader = SafetensorsReader(directory)
+    writer = SafetensorsWriter(tmp_path, shard_bytes=20_000)
+    for name in Mapping(read_shape(directory)).hf_shapes:
+        writer.add(name, reader(name))
+    writer.finish()
+    copy_side_files(directory, tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for (name, before), after in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(before, after), name
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1 and not list(tmp_path.glob("part-*"))
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(checkpoint):
+    _, directory = checkpoint
+    mapping = Mapping(read_shape(directory))
+    names = [*mapping.hf_shapes, "model.layers.7.mlp.up_proj.weight"]
+    names.remove("model.layers.1.mlp.down_proj.weight")
+    with pytest.raises(MappingError, match=r"missing: model.layers.1.mlp.down_proj.weight; not in the model: model.layers.7"):
+        mapping.check_names(names, where="here")
+    entry = mapping.by_megatron["decoder.layers.0.mlp.linear_fc2.weight"]
+    with pytest.raises(MappingError, match=r"model.layers.0.mlp.down_proj.weight: has shape \(3, 3\)"):
+        entry.merge([torch.zeros(3, 3)])
+    with pytest.raises(MappingError, match="no such parameter"):
+        mapping.entry("decoder.layers.9.mlp.linear_fc2.weight")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*not supported; supported: LlamaForCausalLM"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"),
+        ({"hidden_size": None}, "hidden_size.* is missing"),
+    ],
+)
+def test_unsupported_configs_are_refused(change, words):
+    config = CONFIGS["qwen2"].to_dict() | {"architectures": ["Qwen2ForCausalLM"], "rope_parameters": None} | change
+    config = {key: value for key, value in config.items() if value is not None}
+    with pytest.raises(MappingError, match=words):
+        shape_of(config)
+
+
+def test_both_spellings_of_rope_are_read():
+    old = dict(CONFIGS["llama"].to_dict(), architectures=["LlamaForCausalLM"], rope_theta=7e5, rope_parameters=None)
+    old["rope_scaling"] = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    shape = shape_of(old)
+    assert shape.rope_theta == 7e5 and shape.rope_scaling.original_max_position_embeddings == 64
+
+
+def test_names():
+    assert local_name("decoder.layers.3.mlp.linear_fc1.layer_norm_weight") == "decoder.layers.3.pre_mlp_layernorm.weight"
+    assert global_name("decoder.layers.1.mlp.linear_fc1.weight", 4) == "decoder.layers.5.mlp.linear_fc1.weight"
+    assert global_name("embedding.word_embeddings.weight", 4) == "embedding.word_embeddings.weight"
+
+
+def test_directories_without_safetensors(tmp_path):
+    with pytest.raises(MappingError, match="config.json: No such file"):
+        read_shape(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(MappingError, match="pickle files, which are not read by default"):
+        SafetensorsReader(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(MappingError, match="model.safetensors: cannot be read as safetensors"):
+        SafetensorsReader(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(MappingError, match="not a JSON object"):
+        read_shape(tmp_path)
