@@ -1,0 +1,195 @@
+"""Hugging Face model shape -> Megatron-Core configuration, layer specification and model chunks.
+
+Every difference between the Megatron-Core versions and between the local and the Transformer Engine layers that concerns
+building a model is in this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.hf.shape import ModelShape
+from pmpo_megatron.parallel.state import ParallelState
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def transformer_engine_available() -> bool:
+    """Whether Transformer Engine can be used: installed, importable, and with a GPU to run on."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:
+        logger.warning("Transformer Engine is installed but does not import (%s); using our own layers", error)
+        return False
+    return True
+
+
+def check_layout(shape: ModelShape, state: ParallelState) -> None:
+    """Raises ConfigError if the model cannot be split as asked; names the setting and what would be right."""
+    config = state.config
+    for name, value in (
+        ("num_attention_heads", shape.num_attention_heads),
+        ("num_query_groups", shape.num_query_groups),
+        ("ffn_hidden_size", shape.ffn_hidden_size),
+    ):
+        if value % config.tensor:
+            raise ConfigError("parallel.tensor", f"{config.tensor} must divide the model's {name} = {value}")
+    stages = config.pipeline * (config.virtual_pipeline or 1)
+    if shape.num_layers % stages:
+        raise ConfigError(
+            "parallel.pipeline",
+            f"pipeline {config.pipeline} * virtual_pipeline {config.virtual_pipeline or 1} = {stages} must divide "
+            f"the model's {shape.num_layers} layers",
+        )
+
+
+def transformer_config(shape: ModelShape, state: ParallelState, *, dtype: torch.dtype, recompute: str):
+    """Megatron's TransformerConfig for ``shape`` on this layout."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fused = transformer_engine_available()
+    layout = state.config
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        # Initialisation must run although every weight is then loaded: it marks the parameters that are sharded,
+        # and the gradient norm counts replicated ones by that mark. Drawing the random numbers is left out.
+        use_cpu_initialization=state.device.type == "cpu",
+        perform_initialization=True,
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
+        # Without it gradients are silently not reduced over the data-parallel ranks.
+        finalize_model_grads_func=finalize_model_grads,
+        calculate_per_token_loss=False,
+        bias_dropout_fusion=fused,
+        bias_activation_fusion=fused,
+        apply_rope_fusion=fused,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **_pipeline_settings(state),
+        **_recompute_settings(recompute),
+    )
+
+
+def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _pipeline_settings(state: ParallelState) -> dict:
+    if state.pp_size == 1:
+        return {}
+    # Micro-batches differ in length. Megatron allows that only with this dispatcher, also for models without experts.
+    settings = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    if state.config.virtual_pipeline:
+        # The default, batched point-to-point communication, gives silently wrong gradients at pipeline 2 on gloo.
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return settings
+
+
+def _recompute_settings(recompute: str) -> dict:
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":  # attention never stores its scores here: the MLP's activations are the large ones
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    return {}
+
+
+def build_chunks(shape: ModelShape, config, state: ParallelState) -> list[nn.Module]:
+    """This rank's model chunks (one, or ``virtual_pipeline`` of them), with uninitialised weights, on the device."""
+    return [_build_chunk(shape, config, state, chunk) for chunk in range(state.num_chunks)]
+
+
+def _build_chunk(shape: ModelShape, config, state: ParallelState, chunk: int) -> nn.Module:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    virtual = chunk if state.config.virtual_pipeline else None
+    model = GPTModel(
+        config,
+        _layer_specification(config, virtual),
+        vocab_size=shape.padded_vocab_size(state.tp_size),
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=state.holds_first_stage(chunk),
+        post_process=state.holds_last_stage(chunk),
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        vp_stage=virtual,
+    )
+    model.rotary_pos_emb.inv_freq = rotary_frequencies(shape).to(model.rotary_pos_emb.inv_freq.device)
+    return model.to(state.device)
+
+
+def _layer_specification(config, virtual: int | None):
+    if transformer_engine_available():
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    from pmpo_megatron.model.layers import CoreAttention, RMSNorm
+
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage=virtual)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def rotary_frequencies(shape: ModelShape) -> torch.Tensor:
+    """float32 [head_dim / 2]: inverse frequencies of the rotary embedding, scaled as the checkpoint says.
+
+    Megatron's own llama3 scaling has the original length 8192 and the factors 1 and 4 built in; other values would be
+    silently wrong. Formula: transformers, modeling_rope_utils.py, ``_compute_llama3_parameters``.
+    """
+    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
+    frequencies = 1.0 / (shape.rope_theta**exponents)
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return frequencies
+    original, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - low) / (high - low)
+    blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    scaled = torch.where(wavelengths > original / low, frequencies / scaling.factor, frequencies)
+    medium = (wavelengths >= original / high) & (wavelengths <= original / low)
+    return torch.where(medium, blended, scaled)

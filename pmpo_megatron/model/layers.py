@@ -1,0 +1,126 @@
+"""Layers for where Transformer Engine is absent: RMSNorm and core attention on PyTorch's SDPA.
+
+Legend: L tokens on this rank, q/k/v [L, 1, heads, head_dim] as [1, heads, L, head_dim] for SDPA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import nn
+
+from pmpo_megatron.parallel.shards import context_order, context_spans
+
+QUERY_BLOCK = 1024  # rows of an explicit causal mask that exist at once
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of packed sequences, with the boundaries also on the host: no synchronisation per layer."""
+
+    boundaries: tuple[int, ...] = ()
+    gather_order: torch.Tensor | None = None  # int64 [T], `shards.context_order`, where context parallel
+
+
+def packed_sequences(boundaries: tuple[int, ...], *, context_size: int, device: torch.device) -> PackedSequences:
+    """For sequences between the global, padded ``boundaries`` (the last one is the number of tokens of all ranks)."""
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
+    longest = max(end - start for start, end in zip(boundaries[:-1], boundaries[1:], strict=True))
+    order = context_order(boundaries, size=context_size).to(device) if context_size > 1 else None
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        boundaries=boundaries,
+        gather_order=order,
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension. Stock torch norms refuse sequence parallelism inside Megatron."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **ignored) -> None:
+        super().__init__()
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over the tensor-parallel group
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class CoreAttention(MegatronModule):
+    """Causal attention inside each packed sequence, grouped queries, context parallel by gathering keys and values.
+
+    The gather's backward is a reduce-scatter over the context-parallel group: every rank adds its queries' part.
+    Sequences of one call are independent: nothing leaks between neighbours in the packing.
+    """
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None,
+                 softmax_scale=None, cp_comm_type=None, pg_collection=None, **ignored) -> None:  # fmt: skip
+        super().__init__(config=config)
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.cp_group = pg_collection.cp
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+        return {}  # no parameters
+
+    def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
+                packed_seq_params=None) -> torch.Tensor:  # fmt: skip
+        """[L, heads, d] each, packed; or [s, 1, heads, d] for one whole sequence. Returns [L, heads * d] or [s, 1, ...]."""
+        packed = packed_seq_params is not None
+        if packed:
+            boundaries, order = packed_seq_params.boundaries, packed_seq_params.gather_order
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        else:
+            boundaries = (0, query.shape[0] * self.cp_group.size())
+            order = context_order(boundaries, size=self.cp_group.size()).to(query.device)
+        if self.cp_group.size() > 1:
+            key, value = self._gather(key, value, order)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = torch.cat(self._attend(q, k, v, boundaries), dim=2).permute(2, 0, 1, 3)
+        return out.reshape(out.shape[0], -1) if packed else out.reshape(*out.shape[:2], -1)
+
+    def _gather(self, key, value, order) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all context-parallel ranks, in global order."""
+        both = gather_from_sequence_parallel_region(
+            torch.cat([key, value], dim=-1).contiguous(), tensor_parallel_output_grad=True, group=self.cp_group
+        )
+        return both.index_select(0, order).split([key.shape[-1], value.shape[-1]], dim=-1)
+
+    def _attend(self, q, k, v, boundaries) -> list[torch.Tensor]:
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        outputs, offset = [], 0
+        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+            for first, last in context_spans(start, end, size=size, rank=rank):
+                queries = q[:, :, offset : offset + last - first]
+                offset += last - first
+                outputs.extend(self._attend_span(queries, k[:, :, start:last], v[:, :, start:last]))
+        return outputs
+
+    def _attend_span(self, q, k, v) -> list[torch.Tensor]:
+        """Queries that are the last ones of the keys' span: causal, aligned at the lower right."""
+        if q.shape[2] == k.shape[2]:
+            return [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)]
+        earlier, outputs = k.shape[2] - q.shape[2], []
+        for begin in range(0, q.shape[2], QUERY_BLOCK):
+            end = min(begin + QUERY_BLOCK, q.shape[2])
+            reach = earlier + end
+            mask = torch.ones(end - begin, reach, dtype=torch.bool, device=q.device).tril(earlier + begin)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, begin:end], k[:, :, :reach], v[:, :, :reach],
+                    attn_mask=mask, scale=self.scale, enable_gqa=True,
+                )
+            )  # fmt: skip
+        return outputs

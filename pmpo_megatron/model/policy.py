@@ -1,0 +1,150 @@
+"""The policy: this rank's part of a Megatron model with the weights of a Hugging Face checkpoint, and its optimizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pmpo_megatron.config import Section, setting
+from pmpo_megatron.errors import MappingError
+from pmpo_megatron.hf.mapping import Mapping, global_name
+from pmpo_megatron.hf.safetensors import SafetensorsReader
+from pmpo_megatron.hf.shape import ModelShape, read_shape
+from pmpo_megatron.model.log_probs import ScoringHead
+from pmpo_megatron.model.optimizer import LearningRateSchedule, OptimizerConfig, make_optimizer
+from pmpo_megatron.parallel.state import ParallelConfig, ParallelState
+
+logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """Which model, and how much memory its activations may take."""
+
+    path: str = setting(help="directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer)")
+    dtype: str = setting("auto", "of weights and activations; auto: bfloat16 on GPU, float32 on CPU", choices=("auto", *DTYPES))
+    recompute: str = setting(
+        "none", "activations computed again in the backward pass: nothing, the MLPs, or whole layers",
+        choices=("none", "selective", "full"),
+    )  # fmt: skip
+    log_prob_chunk: int = setting(256, "tokens whose logits exist at once", unit="tokens", minimum=1)
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """This rank's model chunks and what belongs to them.
+
+    Attributes:
+        chunks: one, or one for each virtual pipeline stage; wrapped in Megatron's DDP where there is an optimizer.
+        optimizer, scheduler: None for a model that is only scored.
+        head: log-probs in place of logits, on the last stage; None elsewhere.
+        config: Megatron's TransformerConfig.
+    """
+
+    chunks: tuple[nn.Module, ...]
+    optimizer: Any | None
+    scheduler: LearningRateSchedule | None
+    shape: ModelShape
+    mapping: Mapping
+    state: ParallelState
+    config: Any
+    head: ScoringHead | None
+
+    @staticmethod
+    def build(model: ModelConfig, optimizer: OptimizerConfig | None, parallel: ParallelConfig, state: ParallelState) -> Policy:
+        """Builds this rank's part and loads the checkpoint of ``model.path``. Collective.
+
+        Args:
+            optimizer: None for a reference model: no optimizer, no gradients, no DDP buffers.
+
+        Raises:
+            ConfigError: the model cannot be split as ``parallel`` asks.
+            MappingError: the checkpoint's architecture or tensors do not fit; names the file and tensor.
+        """
+        from pmpo_megatron.model.architecture import build_chunks, check_layout, transformer_config
+
+        shape = read_shape(model.path)
+        check_layout(shape, state)
+        mapping = Mapping(shape)
+        dtype = model.torch_dtype(state.device)
+        config = transformer_config(shape, state, dtype=dtype, recompute=model.recompute)
+        chunks = build_chunks(shape, config, state)
+        load_weights(chunks, mapping, model.path, state)
+        head = _attach_head(chunks, shape, model, state)
+        if optimizer is None:
+            for chunk in chunks:
+                chunk.requires_grad_(False)
+            return Policy(tuple(chunks), None, None, shape, mapping, state, config, head)
+        wrapped = [_wrap(chunk, config, optimizer, first=index == 0) for index, chunk in enumerate(chunks)]
+        megatron_optimizer = make_optimizer(wrapped, optimizer)
+        schedule = LearningRateSchedule(megatron_optimizer, optimizer)
+        return Policy(tuple(wrapped), megatron_optimizer, schedule, shape, mapping, state, config, head)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The chunks without DDP around them."""
+        return tuple(chunk.module if self.optimizer is not None else chunk for chunk in self.chunks)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(Megatron name with the layer's number counted over the whole model, this rank's shard)."""
+        return named_parameters(self.modules)
+
+    def zero_gradients(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+
+def named_parameters(modules) -> Iterator[tuple[str, nn.Parameter]]:
+    """As `Policy.named_parameters`, of unwrapped chunks."""
+    for module in modules:
+        layers = module.decoder.layers
+        offset = layers[0].layer_number - 1 if len(layers) else 0  # Megatron counts from 1
+        for name, parameter in module.named_parameters():
+            yield global_name(name, offset), parameter
+
+
+def load_weights(chunks, mapping: Mapping, path: str, state: ParallelState) -> None:
+    """Fills ``chunks`` from the checkpoint in ``path``, one parameter in memory at a time.
+
+    Raises:
+        MappingError: a tensor is missing, extra or misshapen, or a parameter was not filled; names it.
+    """
+    reader = SafetensorsReader(path)
+    mapping.check_names(reader.names, where=str(path))
+    parameters = list(named_parameters(chunks))
+    mapping.load(parameters, reader, rank=state.tp_rank, size=state.tp_size)
+    if state.world_size == 1:
+        absent = sorted(mapping.by_megatron.keys() - {name for name, _ in parameters} - {"output_layer.weight"})
+        if absent:
+            raise MappingError(f"{path}: the model built has no parameter for {', '.join(absent[:6])}")
+
+
+def _attach_head(chunks, shape: ModelShape, model: ModelConfig, state: ParallelState) -> ScoringHead | None:
+    if not state.is_last_stage:
+        return None
+    head = ScoringHead(state=state, vocab_size=shape.vocab_size, chunk_tokens=model.log_prob_chunk)
+    return head.attach(chunks[-1].output_layer)
+
+
+def _wrap(chunk: nn.Module, config: Any, optimizer: OptimizerConfig, *, first: bool) -> nn.Module:
+    """Megatron's DDP: contiguous float32 gradient buffers, reduced once at the end of the step."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=optimizer.distributed,
+    )
+    return DistributedDataParallel(config, settings, chunk, disable_bucketing=not first)

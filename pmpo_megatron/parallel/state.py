@@ -1,0 +1,243 @@
+"""The process groups of a run, made once and handed to everyone as one value."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pmpo_megatron.config import Section, setting
+from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.parallel import liveness
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """How the model is spread over processes. Data parallelism is what is left: world / (tensor*pipeline*context)."""
+
+    tensor: int = setting(1, "tensor-parallel size", minimum=1)
+    pipeline: int = setting(1, "pipeline-parallel size", minimum=1)
+    virtual_pipeline: int | None = setting(
+        None, "model chunks on each pipeline stage (interleaved schedule); null: not interleaved", minimum=2
+    )
+    context: int = setting(1, "context-parallel size: each sequence's tokens are split", minimum=1)
+    sequence_parallel: bool = setting(False, "split activations outside matrix products over the tensor-parallel ranks")
+    timeout_s: float = setting(1800.0, "longest wait in a collective before the run fails", unit="s", above=0.0)
+    heartbeat_s: float = setting(5.0, "how often each rank says that it lives", unit="s", above=0.0)
+    stall_s: float = setting(120.0, "a rank without a sign of life for so long is taken for dead", unit="s", above=0.0)
+
+    def validate(self) -> None:
+        if self.sequence_parallel and self.tensor == 1:
+            raise ConfigError("sequence_parallel", "needs tensor > 1: it splits over the tensor-parallel ranks")
+        if self.virtual_pipeline is not None and self.pipeline == 1:
+            raise ConfigError("virtual_pipeline", f"{self.virtual_pipeline} needs pipeline > 1")
+        if self.heartbeat_s * 4 > self.stall_s:
+            raise ConfigError("stall_s", f"{self.stall_s:g} s must be at least four heartbeats of {self.heartbeat_s:g} s")
+
+    @property
+    def model_size(self) -> int:
+        """Processes that share one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model in ``world_size`` processes.
+
+        Raises:
+            ConfigError: ``world_size`` is not a multiple of tensor * pipeline * context.
+        """
+        if world_size % self.model_size:
+            raise ConfigError(
+                "tensor",
+                f"tensor {self.tensor} * pipeline {self.pipeline} * context {self.context} = {self.model_size} "
+                f"must divide the {world_size} processes",
+            )
+        return world_size // self.model_size
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """Who this process is. Ranks order as tensor, context, data, pipeline: tensor neighbours have adjacent ranks.
+
+    ``control_group`` spans all ranks on CPU tensors (gloo), whatever the device; ``world_group`` uses the device.
+    ``model_group`` is tensor x pipeline: the ranks whose parameters together make one model.
+    """
+
+    config: ParallelConfig
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    tp_size: int
+    tp_rank: int
+    pp_size: int
+    pp_rank: int
+    cp_size: int
+    cp_rank: int
+    dp_size: int
+    dp_rank: int
+    dp_cp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+    world_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process owns what exists once in a run: rollouts, rewards, log."""
+        return self.rank == 0
+
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks on this rank."""
+        return self.config.virtual_pipeline or 1
+
+    def holds_first_stage(self, chunk: int) -> bool:
+        """Whether model chunk ``chunk`` of this rank begins with the embedding."""
+        return self.is_first_stage and chunk == 0
+
+    def holds_last_stage(self, chunk: int) -> bool:
+        """Whether model chunk ``chunk`` of this rank ends with the output layer."""
+        return self.is_last_stage and chunk == self.num_chunks - 1
+
+    def describe(self) -> str:
+        """One line for logs: layout and device."""
+        interleaved = f" x{self.config.virtual_pipeline} interleaved" if self.config.virtual_pipeline else ""
+        sequence = "+SP" if self.config.sequence_parallel else ""
+        return (
+            f"{self.world_size} processes on {self.device.type}: TP{self.tp_size}{sequence} PP{self.pp_size}"
+            f"{interleaved} CP{self.cp_size} DP{self.dp_size}"
+        )
+
+
+def initialize(config: ParallelConfig, *, device: str | None = None, seed: int = 0) -> ParallelState:
+    """Joins the run's processes (torchrun's environment variables) and makes every group.
+
+    Args:
+        config: the layout.
+        device: ``cpu`` or ``cuda``; None (or ``auto``) takes the GPU where there is one.
+        seed: of Megatron's random states; each tensor-parallel rank derives its own.
+
+    Raises:
+        ConfigError: torchrun's variables are missing, the layout does not fit the number of processes, or the device
+            does not fit the machine.
+    """
+    rank, world_size, local_rank = _rank_variables()
+    config.data_parallel_size(world_size)
+    chosen = _choose_device(device, local_rank)
+    timeout = timedelta(seconds=config.timeout_s)
+    if not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    control_group = dist.group.WORLD
+    if chosen.type == "cuda":
+        control_group = dist.new_group(backend="gloo", timeout=timeout)
+    liveness.start_watch(rank=rank, world_size=world_size, heartbeat_s=config.heartbeat_s, stall_s=config.stall_s)
+    _initialize_megatron(config, seed)
+    return _read_state(config, rank, world_size, local_rank, chosen, control_group)
+
+
+def shut_down(*, keep_world: bool = False) -> None:
+    """Destroys the groups; with ``keep_world`` the processes stay connected and may `initialize` another layout."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized() and not keep_world:
+        liveness.stop_watch()
+        dist.destroy_process_group()
+
+
+def _rank_variables() -> tuple[int, int, int]:
+    missing = [name for name in RANK_VARIABLES if name not in os.environ]
+    if missing:
+        raise ConfigError("environment", f"{', '.join(missing)} not set; start the program with torchrun")
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def _choose_device(device: str | None, local_rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if device in (None, "auto"):
+        device = "cuda" if available else "cpu"
+    if device == "cpu":
+        if available:  # Megatron asks CUDA for its device wherever CUDA answers
+            raise ConfigError("device", "cpu on a machine with GPUs needs CUDA_VISIBLE_DEVICES= in the environment")
+        return torch.device("cpu")
+    if device != "cuda":
+        raise ConfigError("device", f"{device!r} is not one of 'cpu', 'cuda', 'auto'")
+    if not available:
+        raise ConfigError("device", "cuda, but PyTorch sees no GPU here; use cpu, or install a CUDA build of PyTorch")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError("device", f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _initialize_megatron(config: ParallelConfig, seed: int) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline,
+        context_parallel_size=config.context,
+        distributed_timeout_minutes=config.timeout_s / 60,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _read_state(
+    config: ParallelConfig,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    device: torch.device,
+    control_group: dist.ProcessGroup,
+) -> ParallelState:
+    from megatron.core import parallel_state as ps
+
+    tp, pp = ps.get_tensor_model_parallel_group(), ps.get_pipeline_model_parallel_group()
+    cp = ps.get_context_parallel_group()
+    dp, dp_cp = ps.get_data_parallel_group(), ps.get_data_parallel_group(with_context_parallel=True)
+    return ParallelState(
+        config=config,
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        tp_size=tp.size(),
+        tp_rank=tp.rank(),
+        pp_size=pp.size(),
+        pp_rank=pp.rank(),
+        cp_size=cp.size(),
+        cp_rank=cp.rank(),
+        dp_size=dp.size(),
+        dp_rank=dp.rank(),
+        dp_cp_size=dp_cp.size(),
+        tp_group=tp,
+        pp_group=pp,
+        cp_group=cp,
+        dp_group=dp,
+        dp_cp_group=dp_cp,
+        model_group=ps.get_model_parallel_group(),
+        world_group=dist.group.WORLD,
+        control_group=control_group,
+    )
