@@ -1,0 +1,1 @@
+"""Prompts, their order, and the packing of trajectories into micro-batches."""

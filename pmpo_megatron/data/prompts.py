@@ -1,0 +1,186 @@
+"""Prompts from files, Hugging Face data sets or the generated task: read, put into a template, tokenised, filtered."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pmpo_megatron.config import Section, setting
+from pmpo_megatron.data.arithmetic import make_problems
+from pmpo_megatron.errors import ConfigError, DataError
+from pmpo_megatron.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+BOXED = "Please reason step by step, and put your final answer within \\boxed{{}}."
+TEMPLATES = {
+    "plain": "{problem}",
+    # https://github.com/QwenLM/Qwen2.5-Math: the chat format written out, for base models whose tokenizer has none
+    "qwen-math": "<|im_start|>system\n" + BOXED + "<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n",
+    # DeepSeek-R1: no system prompt, the thinking tag opened (model card, "Usage Recommendations")
+    "r1": "<｜begin▁of▁sentence｜><｜User｜>{problem}\n" + BOXED + "<｜Assistant｜><think>\n",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Where problems come from and how they become prompts."""
+
+    source: str = setting(help="a .jsonl or .parquet file, a Hugging Face data set (name or directory), or 'arithmetic'")
+    split: str = setting("train", "Hugging Face data set: its split; arithmetic: train or test, which never overlap")
+    problem_field: str = setting("problem", "field that holds the problem")
+    answer_field: str = setting("answer", "field that holds the answer, or a list of them")
+    template: str = setting("plain", f"{', '.join(TEMPLATES)}, chat (the tokenizer's own), or a text that contains {{problem}}")
+    system_prompt: str | None = setting(None, "template chat: the system message")
+    max_prompt_tokens: int = setting(1024, "longer prompts are left out, and counted", unit="tokens", minimum=1)
+    max_problems: int | None = setting(None, "only the first so many", minimum=1)
+    problems: int = setting(4096, "arithmetic: problems generated", minimum=1)
+    levels: tuple[int, ...] = setting((1, 2, 3), "arithmetic: difficulty levels, taken in turn")
+    seed: int = setting(0, "arithmetic: seed of the problems", minimum=0)
+
+    def validate(self) -> None:
+        if self.template not in TEMPLATES and self.template != "chat" and "{problem}" not in self.template:
+            raise ConfigError(
+                "template", f"{self.template!r} is not one of {', '.join(TEMPLATES)}, chat, and has no {{problem}}"
+            )
+        if self.system_prompt is not None and self.template != "chat":
+            raise ConfigError("system_prompt", f"has no effect with template {self.template!r}; only with chat")
+        if self.source == "arithmetic":
+            if self.split not in ("train", "test"):
+                raise ConfigError("split", f"{self.split!r}: arithmetic has train and test")
+            if not self.levels or not set(self.levels) <= {1, 2, 3}:
+                raise ConfigError("levels", f"{list(self.levels)}: the levels are 1, 2 and 3")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """All prompts of a source, and how many problems were left out because they were too long."""
+
+    prompts: tuple[Prompt, ...]
+    too_long: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+
+def load_prompts(config: DataConfig, tokenizer: Any) -> PromptSet:
+    """Reads, formats and tokenises all problems of ``config.source``.
+
+    Args:
+        tokenizer: of transformers.
+
+    Raises:
+        DataError: a file cannot be read, or a line or row lacks a field or holds another type; gives file and line.
+        ConfigError: no problem is short enough.
+    """
+    prompts, too_long = [], 0
+    for where, row in read_rows(config):
+        problem, answers = _fields(config, where, row)
+        text, special = render(config, problem, tokenizer)
+        token_ids = tokenizer.encode(text, add_special_tokens=special)
+        if len(token_ids) > config.max_prompt_tokens:
+            too_long += 1
+            continue
+        extra = {k: v for k, v in row.items() if k not in (config.problem_field, config.answer_field)}
+        prompts.append(Prompt(len(prompts), tuple(token_ids), problem, answers, extra))
+    if too_long:
+        logger.warning("%s: %d of %d prompts are longer than %d tokens and left out", config.source, too_long,
+                       too_long + len(prompts), config.max_prompt_tokens)  # fmt: skip
+    if not prompts:
+        raise ConfigError("data.source", f"{config.source}: no prompt is left ({too_long} too long)")
+    return PromptSet(tuple(prompts), too_long)
+
+
+def render(config: DataConfig, problem: str, tokenizer: Any) -> tuple[str, bool]:
+    """(prompt text, whether the tokenizer should add its special tokens): a template that writes them out wants no more."""
+    if config.template == "chat":
+        messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+        messages.append({"role": "user", "content": problem})
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
+    template = TEMPLATES.get(config.template, config.template)
+    return template.replace("{problem}", problem).replace("{{}}", "{}"), config.template not in ("qwen-math", "r1")
+
+
+def read_rows(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of every problem of the source; ``where`` is file and line, for messages."""
+    rows = _source(config)
+    for number, row in enumerate(rows):
+        if config.max_problems is not None and number >= config.max_problems:
+            return
+        yield row
+
+
+def _source(config: DataConfig) -> Iterable[tuple[str, dict[str, Any]]]:
+    if config.source == "arithmetic":
+        problems = make_problems(config.problems, levels=config.levels, seed=config.seed, held_out=config.split == "test")
+        return (
+            (f"arithmetic {i}", {config.problem_field: p.text, config.answer_field: p.answer, "level": p.level})
+            for i, p in enumerate(problems)
+        )
+    path = Path(config.source)
+    if path.suffix in (".jsonl", ".json"):
+        return _json_lines(path)
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    return _dataset(config)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        lines = path.open(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    with lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: a {type(row).__name__}, not an object")
+            yield f"{path}:{number}", row
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from None
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield f"{path}: row {number}", row
+
+
+def _dataset(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(config.source, split=config.split)
+    except Exception as error:  # the library raises its own, urllib's and OS errors; all mean the same here
+        raise DataError(f"data.source {config.source!r} is neither a .jsonl or .parquet file nor a data set: {error}") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{config.source}[{config.split}]: row {number}", row
+
+
+def _fields(config: DataConfig, where: str, row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    for name in (config.problem_field, config.answer_field):
+        if row.get(name) is None:
+            raise DataError(f"{where}: no field {name!r}; it has {', '.join(row)}")
+    problem, answer = row[config.problem_field], row[config.answer_field]
+    if not isinstance(problem, str):
+        raise DataError(f"{where}: field {config.problem_field!r} is a {type(problem).__name__}, not text")
+    answers = answer if isinstance(answer, list) else [answer]
+    if not answers or not all(isinstance(a, (str, int, float)) for a in answers):
+        raise DataError(f"{where}: field {config.answer_field!r} is neither text nor a list of texts")
+    return problem, tuple(str(a) for a in answers)

@@ -1,0 +1,134 @@
+"""A tiny model for the generated task: its tokenizer, its supervised warm start, a normal Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from pmpo_megatron.data.arithmetic import Problem, make_problems
+
+logger = logging.getLogger(__name__)
+
+PAD, END = "<pad>", "<end>"
+ALPHABET = "0123456789+-*/=()., \n?:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\\{}$^_<>|"
+BATCH = 128
+LEARNING_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class TinyModelConfig:
+    """Sizes and training of the tiny model; the defaults leave it at about a third of the held-out problems."""
+
+    layers: int = 4
+    hidden_size: int = 128
+    heads: int = 4
+    key_value_heads: int = 2
+    steps: int = 500
+    seed: int = 0
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token for each character; whatever is not in the alphabet is dropped."""
+    vocabulary = {token: number for number, token in enumerate([PAD, END, *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2ForCausalLM:
+    """The untrained model, float32."""
+    torch.manual_seed(config.seed)
+    return transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=3 * config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.key_value_heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            dtype="float32",
+        )
+    )
+
+
+def make_tiny_model(out: Path, config: TinyModelConfig) -> float:
+    """Trains and writes the model to ``out`` (complete or not at all); returns its sampled accuracy on held-out problems."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    model = make_model(config, tokenizer)
+    warm_start(model, tokenizer, config)
+    accuracy = sampled_accuracy(model, tokenizer, make_problems(300, seed=config.seed, held_out=True))
+    print(f"held-out accuracy after the warm start: {accuracy:.2f} (sampled at temperature 1)", flush=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as directory:
+        made = Path(directory) / "model"
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        made.rename(out)
+    return accuracy
+
+
+def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, config: TinyModelConfig) -> None:
+    """Supervised training on problem and answer, the loss on the answer alone; prints its progress."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / 50) * _cosine(s / max(config.steps, 1))
+    )
+    problems = make_problems(BATCH * config.steps, seed=config.seed)
+    started = time.monotonic()
+    for step in range(config.steps):
+        ids, labels = encode(problems[step * BATCH : (step + 1) * BATCH], tokenizer)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0 or step + 1 == config.steps:
+            print(
+                f"warm start {step + 1}/{config.steps}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True
+            )
+
+
+def encode(problems: list[Problem], tokenizer: transformers.PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, labels), int64 [batch, longest]; labels are -100 on the problem and on padding."""
+    rows = [(tokenizer.encode(p.text), tokenizer.encode(p.answer) + [tokenizer.eos_token_id]) for p in problems]
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = np.full((len(rows), longest), tokenizer.pad_token_id)
+    labels = np.full((len(rows), longest), -100)
+    for i, (prompt, answer) in enumerate(rows):
+        ids[i, : len(prompt) + len(answer)] = prompt + answer
+        labels[i, len(prompt) : len(prompt) + len(answer)] = answer
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
+@torch.no_grad()
+def sampled_accuracy(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, problems: list[Problem]) -> float:
+    """Share of ``problems`` answered right by one sample each at temperature 1."""
+    right = 0
+    for length in sorted({len(p.text) for p in problems}):  # equal lengths need no padding
+        group = [p for p in problems if len(p.text) == length]
+        ids = torch.tensor([tokenizer.encode(p.text) for p in group])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=8)
+        answers = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        right += sum(answer == problem.answer for answer, problem in zip(answers, group, strict=True))
+    return right / len(problems)
+
+
+def _cosine(share: float) -> float:
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(share, 1.0)))
