@@ -1,0 +1,161 @@
+"""What the processes of the parity tests run: one layout after another, in the same processes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pmpo_megatron.algo.objective import PRESETS, ObjectiveConfig
+from pmpo_megatron.config import build
+from pmpo_megatron.data.packing import make_micro_batch
+from pmpo_megatron.model import step as step_module
+from pmpo_megatron.model.inputs import local_indices
+from pmpo_megatron.model.optimizer import OptimizerConfig
+from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.model.step import TokenScores, optimizer_step, score
+from pmpo_megatron.parallel.collectives import gather_tensor
+from pmpo_megatron.parallel.shards import join_context_shards
+from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
+from pmpo_megatron.types import Sample
+
+VOCAB = 250
+PROMPTS = (5, 20, 3, 8, 1, 12)
+RESPONSES = (4, 33, 17, 9, 25, 30)  # the first one's tokens all lie with context-parallel rank 1 of 2 (see micro_batches)
+TEMPERATURE = 0.8
+TYPICAL = -5.0  # of the fake rollout log-probs, whose scatter is also the staleness of the old log-probs
+STEPS = (
+    PRESETS["pmpo"],
+    build(
+        ObjectiveConfig,
+        {"preset": "grpo", "kl_coefficient": 0.3, "entropy_coefficient": 0.05, "importance": "sequence"},
+    ),
+)
+
+
+def samples() -> list[Sample]:
+    """Six trajectories: stale enough that clipping binds, with advantages of both signs and unequal weights."""
+    rng = np.random.default_rng(11)
+    made = []
+    for index, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        made.append(
+            Sample(
+                sample_id=100 + index,
+                group_id=0,
+                prompt_ids=tuple(int(t) for t in rng.integers(0, VOCAB, prompt)),
+                response_ids=tuple(int(t) for t in rng.integers(0, VOCAB, response)),
+                rollout_log_probs=(TYPICAL + 0.5 * rng.standard_normal(response)).astype(np.float32),
+                truncated=False,
+                reward=0.0,
+                advantage=float(rng.standard_normal()),
+                weight=float(rng.uniform(0.05, 0.3)),
+                policy_version=0,
+            )
+        )
+    return made
+
+
+def micro_batches(dp_size: int, dp_rank: int, multiple: int) -> list:
+    """Uneven micro-batches of this data-parallel rank; padding to 16 gives trajectory 100 to one context rank only."""
+    if dp_size == 1:
+        split = [[0], [1, 2], [3, 4], [5]] if multiple > 1 else [[0], [1, 2], [3, 4, 5]]
+    else:
+        split = {2: ([[1, 2], [0]], [[3, 4, 5], []]), 4: ([[0], [1]], [[2], []], [[3], [4]], [[5], []])}[dp_size][dp_rank]
+    made = samples()
+    return [make_micro_batch([made[i] for i in members], 16, 0) for members in split]
+
+
+def run_layouts(layouts: list[dict], paths: dict[str, str], task: str) -> list[dict]:
+    """``task`` ("train" or "logits") for each model on each layout; results of this rank."""
+    results = []
+    for layout in layouts:
+        options = dict(layout)
+        recompute, distributed = options.pop("recompute", "none"), options.pop("distributed", True)
+        parallel = ParallelConfig(**options)
+        state = initialize(parallel, device="cpu")
+        found = {"tp_rank": state.tp_rank}
+        for name, path in paths.items():
+            model = ModelConfig(path=path, recompute=recompute, log_prob_chunk=13)
+            found[name] = train(model, parallel, state, distributed) if task == "train" else logits(model, parallel, state)
+        results.append(found)
+        shut_down(keep_world=True)
+    shut_down()
+    return results
+
+
+def train(model: ModelConfig, parallel: ParallelConfig, state, distributed: bool) -> dict:
+    """Two optimizer steps, with what the update saw of each parameter's gradient."""
+    # Adam's epsilon is large so that an update is smooth in the gradient, not its sign: rounding stays rounding.
+    optimizer = OptimizerConfig(learning_rate=0.02, epsilon=0.05, weight_decay=0.1, clip_grad=0.5, distributed=distributed)
+    policy = Policy.build(model, optimizer, parallel, state)
+    batches = micro_batches(state.dp_size, state.dp_rank, parallel.pipeline * (parallel.virtual_pipeline or 0))
+    initial = score(policy, batches, temperature=TEMPERATURE)
+    stale, empty = [], 0
+    for batch, scores in zip(batches, initial, strict=True):
+        here = local_indices(batch, state)
+        wanted = batch.trajectory_T[here] >= 0
+        empty += int(batch.num_trajectories > 0 and not wanted.any())
+        shift = torch.where(wanted, batch.rollout_log_probs_T[here] - TYPICAL, 0.0)
+        stale.append(None if scores is None else TokenScores(scores.log_probs_T + shift, scores.entropy_T))
+    gradients, results = [], []
+    step_module.apply_gradients = recording(policy, gradients)
+    for objective in STEPS:
+        results.append(
+            optimizer_step(
+                policy, batches, stale, objective=objective, progress=0.5, temperature=TEMPERATURE,
+                reference_log_probs=stale if objective.kl_coefficient else None,
+            )
+        )  # fmt: skip
+    values = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    return dict(gradients=gradients, values=values, results=results, empty_shards=empty)
+
+
+def recording(policy: Policy, store: list):
+    """`apply_gradients` that first notes every parameter's whole gradient, before clipping."""
+    from pmpo_megatron.model.optimizer import apply_gradients
+
+    def apply(optimizer, config):
+        if config.distributed:
+            complete_buffers(policy)
+        store.append({name: parameter.main_grad.detach().clone() for name, parameter in policy.named_parameters()})
+        return apply_gradients(optimizer, config)
+
+    return apply
+
+
+def complete_buffers(policy: Policy) -> None:
+    """After Megatron's reduce-scatter each rank holds its part of the gradient buffer: gather the others' parts."""
+    group = policy.state.dp_cp_group
+    for chunk in policy.chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                size = bucket.grad_data.numel() // group.size()
+                mine = bucket.grad_data[group.rank() * size : (group.rank() + 1) * size].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+
+
+def logits(model: ModelConfig, parallel: ParallelConfig, state) -> dict:
+    """Log-probs and entropies of all response tokens, whole; and logits [T, V] where this layout can give them simply."""
+    policy = Policy.build(model, None, parallel, state)
+    batches = micro_batches(state.dp_size, state.dp_rank, parallel.pipeline * (parallel.virtual_pipeline or 0))
+    scores = score(policy, batches, temperature=TEMPERATURE)
+    found = {"log_probs": [], "entropy": [], "logits": []}
+    if not state.is_last_stage:
+        return found
+    for batch, part in zip(batches, scores, strict=True):
+        boundaries = batch.cu_seqlens.tolist()
+        for name, shard in (("log_probs", part.log_probs_T), ("entropy", part.entropy_T)):
+            found[name].append(join_context_shards(gather_tensor(shard, state.cp_group), boundaries))
+    if state.pp_size == 1 and state.cp_size == 1:
+        found["logits"] = [full_logits(policy, batch) for batch in batches]
+    return found
+
+
+@torch.no_grad()
+def full_logits(policy: Policy, batch) -> torch.Tensor:
+    from pmpo_megatron.model.inputs import prepare_inputs
+
+    inputs = prepare_inputs(batch, policy.state)
+    policy.head.ask_logits()
+    output = policy.chunks[0](inputs.tokens_1T, inputs.position_ids_1T, None, packed_seq_params=inputs.packed)[0]
+    return torch.cat(gather_tensor(output, policy.state.tp_group), dim=-1)[:, :VOCAB]
