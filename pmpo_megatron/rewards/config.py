@@ -1,0 +1,31 @@
+"""How responses are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pmpo_megatron.config import Section, setting
+from pmpo_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(Section):
+    """How responses are scored. The reward is the weighted sum of ``functions``, less the penalties."""
+
+    functions: dict[str, float] = setting(
+        {"math": 1.0},
+        "weight of each function: math, boxed, exact, or package.module:name of your own (response, answer) -> float",
+    )
+    workers: int = setting(4, "worker processes", minimum=1)
+    timeout_s: float = setting(5.0, "a response that takes longer scores 0 and its worker is killed", unit="s", above=0.0)
+    memory_gib: float = setting(4.0, "address space of a worker", unit="GiB", above=0.0)
+    overlong_penalty: float = setting(0.0, "largest penalty for length (DAPO, 2503.14476 eq. 13); 0: none", minimum=0.0)
+    overlong_tokens: int = setting(
+        0, "the penalty grows over the last so many tokens before the limit", unit="tokens", minimum=0
+    )
+
+    def validate(self) -> None:
+        if not self.functions:
+            raise ConfigError("functions", "is empty: name at least one, e.g. {math: 1.0}")
+        if self.overlong_penalty and not self.overlong_tokens:
+            raise ConfigError("overlong_tokens", "must be above 0 with overlong_penalty")

@@ -1,0 +1,199 @@
+"""Worker processes that score responses; one that hangs or dies is killed and replaced, and costs its item alone."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import selectors
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pmpo_megatron.errors import PmpoError
+from pmpo_megatron.rewards.frames import HEADER
+from pmpo_megatron.rewards.functions import find_function
+
+START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
+MAX_FAILED_STARTS = 3
+Answers = str | Sequence[str]
+
+
+@dataclass
+class PoolStats:
+    """Counts since the pool was made. ``errors`` are exceptions inside a reward function, by text."""
+
+    scored: int = 0
+    timeouts: int = 0
+    crashes: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+class RewardPool:
+    """Scores responses with one function, or several, in ``workers`` processes.
+
+    Args:
+        functions: ``math``, ``boxed``, ``exact``, or ``package.module:name`` of a plug-in; a name, or several.
+        workers: processes.
+        timeout: seconds that one response may take; then its worker is killed, and it scores 0.
+        memory_gib: address space of a worker; a response that needs more scores 0.
+
+    Raises:
+        ConfigError: a function does not exist.
+    """
+
+    def __init__(
+        self, functions: str | Sequence[str] = "math", *, workers: int = 2, timeout: float = 5.0, memory_gib: float = 4.0
+    ) -> None:
+        self.functions = [functions] if isinstance(functions, str) else list(functions)
+        for name in self.functions:
+            find_function(name)
+        self.timeout, self.stats = timeout, PoolStats()
+        self._memory_bytes = int(memory_gib * 2**30)
+        self._workers = [_Worker(self.functions, self._memory_bytes) for _ in range(workers)]
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers. The pool cannot be used again."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    def score(self, responses: Sequence[str], answers: Sequence[Answers]) -> list[float]:
+        """A score in [0, 1] for each response, in order, by the first function.
+
+        Args:
+            responses: texts.
+            answers: for each response an accepted answer, or a list of which any one is accepted.
+        """
+        return [scores[0] for scores in self.score_all(responses, answers)]
+
+    def score_all(self, responses: Sequence[str], answers: Sequence[Answers]) -> list[list[float]]:
+        """Every function's score of each response, in order.
+
+        Raises:
+            ValueError: the two lists differ in length.
+            PmpoError: workers do not start.
+        """
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
+        items = [(r, [a] if isinstance(a, str) else list(a)) for r, a in zip(responses, answers, strict=True)]
+        results: list[list[float]] = [[0.0] * len(self.functions) for _ in items]
+        waiting = deque(range(len(items)))
+        with selectors.DefaultSelector() as selector:
+            for worker in self._workers:
+                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+            while waiting or any(worker.item is not None for worker in self._workers):
+                for worker in self._workers:
+                    if worker.ready and worker.item is None and waiting:
+                        self._give(worker, waiting.popleft(), items)
+                for key, _ in selector.select(timeout=self._until_next_deadline()):
+                    self._receive(key.data, results, selector)
+                for worker in self._workers:
+                    if time.monotonic() > worker.deadline:
+                        self._replace(worker, selector, timed_out=True)
+        self.stats.scored += len(items)
+        return results
+
+    def _until_next_deadline(self) -> float:
+        return max(0.0, min(min(worker.deadline for worker in self._workers) - time.monotonic(), 1.0))
+
+    def _give(self, worker: _Worker, index: int, items: list) -> None:
+        worker.item, worker.deadline = index, time.monotonic() + self.timeout
+        worker.send(items[index])
+
+    def _receive(self, worker: _Worker, results: list[list[float]], selector: selectors.BaseSelector) -> None:
+        try:
+            message = worker.receive()
+        except EOFError:
+            self._replace(worker, selector, timed_out=False)
+            return
+        if message == "ready":
+            worker.ready, worker.failed_starts, worker.deadline = True, 0, float("inf")
+        elif message is not None:
+            results[worker.item] = [self._clean(score) for score in message]
+            worker.item, worker.deadline = None, float("inf")
+
+    def _clean(self, score: float | str) -> float:
+        if isinstance(score, str):
+            self.stats.errors[score] = self.stats.errors.get(score, 0) + 1
+            return 0.0
+        return min(max(score, 0.0), 1.0) if score == score else 0.0
+
+    def _replace(self, worker: _Worker, selector: selectors.BaseSelector, *, timed_out: bool) -> None:
+        """Kills ``worker`` and starts another in its place; the item that it held keeps its 0."""
+        if worker.ready:
+            self.stats.timeouts += timed_out
+            self.stats.crashes += not timed_out
+        selector.unregister(worker.process.stdout)
+        worker.restart()
+        if worker.failed_starts > MAX_FAILED_STARTS:
+            raise PmpoError(f"reward workers for {', '.join(self.functions)} do not start; see the errors above")
+        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+
+
+class _Worker:
+    """One process, what it works on, and until when."""
+
+    def __init__(self, functions: list[str], memory_bytes: int) -> None:
+        self.command = [sys.executable, "-m", "pmpo_megatron.rewards.worker", ",".join(functions), str(memory_bytes)]
+        self.failed_starts = 0
+        self._start()
+
+    def _start(self) -> None:
+        # The package may be imported from a checkout that is not installed, and plug-ins from the caller's own path.
+        paths = [str(Path(__file__).parents[2]), *filter(None, sys.path), os.getcwd()]
+        env = dict(os.environ, PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)), OMP_NUM_THREADS="1")
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, bufsize=0, start_new_session=True
+        )
+        os.set_blocking(self.process.stdout.fileno(), False)
+        os.set_blocking(self.process.stdin.fileno(), True)
+        self.ready, self.item = False, None
+        self.deadline = time.monotonic() + START_TIMEOUT_S
+        self._buffer = b""
+
+    def restart(self) -> None:
+        if not self.ready:
+            self.failed_starts += 1
+        self.kill()
+        self._start()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def send(self, item: object) -> None:
+        data = pickle.dumps(item)
+        try:
+            # The worker reads before it works, so this waits for nothing but the pipe.
+            self.process.stdin.write(HEADER.pack(len(data)))
+            view = memoryview(data)
+            while view:
+                view = view[self.process.stdin.write(view) :]
+        except BrokenPipeError:
+            pass  # it died: the closed output says so at once
+
+    def receive(self) -> object | None:
+        """The next message, or None until it is complete. Raises EOFError if the process is gone."""
+        data = self.process.stdout.read(1 << 16)
+        if data == b"":
+            raise EOFError
+        self._buffer += data or b""
+        if len(self._buffer) < HEADER.size:
+            return None
+        size = HEADER.unpack_from(self._buffer)[0]
+        if len(self._buffer) < HEADER.size + size:
+            return None
+        message, self._buffer = self._buffer[HEADER.size : HEADER.size + size], self._buffer[HEADER.size + size :]
+        return pickle.loads(message)

@@ -1,0 +1,63 @@
+"""A worker process: reads pickled (response, answers) from standard input and writes a score for each.
+
+A program of its own (``python -m pmpo_megatron.rewards.worker``) instead of multiprocessing: nothing of the trainer is
+forked or imported again, whatever threads and process groups it holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import resource
+import sys
+
+from pmpo_megatron.rewards.frames import HEADER
+
+
+def main() -> None:
+    names, memory_bytes = sys.argv[1].split(","), int(sys.argv[2])
+    # Results go to a private copy of standard output, so that a function that prints cannot garble them.
+    source, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    if memory_bytes:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.setrecursionlimit(3000)
+
+    from pmpo_megatron.rewards.functions import find_function
+
+    functions = [find_function(name) for name in names]
+    if "math" in names:
+        import math_verify  # noqa: F401  the slow import happens before the first time-out begins
+
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
+    _write(results, "ready")
+    while (item := _read(source)) is not None:
+        response, answers = item
+        scores: list[float | str] = []
+        for function in functions:
+            try:
+                scores.append(float(function(response, answers)))
+            except (MemoryError, RecursionError):
+                scores.append(0.0)
+            except Exception as error:  # math-verify and sympy raise anything; the item scores 0 and is counted
+                scores.append(f"{type(error).__name__}: {error}"[:500])
+        _write(results, scores)
+
+
+def _read(stream) -> object | None:
+    header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    return pickle.loads(stream.read(HEADER.unpack(header)[0]))
+
+
+def _write(stream, value: object) -> None:
+    data = pickle.dumps(value)
+    stream.write(HEADER.pack(len(data)) + data)
+    stream.flush()
+
+
+if __name__ == "__main__":
+    main()
