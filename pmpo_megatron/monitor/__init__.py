@@ -3,6 +3,7 @@
 from pmpo_megatron.monitor.config import MonitorConfig
 from pmpo_megatron.monitor.log import RunLog
 from pmpo_megatron.monitor.metrics import Distribution, Maximum, Mean, Metric, Minimum, Sum, combine, summarize
+from pmpo_megatron.monitor.report import write_report
 from pmpo_megatron.monitor.timer import PhaseTimer
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "Sum",
     "combine",
     "summarize",
+    "write_report",
 ]
