@@ -1,0 +1,46 @@
+"""Rotary frequencies against transformers, and layouts that a model cannot be split into."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.hf.shape import shape_of
+from pmpo_megatron.model.architecture import check_layout, rotary_frequencies
+from pmpo_megatron.parallel.state import ParallelConfig
+from tests.tiny_models import COMMON, LLAMA3_SCALING
+
+
+def shape(**changes):
+    config = transformers.LlamaConfig(**(COMMON | changes))
+    return config, shape_of(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+
+
+@pytest.mark.parametrize("original, low, high", [(32, 1.0, 2.0), (8192, 1.0, 4.0), (16, 0.5, 8.0)])
+def test_llama3_frequencies(original, low, high):
+    scaling = LLAMA3_SCALING | dict(original_max_position_embeddings=original, low_freq_factor=low, high_freq_factor=high)
+    config, ours = shape(rope_parameters=scaling, head_dim=64)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    torch.testing.assert_close(rotary_frequencies(ours), expected, rtol=1e-6, atol=0)
+
+
+def test_plain_frequencies():
+    _, ours = shape(head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    torch.testing.assert_close(rotary_frequencies(ours), torch.tensor([1.0, 100**-0.25, 0.1, 100**-0.75]))
+
+
+@pytest.mark.parametrize(
+    "layout, message",
+    [
+        (dict(tensor=4), "parallel.tensor: 4 must divide the model's num_query_groups = 2"),
+        (dict(tensor=3), "parallel.tensor: 3 must divide the model's num_attention_heads = 4"),
+        (dict(pipeline=3), "parallel.pipeline: pipeline 3 \\* virtual_pipeline 1 = 3 must divide the model's 4 layers"),
+        (dict(pipeline=2, virtual_pipeline=4), "virtual_pipeline 4 = 8 must divide the model's 4 layers"),
+    ],
+)
+def test_layouts_that_do_not_fit_the_model(layout, message):
+    with pytest.raises(ConfigError, match=message):
+        check_layout(shape()[1], SimpleNamespace(config=ParallelConfig(**layout)))

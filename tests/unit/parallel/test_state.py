@@ -1,0 +1,49 @@
+"""Layouts that cannot work are refused before any process group exists."""
+
+import pytest
+
+from pmpo_megatron.config import build
+from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.parallel.state import ParallelConfig, initialize
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"sequence_parallel": True}, "sequence_parallel: needs tensor > 1"),
+        ({"virtual_pipeline": 2}, "virtual_pipeline: 2 needs pipeline > 1"),
+        ({"tensor": 0}, "tensor: 0 must be at least 1"),
+        ({"stall_s": 10.0, "heartbeat_s": 5.0}, "stall_s: 10 s must be at least four heartbeats of 5 s"),
+        ({"tensr": 2}, "did you mean 'tensor'"),
+    ],
+)
+def test_bad_layouts(values, message):
+    with pytest.raises(ConfigError, match=message):
+        build(ParallelConfig, values)
+
+
+def test_data_parallel_size():
+    layout = ParallelConfig(tensor=2, pipeline=2, context=2)
+    assert layout.data_parallel_size(16) == 2
+    with pytest.raises(ConfigError, match="tensor 2 \\* pipeline 2 \\* context 2 = 8 must divide the 12 processes"):
+        layout.data_parallel_size(12)
+
+
+def test_without_torchrun_the_missing_variables_are_named(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"):
+        initialize(ParallelConfig())
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConfigError, match="cuda, but PyTorch sees no GPU here"):
+        initialize(ParallelConfig(), device="cuda")
+    with pytest.raises(ConfigError, match="'tpu' is not one of"):
+        initialize(ParallelConfig(), device="tpu")
