@@ -1,0 +1,110 @@
+"""What every rollout engine does, and how the run's is chosen. Token ids in, token ids and log-probs out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pmpo_megatron.config import Section, setting
+from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.types import Prompt, RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Section):
+    """How responses are sampled."""
+
+    samples_per_prompt: int = setting(8, "responses to each prompt: the group", minimum=1)
+    temperature: float = setting(1.0, "sampling temperature; training uses the same", minimum=0.0)
+    top_p: float = setting(
+        1.0, "nucleus; below 1 the ratio to the trainer's full distribution is biased", above=0.0, maximum=1.0
+    )
+    top_k: int = setting(0, "keep the k likeliest tokens; 0: all. Biased like top_p", minimum=0)
+    max_tokens: int = setting(3000, "response tokens at most", unit="tokens", minimum=1)
+    stop: tuple[str, ...] = setting((), "texts that end a response, beside the tokenizer's end token")
+    seed: int = setting(0, "base of the requests' seeds", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Section):
+    """Which engine makes rollouts, and its resources."""
+
+    engine: str = setting("vllm", "vllm: started here; replay: recorded rollouts from disk", choices=("vllm", "replay"))
+    replay_from: str | None = setting(None, "engine replay: a file that record_to wrote")
+    record_to: str | None = setting(None, "append every round's rollouts to this file")
+    tensor_parallel: int = setting(1, "vLLM's tensor-parallel size", minimum=1)
+    dtype: str = setting("auto", "of the engine's weights", choices=("auto", "float32", "bfloat16"))
+    max_model_len: int | None = setting(None, "prompt and response at most; null: the model's limit", unit="tokens", minimum=1)
+    max_num_seqs: int = setting(256, "requests in one batch of the engine", minimum=1)
+    kv_cache_gib: float | None = setting(
+        None, "KV cache on CPU (0.5), or on GPU instead of a share of its memory", unit="GiB", above=0
+    )
+    gpu_memory_utilization: float = setting(0.5, "GPU: share of memory for weights and KV cache", above=0.0, maximum=1.0)
+    enforce_eager: bool = setting(False, "GPU: no CUDA graphs")
+    threads: int | None = setting(None, "CPU: threads of the engine; null: all cores", minimum=1)
+    start_timeout_s: float = setting(600.0, "longest wait for the engine to start", unit="s", above=0.0)
+    stall_s: float = setting(120.0, "an engine without progress for so long is killed and started again", unit="s", above=0.0)
+    max_restarts: int = setting(3, "restarts within one batch before the run stops", minimum=0)
+
+    def validate(self) -> None:
+        if (self.engine == "replay") != (self.replay_from is not None):
+            raise ConfigError("replay_from", "is needed by engine 'replay', and has no effect with any other")
+        if self.engine == "replay" and self.record_to is not None:
+            raise ConfigError("record_to", "records nothing new from engine 'replay'")
+
+
+class RolloutEngine(Protocol):
+    """Makes rollouts with the newest weights that were pushed to it.
+
+    ``version`` counts weight updates. ``on_restart`` is called after a crashed engine was started again, with the
+    engine, and has to bring its weights up to date before any token is sampled.
+    """
+
+    version: int
+    on_restart: Callable[[Any], None] | None
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
+        """``samples_per_prompt`` responses to each prompt, in the order of ``prompts``.
+
+        Raises:
+            RolloutError: the engine failed beyond repair, or does not hold whole weights.
+        """
+
+    def collective_rpc(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls ``method`` of every vLLM worker's extension class; what each returned."""
+
+    def close(self) -> None:
+        """Ends the engine's processes."""
+
+
+def request_seed(sampling: SamplingConfig, round_index: int, prompt_index: int, sample: int) -> int:
+    """Seed of one request: depends on these four alone, so neither on the batch nor on what failed before."""
+    text = f"{sampling.seed}/{round_index}/{prompt_index}/{sample}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def make_engine(config: RolloutConfig, *, model_path: str, device: str, worker_extension: str | None) -> RolloutEngine:
+    """The engine that ``config`` asks for, ready to generate with the weights of ``model_path``.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        worker_extension: import path ``package.module.Class`` of a class whose methods become vLLM workers'.
+
+    Raises:
+        RolloutError: it does not start; with the end of its log.
+        DataError: recorded rollouts cannot be read.
+    """
+    if config.engine == "replay":
+        from pmpo_megatron.rollout.replay import ReplayEngine
+
+        return ReplayEngine(config.replay_from)
+    from pmpo_megatron.rollout.vllm_engine import VLLMEngine
+
+    engine = VLLMEngine(config, model_path=model_path, device=device, worker_extension=worker_extension)
+    if config.record_to is not None:
+        from pmpo_megatron.rollout.replay import RecordingEngine
+
+        return RecordingEngine(engine, config.record_to)
+    return engine

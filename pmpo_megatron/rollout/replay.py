@@ -1,0 +1,132 @@
+"""Recorded rollouts: written by any run, read back as an engine for debugging and for exact tests.
+
+One JSON line for each call of `generate`: the round, the prompts' indices, and every response. Floats are written with
+enough digits to come back bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pmpo_megatron.errors import DataError, RolloutError
+from pmpo_megatron.rollout.engine import RolloutEngine, SamplingConfig
+from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
+
+FORMAT = 1
+
+
+class RecordingEngine:
+    """Another engine, whose rollouts are also appended to a file. Everything else goes to that engine."""
+
+    def __init__(self, engine: RolloutEngine, path: str | Path) -> None:
+        self._engine, self._path = engine, Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
+        groups = self._engine.generate(prompts, sampling, round_index=round_index)
+        record = {"format": FORMAT, "round": round_index, "groups": [_group_to_json(group) for group in groups]}
+        with self._path.open("a") as file:
+            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        return groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._engine, name, value)
+
+
+class ReplayEngine:
+    """Gives back recorded rollouts by round and prompt; weights pushed to it change nothing but its version."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.version = Path(path), 0
+        self.on_restart: Callable[[Any], None] | None = None
+        self._rounds: dict[int, dict[int, list[list[Rollout]]]] = defaultdict(lambda: defaultdict(list))
+        for number, line in enumerate(self._lines(), 1):
+            self._read(number, line)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
+        recorded = self._rounds.get(round_index, {})
+        taken: dict[int, int] = defaultdict(int)
+        groups = []
+        for prompt in prompts:
+            available = recorded.get(prompt.index, [])
+            if taken[prompt.index] >= len(available):
+                raise RolloutError(
+                    f"{self.path}: holds no responses to prompt {prompt.index} in round {round_index}; it was recorded with "
+                    "other data, another seed, or fewer rounds"
+                )
+            rollouts = available[taken[prompt.index]]
+            taken[prompt.index] += 1
+            if len(rollouts) != sampling.samples_per_prompt:
+                raise RolloutError(
+                    f"{self.path}: {len(rollouts)} responses to prompt {prompt.index} in round {round_index}, but "
+                    f"sampling.samples_per_prompt is {sampling.samples_per_prompt}"
+                )
+            groups.append(RolloutGroup(prompt, tuple(rollouts)))
+        return groups
+
+    def collective_rpc(self, method: str, *arguments: Any) -> list[Any]:
+        return []
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _lines(self) -> list[str]:
+        try:
+            return self.path.read_text().splitlines()
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror}") from None
+
+    def _read(self, number: int, line: str) -> None:
+        where = f"{self.path}:{number}"
+        try:
+            record = json.loads(line)
+            if record["format"] != FORMAT:
+                raise DataError(f"{where}: format {record['format']}; this version reads {FORMAT}")
+            groups = [(group["prompt"], [_rollout(r) for r in group["rollouts"]]) for group in record["groups"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: damaged or cut short: {error!r}") from None
+        # A round that was repeated after a resume stands twice: the later one is what the run went on with.
+        if record.get("replaces", True) and not self._continues(record, number):
+            self._rounds[record["round"]].clear()
+        for prompt, rollouts in groups:
+            self._rounds[record["round"]][prompt].append(rollouts)
+        self._last_round = record["round"]
+
+    def _continues(self, record: dict[str, Any], number: int) -> bool:
+        """Whether this line goes on with the round of the line before (dynamic sampling asks several times)."""
+        return number > 1 and getattr(self, "_last_round", None) == record["round"]
+
+
+def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
+    rollouts = [
+        {
+            "token_ids": list(r.token_ids),
+            "log_probs": [float(x) for x in r.log_probs],
+            "text": r.text,
+            "finish_reason": r.finish_reason,
+            "policy_version": r.policy_version,
+            "seed": r.seed,
+        }
+        for r in group.rollouts
+    ]
+    return {"prompt": group.prompt.index, "problem": group.prompt.text, "rollouts": rollouts}
+
+
+def _rollout(record: dict[str, Any]) -> Rollout:
+    log_probs = np.array(record["log_probs"], dtype=np.float32)
+    if len(log_probs) != len(record["token_ids"]):
+        raise ValueError(f"{len(record['token_ids'])} tokens but {len(log_probs)} log-probs")
+    fields = (record["text"], record["finish_reason"], record["policy_version"], record["seed"])
+    return Rollout(tuple(record["token_ids"]), log_probs, *fields)
