@@ -108,6 +108,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             del logits_CV  # same memory as grad_CV unless the entropy has a gradient
             grad_hidden_TH[part] = _product(grad_CV.to(weight_VH.dtype), weight_VH[:valid])
             _add_product(grad_weight_VH[:valid], grad_CV.to(hidden_TH.dtype).t(), hidden_TH[part])
+            del grad_CV  # or the next chunk's logits would be a second buffer beside it
         return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None
 
 

@@ -278,7 +278,7 @@ def _collect(
         if state.tp_rank == 0 and state.cp_rank == 0:
             mine = _to_host(sums, results, inputs)
     given = [item for item in gather_objects(mine, state) if item is not None]
-    bad = [sample for totals, _ in given for sample in totals["non_finite"]]
+    bad = sorted(sample for totals, _ in given for sample in totals["non_finite"])
     arrays = {name: np.concatenate([found[name] for _, found in given]) for name in ("sample_id", *TRAJECTORY_FIELDS)}
     return given[0][0] | {"non_finite": bad}, arrays
 

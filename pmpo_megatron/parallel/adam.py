@@ -14,7 +14,7 @@ import torch
 
 
 class GroupStepAdam(torch.optim.Optimizer):
-    """AdamW (decoupled decay) with the interface of apex's FusedAdam: ``step`` in the group, exp_avg and exp_avg_sq per tensor."""
+    """AdamW with the interface of apex's FusedAdam: ``step`` in the group, exp_avg and exp_avg_sq per tensor."""
 
     def __init__(
         self,

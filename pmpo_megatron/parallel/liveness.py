@@ -27,6 +27,7 @@ from pmpo_megatron.errors import RankFailure
 
 logger = logging.getLogger(__name__)
 EXIT_RANK_FAILURE = 70
+VICTIM = RankFailure.__name__  # how the report of a rank begins that ended because of another one
 GRACE_S = 2.0  # for the main thread's own error to surface first
 SIGNS_OF_COMMUNICATION = (
     "gloo", "nccl", "timed out", "connection closed", "connection reset", "broken pipe", "process group", "tcpstore",
@@ -77,33 +78,32 @@ class Watch:
 
     def _run(self) -> None:
         peer = (self.rank + 1) % self.world_size
-        last, changed, count = {}, time.monotonic(), 0
+        last, changed, message, stuck_since, count = {}, time.monotonic(), "", None, 0
         while not self.stopping.wait(self.heartbeat_s):
-            count += 1
+            count, now = count + 1, time.monotonic()
             try:
                 self._beat(count)
-                seen = self.seen(peer)
+                seen, failure = self.seen(peer), self.failure_of(peer)
             except Exception as error:  # the store died: with it the rank or the agent that holds it
-                if not self.stopping.is_set():
-                    self._end_if_stuck(f"the run's key-value store does not answer ({_first_line(error)})")
-                return
+                message = message or f"the run's key-value store does not answer ({_first_line(error)})"
+                seen, failure = last, None
             if seen != last:
-                last, changed = seen, time.monotonic()
-            elif time.monotonic() - changed > self.stall_s:
-                self._end_if_stuck(f"{describe_rank(peer, seen)} gave no sign of life for {self.stall_s:g} s")
-                return
+                last, changed = seen, now
+            if failure:
+                message = message or f"{describe_rank(peer, seen)} ended: {failure}"
+            elif now - changed > self.stall_s:
+                message = message or f"{describe_rank(peer, seen)} gave no sign of life for {self.stall_s:g} s"
+            stuck_since = (stuck_since or now) if message and self.busy_with_others else None
+            if stuck_since is not None and now - stuck_since > GRACE_S:
+                self._end(message)
 
-    def _end_if_stuck(self, message: str) -> None:
-        """Ends the process as soon as the main thread waits for other ranks, and lets it go on with anything else."""
-        waiting_since = None
-        while not self.stopping.wait(0.2):
-            if not self.busy_with_others:
-                waiting_since = None
-                continue
-            waiting_since = waiting_since or time.monotonic()
-            if time.monotonic() - waiting_since > GRACE_S:
-                print(f"RankFailure: rank {self.rank} in {self.doing}: {message}", file=sys.stderr, flush=True)
-                os._exit(EXIT_RANK_FAILURE)
+    def _end(self, message: str) -> None:
+        """Ends the process, whose main thread waits for other ranks where no exception reaches it."""
+        print(f"{VICTIM}: rank {self.rank} in {self.doing}: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            self.post(f"{VICTIM}: {message}")
+            time.sleep(GRACE_S + 4 * self.heartbeat_s)  # this process may hold the store: let the others read why
+        os._exit(EXIT_RANK_FAILURE)
 
 
 _watch: Watch | None = None
@@ -148,8 +148,9 @@ def naming_ranks(what: str):
     except RuntimeError as error:
         if not is_communication_error(error):
             raise
-        missing = diagnose()
-        raise RankFailure(f"rank {_watch.rank} in {what}: {missing} (PyTorch: {_first_line(error)})") from error
+        failure = RankFailure(f"rank {_watch.rank} in {what}: {diagnose()} (PyTorch: {_first_line(error)})")
+        report_failure(failure)
+        raise failure from error
     finally:
         _watch.doing, _watch.busy_with_others = outer, outer_busy
 
@@ -176,16 +177,18 @@ def diagnose() -> str:
         failures = [watch.failure_of(rank) for rank in range(watch.world_size)]
     except Exception as error:
         return f"the run's key-value store is gone, and with it rank 0 or torchrun's agent ({_first_line(error)})"
-    found = []
+    found, victims = [], []
     for rank, (old, new, failure) in enumerate(zip(before, after, failures, strict=True)):
         if rank == watch.rank:
             continue
-        if failure and not failure.startswith("RankFailure"):
+        if failure and failure.startswith(VICTIM):
+            victims.append(f"{describe_rank(rank, new)} ended before: {failure}")
+        elif failure:
             found.append(f"{describe_rank(rank, new)} failed: {failure}")
         elif old == new:
             found.append(f"{describe_rank(rank, new)} gives no sign of life")
     if not found:
-        found = [
+        found = victims or [
             f"{describe_rank(rank, beat)} is alive but did not come"
             for rank, beat in enumerate(after)
             if rank != watch.rank and beat.get("doing") != watch.doing

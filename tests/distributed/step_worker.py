@@ -1,0 +1,105 @@
+"""What the processes of test_step.py run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from pmpo_megatron.algo.objective import PRESETS, ObjectiveConfig
+from pmpo_megatron.config import build
+from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.model.optimizer import OptimizerConfig
+from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.model.step import optimizer_step, score
+from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
+from tests.distributed.parity_worker import TEMPERATURE, micro_batches
+
+OBJECTIVE = PRESETS["pmpo"]
+
+
+def run_layouts(layouts: list[dict], path: str) -> list[dict]:
+    found = []
+    for layout in layouts:
+        options = dict(layout)
+        recompute = options.pop("recompute", "none")
+        parallel = ParallelConfig(**options)
+        state = initialize(parallel, device="cpu")
+        batches = micro_batches(state.dp_size, state.dp_rank, parallel.pipeline * (parallel.virtual_pipeline or 0))
+        world = Case(ModelConfig(path=path, recompute=recompute, log_prob_chunk=16), parallel, state, batches)
+        found.append({"twice": [world.two_steps() for _ in range(2)], "broken": world.broken(), "refused": world.refusals()})
+        shut_down(keep_world=True)
+    shut_down()
+    return found
+
+
+@dataclasses.dataclass
+class Case:
+    model: ModelConfig
+    parallel: ParallelConfig
+    state: object
+    batches: list
+
+    def build(self) -> Policy:
+        return Policy.build(self.model, OptimizerConfig(learning_rate=0.01), self.parallel, self.state)
+
+    def step(self, policy, old, batches=None, **changes):
+        settings = dict(objective=OBJECTIVE, progress=0.0, temperature=TEMPERATURE) | changes
+        return optimizer_step(policy, batches or self.batches, old, **settings)
+
+    def two_steps(self):
+        """An on-policy step and the one after it, with the weights they lead to."""
+        policy = self.build()
+        old = score(policy, self.batches, temperature=TEMPERATURE)
+        results = [self.step(policy, old), self.step(policy, old)]
+        return results, {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+
+    def broken(self):
+        """(problem, whether weights and schedule stayed) for NaN in a weight, for a gradient that overflows, and after."""
+        policy = self.build()
+        old = score(policy, self.batches, temperature=TEMPERATURE)
+        found = []
+        huge = [
+            dataclasses.replace(batch, weights_N=batch.weights_N * 1e30, advantages_N=batch.advantages_N * 1e20)
+            for batch in self.batches
+        ]
+        before = self.values(policy)
+        result = self.step(policy, old, huge)
+        found.append((result, self.same(policy, before)))
+        victim = next((p for name, p in policy.named_parameters() if name == "decoder.layers.0.mlp.linear_fc2.weight"), None)
+        if victim is not None:
+            kept = victim.detach().clone()
+            victim.data[0, 0] = float("nan")
+        before = self.values(policy)
+        found.append((self.step(policy, old), self.same(policy, before)))
+        if victim is not None:
+            victim.data.copy_(kept)
+        found.append((self.step(policy, old), policy.scheduler.num_updates))
+        return found
+
+    def values(self, policy):
+        return [parameter.detach().clone() for _, parameter in policy.named_parameters()] + [policy.scheduler.num_updates]
+
+    def same(self, policy, before):
+        now = self.values(policy)
+        equal = [torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(now[:-1], before[:-1], strict=True)]
+        return all(equal) and now[-1] == before[-1]
+
+    def refusals(self):
+        """Messages of calls that cannot work."""
+        policy = self.build()
+        old = score(policy, self.batches, temperature=TEMPERATURE)
+        reference = Policy.build(self.model, None, self.parallel, self.state)
+        penalised = build(ObjectiveConfig, {"preset": "pmpo", "kl_coefficient": 0.1})
+        messages = []
+        for call in (
+            lambda: self.step(policy, old[:-1]),
+            lambda: self.step(policy, old, objective=penalised),
+            lambda: self.step(reference, old),
+        ):
+            try:
+                call()
+                messages.append("accepted")
+            except ConfigError as error:
+                messages.append(str(error))
+        return messages

@@ -1,0 +1,66 @@
+"""The optimizer step beyond parity: exactly on-policy at first, repeatable bit by bit, and safe from NaN and inf."""
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_ranks
+from tests.tiny_models import save_tiny_model
+
+SINGLE = {"single": {}, "recompute": dict(recompute="full")}
+PAIR = {
+    "tp2-sp": dict(tensor=2, sequence_parallel=True),
+    "pp2": dict(pipeline=2),
+    "pp2-interleaved": dict(pipeline=2, virtual_pipeline=2),
+    "cp2": dict(context=2),
+    "dp2": {},
+}
+NAMES = (*SINGLE, *PAIR)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    path = str(save_tiny_model("qwen2", tmp_path_factory.mktemp("model")))
+    found = {}
+    for world_size, layouts in ((1, SINGLE), (2, PAIR)):
+        ranks = run_ranks(world_size, "tests.distributed.step_worker:run_layouts", list(layouts.values()), path)
+        found |= {name: [rank[i] for rank in ranks] for i, name in enumerate(layouts)}
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestStep:
+    def test_the_first_step_is_exactly_on_policy(self, runs, name):
+        """Old and new log-probs are the same bits: every ratio is 1, nothing is clipped, p is 1."""
+        first, second = runs[name][0]["twice"][0][0]
+        assert (first.trajectories["power_mean"] == 1.0).all() and (first.trajectories["p"] == 1.0).all()
+        assert (first.trajectories["ess"] == first.trajectories["length"]).all()
+        assert (second.trajectories["power_mean"] != 1.0).all(), "the first step changed the policy"
+
+    def test_the_same_step_gives_the_same_bits(self, runs, name):
+        for rank in runs[name]:
+            (results, weights), (other_results, other_weights) = rank["twice"]
+            assert all(torch.equal(weights[key], other_weights[key]) for key in weights)
+            assert [(r.loss, r.grad_norm) for r in results] == [(r.loss, r.grad_norm) for r in other_results]
+
+    def test_results_are_the_same_on_every_rank(self, runs, name):
+        one, other = runs[name][0]["twice"][0][0][1], runs[name][-1]["twice"][0][0][1]
+        assert (one.loss, one.grad_norm, one.entropy, one.num_tokens) == (
+            other.loss, other.grad_norm, other.entropy, other.num_tokens,
+        )  # fmt: skip
+        assert sorted(one.trajectories["sample_id"]) == list(range(100, 106))
+        assert all((one.trajectories[key] == other.trajectories[key]).all() for key in one.trajectories)
+
+    def test_non_finite_gradients_and_log_probs_update_nothing(self, runs, name):
+        for rank in runs[name]:
+            (overflow, kept), (poisoned, kept_too), (after, updates) = rank["broken"]
+            assert not overflow.applied and kept and "NaN or inf in the gradient of decoder." in overflow.problem
+            assert not poisoned.applied and kept_too
+            assert "NaN or inf in the log-probs of trajectories [100, 101, " in poisoned.problem
+            assert after.applied and after.problem is None and updates == 1, "and the next step is an ordinary one"
+
+    def test_calls_that_cannot_work_are_refused(self, runs, name):
+        for rank in runs[name]:
+            old, penalty, reference = rank["refused"]
+            assert "old_log_probs: " in old and "micro-batches" in old
+            assert "objective.kl_coefficient: 0.1 needs reference_log_probs" in penalty
+            assert "built without one: it can be scored, not trained" in reference
