@@ -7,9 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 CPU = [
-    line.split("#")[0].strip()
-    for line in (ROOT / "requirements/cpu.in").read_text().splitlines()
-    if line.split("#")[0].strip()
+    line.split("#")[0].strip() for line in (ROOT / "requirements/cpu.in").read_text().splitlines() if line.split("#")[0].strip()
 ]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pmpo_megatron/__init__.py").read_text()).group(1)
 

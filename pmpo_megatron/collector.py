@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from pmpo_megatron.algo.advantages import compute_advantages
 from pmpo_megatron.data.prompts import PromptSet
 from pmpo_megatron.data.sampler import PromptSampler
+from pmpo_megatron.monitor import Distribution, Mean, Metric
 from pmpo_megatron.rewards import RewardScorer
 from pmpo_megatron.rollout.engine import RolloutEngine, SamplingConfig
 from pmpo_megatron.run_config import BatchConfig, RoundConfig
 from pmpo_megatron.types import RolloutGroup, Sample
 
-logger = logging.getLogger(__name__)
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,17 @@ class RoundBatch:
 
     round_index: int
     samples: tuple[Sample, ...]  # group after group
-    metrics: dict[str, float]
+    metrics: dict[str, float | Metric]
     sampler_state: dict[str, Any]  # after this round's prompts: what a checkpoint of the finished round holds
     examples: tuple[dict[str, Any], ...]  # a few rollouts for people
 
 
 class Collector:
-    """Collects rounds of scored trajectories, in the foreground or one round ahead in a thread of its own."""
+    """Collects rounds of scored trajectories in a thread of its own, at most one round at a time.
+
+    Args:
+        examples: how many responses of a round are kept as text for people.
+    """
 
     def __init__(
         self,
@@ -60,30 +62,37 @@ class Collector:
         batch: BatchConfig,
         round: RoundConfig,
         advantage: str,
+        examples: int,
     ) -> None:
         self.prompts, self.sampler, self.engine, self.scorer = prompts, sampler, engine, scorer
-        self.sampling, self.batch, self.round, self.advantage = sampling, batch, round, advantage
+        self.sampling, self.batch, self.round = sampling, batch, round
+        self.advantage, self.examples = advantage, examples
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._pending: tuple[int, Future[RoundBatch]] | None = None
 
     def start(self, round_index: int) -> None:
-        """Begins to collect ``round_index`` in the background; `collect` of the same round waits for it."""
+        """Begins to collect ``round_index``; `collect` waits for it. Weights must not be pushed meanwhile."""
         self._pending = (round_index, self._thread.submit(self._collect, round_index))
 
     def collect(self, round_index: int, *, stop: Callable[[], bool]) -> RoundBatch | None:
-        """The batch of ``round_index``; None if ``stop()`` turned true before it was complete."""
+        """The batch of ``round_index``, begun here if it was not before; None if ``stop()`` turned true meanwhile.
+
+        Raises:
+            RolloutError: the engine failed beyond repair.
+        """
         if self._pending is None or self._pending[0] != round_index:
             self.start(round_index)
         future = self._pending[1]
         while not future.done():
             if stop():
                 return None
-            time.sleep(0.05)
+            time.sleep(POLL_S)
         self._pending = None
         return future.result()
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self.scorer.close()
 
     def _collect(self, round_index: int) -> RoundBatch:
         started = time.monotonic()
@@ -91,16 +100,20 @@ class Collector:
         generated = len(groups)
         if self.round.dynamic_sampling:
             groups, generated = self._replace_uninformative(groups, round_index)
-        samples = make_samples(groups, advantage=self.advantage)
+        metrics = describe_groups(groups) | {"rollout/groups_generated": float(generated)}
+        stats = self.scorer.pool.stats
+        metrics |= {
+            "rewards/timeouts": float(stats.timeouts),
+            "rewards/crashes": float(stats.crashes),
+            "rewards/errors": float(sum(stats.errors.values())),
+        }
+        metrics["time/collecting_s"] = time.monotonic() - started
         return RoundBatch(
             round_index=round_index,
-            samples=tuple(samples),
-            metrics=describe_groups(groups) | {
-                "rollout/groups_generated": float(generated),
-                "time/collect_s": time.monotonic() - started,
-            },
+            samples=tuple(make_samples(groups, advantage=self.advantage)),
+            metrics=metrics,
             sampler_state=self.sampler.state(),
-            examples=tuple(example_rollouts(groups)),
+            examples=tuple(example_rollouts(groups, self.examples)),
         )
 
     def _generate(self, count: int, round_index: int) -> list[ScoredGroup]:
@@ -150,3 +163,36 @@ def make_samples(groups: Sequence[ScoredGroup], *, advantage: str) -> list[Sampl
                 )
             )
     return samples
+
+
+def describe_groups(groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
+    """Rewards, lengths, and how many groups teach anything."""
+    rollouts = [rollout for group in groups for rollout in group.group.rollouts]
+    return {
+        "reward/": Distribution([reward for group in groups for reward in group.rewards]),
+        "reward/informative_groups": Mean.of([group.informative for group in groups]),
+        "rollout/length": Distribution([len(rollout.token_ids) for rollout in rollouts]),
+        "rollout/truncated_fraction": Mean.of([rollout.finish_reason == "length" for rollout in rollouts]),
+    }
+
+
+def example_rollouts(groups: Sequence[ScoredGroup], count: int) -> list[dict[str, Any]]:
+    """``count`` responses spread over the round, as text."""
+    rows = [
+        (group, rollout, reward)
+        for group in groups
+        for rollout, reward in zip(group.group.rollouts, group.rewards, strict=True)
+    ]
+    chosen = rows[:: max(1, len(rows) // max(count, 1))][:count]
+    return [
+        {
+            "prompt": group.group.prompt.text,
+            "response": rollout.text,
+            "reward": reward,
+            "answers": list(group.group.prompt.answers),
+            "tokens": len(rollout.token_ids),
+            "finish_reason": rollout.finish_reason,
+            "policy_version": rollout.policy_version,
+        }
+        for group, rollout, reward in chosen
+    ]

@@ -172,11 +172,7 @@ def build(section: type[SectionT], values: Mapping[str, Any] | None) -> SectionT
                 raise error.within(key) from None
         arguments[key] = value
     for name, item in fields.items():
-        if (
-            name not in arguments
-            and item.default is dataclasses.MISSING
-            and item.default_factory is dataclasses.MISSING
-        ):
+        if name not in arguments and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise ConfigError(name, f"is required ({item.metadata.get('help', '')})")
     return section(**arguments)
 
@@ -280,9 +276,7 @@ def describe(section: type[Section], prefix: str = "") -> list[tuple[str, str, s
         else:
             default = "required"
         kind = hints[item.name]
-        kind = (
-            kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
-        )
+        kind = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
         meaning = item.metadata.get("help", "")
         if item.metadata.get("choices"):
             meaning += f" ({' | '.join(map(str, item.metadata['choices']))})"

@@ -51,3 +51,7 @@ class NonFiniteError(PmpoError):
 
 class RankFailure(PmpoError):
     """Another rank died or does not answer; names it."""
+
+
+class MismatchError(PmpoError):
+    """Trainer and rollout engine assign the same tokens log-probs too far apart."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pmpo_megatron.algo.objective import ObjectiveConfig
 from pmpo_megatron.bridge.config import BridgeConfig
-from pmpo_megatron.checkpoint.store import CheckpointConfig
+from pmpo_megatron.checkpoint.config import CheckpointConfig
 from pmpo_megatron.config import Section, setting
 from pmpo_megatron.data.prompts import DataConfig
 from pmpo_megatron.errors import ConfigError

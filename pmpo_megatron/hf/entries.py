@@ -29,6 +29,11 @@ class Entry:
     tensor_parallel_dim: int | None = None
     parts: int = 1
 
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape of the whole Megatron parameter."""
+        return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
+
     def merge(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The whole Megatron parameter from the tensors named by ``hf``."""
         self._check_shapes(tensors)
@@ -72,6 +77,10 @@ class VocabularyEntry(Entry):
     """Embedding or output layer: rows of padding after the vocabulary, which never leave Megatron."""
 
     padded_rows: int = 0
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        return (self.padded_rows, *self.hf_shapes[0][1:])
 
     def merge(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         self._check_shapes(tensors)

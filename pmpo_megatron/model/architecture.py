@@ -17,7 +17,7 @@ from torch import nn
 
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.shape import ModelShape
-from pmpo_megatron.parallel.state import ParallelState
+from pmpo_megatron.parallel.state import ParallelConfig, ParallelState
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,8 @@ def transformer_engine_available() -> bool:
     return True
 
 
-def check_layout(shape: ModelShape, state: ParallelState) -> None:
+def check_layout(shape: ModelShape, config: ParallelConfig) -> None:
     """Raises ConfigError if the model cannot be split as asked; names the setting and what would be right."""
-    config = state.config
     for name, value in (
         ("num_attention_heads", shape.num_attention_heads),
         ("num_query_groups", shape.num_query_groups),

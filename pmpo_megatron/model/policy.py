@@ -75,7 +75,7 @@ class Policy:
         from pmpo_megatron.model.architecture import build_chunks, check_layout, transformer_config
 
         shape = read_shape(model.path)
-        check_layout(shape, state)
+        check_layout(shape, parallel)
         mapping = Mapping(shape)
         dtype = model.torch_dtype(state.device)
         config = transformer_config(shape, state, dtype=dtype, recompute=model.recompute)

@@ -58,11 +58,12 @@ class RolloutConfig(Section):
 class RolloutEngine(Protocol):
     """Makes rollouts with the newest weights that were pushed to it.
 
-    ``version`` counts weight updates. ``on_restart`` is called after a crashed engine was started again, with the
-    engine, and has to bring its weights up to date before any token is sampled.
+    ``version`` counts weight updates. ``holds_weights`` says whether there are any to update. ``on_restart`` is called,
+    with the engine, after a crashed one was started again, and has to bring its weights up to date before any token is sampled.
     """
 
     version: int
+    holds_weights: bool
     on_restart: Callable[[Any], None] | None
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
@@ -74,6 +75,12 @@ class RolloutEngine(Protocol):
 
     def collective_rpc(self, method: str, *arguments: Any) -> list[Any]:
         """Calls ``method`` of every vLLM worker's extension class; what each returned."""
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what was computed with earlier weights."""
+
+    def mark_broken(self, reason: str | None) -> None:
+        """Refuses to generate, because the weights are not whole, until called with None."""
 
     def close(self) -> None:
         """Ends the engine's processes."""

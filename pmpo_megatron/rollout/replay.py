@@ -27,10 +27,15 @@ class RecordingEngine:
     def __init__(self, engine: RolloutEngine, path: str | Path) -> None:
         self._engine, self._path = engine, Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._round: int | None = None
+        self._calls = 0  # within the round: dynamic sampling asks several times
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
         groups = self._engine.generate(prompts, sampling, round_index=round_index)
-        record = {"format": FORMAT, "round": round_index, "groups": [_group_to_json(group) for group in groups]}
+        self._calls = self._calls + 1 if round_index == self._round else 0
+        self._round = round_index
+        groups_json = [_group_to_json(group) for group in groups]
+        record = {"format": FORMAT, "round": round_index, "call": self._calls, "groups": groups_json}
         with self._path.open("a") as file:
             file.write(json.dumps(record, separators=(",", ":")) + "\n")
         return groups
@@ -46,7 +51,9 @@ class RecordingEngine:
 
 
 class ReplayEngine:
-    """Gives back recorded rollouts by round and prompt; weights pushed to it change nothing but its version."""
+    """Gives back recorded rollouts by round and prompt. It holds no weights: an update changes its version only."""
+
+    holds_weights = False
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.version = Path(path), 0
@@ -79,6 +86,12 @@ class ReplayEngine:
     def collective_rpc(self, method: str, *arguments: Any) -> list[Any]:
         return []
 
+    def reset_prefix_cache(self) -> None:
+        """Nothing is cached."""
+
+    def mark_broken(self, reason: str | None) -> None:
+        """Nothing can break."""
+
     def close(self) -> None:
         """Nothing to end."""
 
@@ -98,15 +111,10 @@ class ReplayEngine:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{where}: damaged or cut short: {error!r}") from None
         # A round that was repeated after a resume stands twice: the later one is what the run went on with.
-        if record.get("replaces", True) and not self._continues(record, number):
+        if record["call"] == 0:
             self._rounds[record["round"]].clear()
         for prompt, rollouts in groups:
             self._rounds[record["round"]][prompt].append(rollouts)
-        self._last_round = record["round"]
-
-    def _continues(self, record: dict[str, Any], number: int) -> bool:
-        """Whether this line goes on with the round of the line before (dynamic sampling asks several times)."""
-        return number > 1 and getattr(self, "_last_round", None) == record["round"]
 
 
 def _group_to_json(group: RolloutGroup) -> dict[str, Any]:

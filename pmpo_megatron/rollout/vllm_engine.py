@@ -35,6 +35,8 @@ class EngineDied(Exception):
 class VLLMEngine:
     """`RolloutEngine` on a vLLM that this process starts. See `engine.RolloutEngine` for the methods."""
 
+    holds_weights = True
+
     def __init__(self, config: RolloutConfig, *, model_path: str, device: str, worker_extension: str | None) -> None:
         self.config, self.version = config, 0
         self.on_restart: Callable[[VLLMEngine], None] | None = None
@@ -81,7 +83,6 @@ class VLLMEngine:
         self.collective_rpc("reset_prefix_cache")
 
     def mark_broken(self, reason: str | None) -> None:
-        """Refuses to generate until called with None: the weights are not whole."""
         self.broken = reason
 
     def restart(self) -> None:

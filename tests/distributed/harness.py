@@ -1,4 +1,4 @@
-"""Runs a function in several real processes with a gloo process group, with a bounded wait and every rank's output on failure."""
+"""Runs a function in several real processes with gloo, with a bounded wait and the output of every rank on failure."""
 
 from __future__ import annotations
 

@@ -16,8 +16,12 @@ LAYERS = [
     {"rollout"},
     {"bridge"},
     {"monitor"},
-    {"run_config", "planner"},
+    {"run_config", "launch"},
+    {"planner"},
+    {"collector", "mini_batches", "round_metrics", "run_checks", "guards"},
+    {"evaluation"},
     {"trainer"},
+    {"assembly"},
     {"train", "evaluate"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -1,7 +1,5 @@
 """Rotary frequencies against transformers, and layouts that a model cannot be split into."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import transformers
@@ -43,4 +41,4 @@ def test_plain_frequencies():
 )
 def test_layouts_that_do_not_fit_the_model(layout, message):
     with pytest.raises(ConfigError, match=message):
-        check_layout(shape()[1], SimpleNamespace(config=ParallelConfig(**layout)))
+        check_layout(shape()[1], ParallelConfig(**layout))

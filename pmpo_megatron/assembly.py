@@ -1,0 +1,139 @@
+"""Starts the parts of a run, hands them to the trainer, and ends them in the right order whatever happens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from pmpo_megatron.bridge.sync import WeightBridge
+from pmpo_megatron.checkpoint.store import CheckpointStore
+from pmpo_megatron.collector import Collector
+from pmpo_megatron.config import to_plain
+from pmpo_megatron.data.prompts import load_prompts
+from pmpo_megatron.data.sampler import PromptSampler
+from pmpo_megatron.evaluation import Evaluator
+from pmpo_megatron.model.policy import Policy
+from pmpo_megatron.monitor import RunLog, write_report
+from pmpo_megatron.parallel.liveness import report_failure
+from pmpo_megatron.parallel.state import ParallelState, initialize, shut_down
+from pmpo_megatron.rewards import RewardScorer
+from pmpo_megatron.rollout.engine import RolloutEngine, make_engine
+from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.trainer import Progress, Trainer
+
+logger = logging.getLogger(__name__)
+WORKER_EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
+
+
+def run(config: RunConfig, stop: Callable[[], bool]) -> int:
+    """Runs ``config`` on the processes that torchrun started; returns the exit code. Collective."""
+    state = initialize(config.parallel, device=config.run.device, seed=config.run.seed)
+    logger.info("%s", state.describe())
+    try:
+        with ExitStack() as parts:
+            trainer = build_trainer(config, state, stop, parts)
+            finished = trainer.run()
+            if trainer.log is not None:
+                trainer.log.close()
+    except BaseException as error:
+        report_failure(error)  # the other ranks' messages name this one
+        raise
+    if state.is_main:
+        _say_goodbye(config, finished)
+    shut_down()
+    return 0
+
+
+def build_trainer(config: RunConfig, state: ParallelState, stop: Callable[[], bool], parts: ExitStack) -> Trainer:
+    """Everything that a run consists of, at the point that its newest checkpoint holds; ``parts`` closes what was opened."""
+    starting = _start_engine(config, state, parts) if state.is_main else None
+    policy = Policy.build(config.model, config.optimizer, config.parallel, state)
+    reference = None
+    if config.objective.kl_coefficient:
+        reference = Policy.build(config.model, None, config.parallel, state)
+    store = CheckpointStore(Path(config.run.directory) / "checkpoints", config.checkpoint, policy)
+    saved = store.load_latest() if config.checkpoint.resume else None
+    progress = Progress(**saved) if saved else Progress()
+    if saved:
+        logger.info("going on after round %d of %d", progress.round, config.run.rounds)
+    engine = starting.result() if starting is not None else None
+    bridge = WeightBridge(policy, engine, config.bridge)
+    parts.callback(bridge.close)
+    collector, evaluator, log = _main_parts(config, engine, progress, parts) if state.is_main else (None, None, None)
+    return Trainer(
+        config,
+        policy=policy,
+        reference=reference,
+        bridge=bridge,
+        store=store,
+        collector=collector,
+        evaluator=evaluator,
+        log=log,
+        progress=progress,
+        stop=stop,
+    )
+
+
+def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack) -> Future[RolloutEngine]:
+    """The engine starts in a thread, while this one builds the policy."""
+    extension = WORKER_EXTENSION if config.rollout.engine == "vllm" else None
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+    future = thread.submit(
+        make_engine, config.rollout, model_path=config.model.path, device=state.device.type, worker_extension=extension
+    )
+    thread.shutdown(wait=False)
+    parts.callback(lambda: future.exception() is None and future.result().close())
+    return future
+
+
+def _main_parts(
+    config: RunConfig, engine: RolloutEngine, progress: Progress, parts: ExitStack
+) -> tuple[Collector, Evaluator | None, RunLog]:
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    prompts = load_prompts(config.data, tokenizer)
+    sampler = PromptSampler(len(prompts), config.run.seed)
+    if progress.sampler:
+        sampler.restore(progress.sampler)
+    scorer = RewardScorer(config.rewards, max_tokens=config.sampling.max_tokens)
+    collector = Collector(
+        prompts=prompts,
+        sampler=sampler,
+        engine=engine,
+        scorer=scorer,
+        sampling=config.sampling,
+        batch=config.batch,
+        round=config.round,
+        advantage=config.objective.advantage,
+        examples=config.monitor.rollout_samples,
+    )
+    parts.callback(collector.close)
+    return collector, _make_evaluator(config, engine, scorer, tokenizer), _open_log(config, progress)
+
+
+def _make_evaluator(config: RunConfig, engine: RolloutEngine, scorer: RewardScorer, tokenizer: Any) -> Evaluator | None:
+    if config.evaluation.data is None:
+        return None
+    prompts = load_prompts(config.evaluation.data, tokenizer)
+    return Evaluator(config.evaluation, prompts=prompts, engine=engine, scorer=scorer, sampling=config.sampling)
+
+
+def _open_log(config: RunConfig, progress: Progress) -> RunLog:
+    return RunLog(
+        config.monitor, config.run.directory, run=to_plain(config), total_steps=config.run.rounds, resume=progress.log
+    )
+
+
+def _say_goodbye(config: RunConfig, finished: bool) -> None:
+    directory = Path(config.run.directory).resolve()
+    if finished and config.monitor.report:
+        logger.info("done; the report of the run: %s", write_report([directory], directory / "report.html").as_uri())
+    elif finished:
+        logger.info("done; the record of the run: %s", directory)
+    else:
+        logger.info("stopped and saved; the same command goes on with the run in %s", directory)

@@ -1,0 +1,60 @@
+"""Megatron's shards as a stream of whole Hugging Face tensors on rank 0, one parameter in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from pmpo_megatron.hf.mapping import local_name
+from pmpo_megatron.model.policy import Policy
+from pmpo_megatron.parallel.collectives import gather_objects, gather_tensor
+from pmpo_megatron.parallel.liveness import naming_ranks
+
+
+class WeightSource:
+    """Streams a policy's weights. Collective: every rank iterates, in step.
+
+    Each parameter is gathered over its tensor-parallel group on the pipeline stage that owns it, by the first data- and
+    context-parallel replica, and sent to rank 0.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.state = policy, policy.state
+        self.parameters = {local_name(name): parameter for name, parameter in policy.named_parameters()}
+        mine = (self.state.dp_rank, self.state.cp_rank, self.state.tp_rank, set(self.parameters))
+        ranks = gather_objects(mine, self.state)
+        # The global rank that holds tensor-parallel piece 0 of each parameter, in the first replica.
+        self.owner = {
+            entry.megatron: next(
+                r for r, (dp, cp, tp, names) in enumerate(ranks) if dp == cp == tp == 0 and entry.megatron in names
+            )
+            for entry in policy.mapping.entries
+        }
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor on CPU) on rank 0; nothing on other ranks, which take part until the end all the same."""
+        first_replica = self.state.dp_rank == self.state.cp_rank == 0
+        for entry in self.policy.mapping.entries:
+            owner = self.owner[entry.megatron]
+            whole = None
+            if first_replica and entry.megatron in self.parameters:
+                shard = self.parameters[entry.megatron].detach()
+                pieces = [shard] if entry.tensor_parallel_dim is None else gather_tensor(shard, self.state.tp_group)
+                if self.state.rank == owner:
+                    whole = entry.unshard(pieces).cpu()
+            if owner != 0:
+                whole = self._send_to_main(entry, whole, owner)
+            if self.state.rank == 0:
+                yield from zip(entry.hf, entry.split(whole), strict=True)
+
+    def _send_to_main(self, entry, whole: torch.Tensor | None, owner: int) -> torch.Tensor | None:
+        with naming_ranks(f"sending {entry.megatron} to rank 0"):
+            if self.state.rank == owner:
+                dist.send(whole.contiguous(), 0, group=self.state.control_group)
+            elif self.state.rank == 0:
+                dtype = next(iter(self.parameters.values())).dtype
+                whole = torch.empty(entry.full_shape, dtype=dtype)
+                dist.recv(whole, owner, group=self.state.control_group)
+        return whole

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: complete or absent, checked before they are used."""

@@ -1,0 +1,16 @@
+"""When checkpoints are written, and how many are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pmpo_megatron.config import Section, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """When checkpoints are written, and how many are kept. They go to ``checkpoints`` in the run's directory."""
+
+    every_rounds: int = setting(10, "rounds between checkpoints; one more at the end, and when the run is stopped", minimum=1)
+    keep: int = setting(2, "newest checkpoints kept; at least 2, so that a damaged one has a predecessor", minimum=2)
+    resume: bool = setting(True, "go on from the newest whole checkpoint in the run's directory, if there is one")

@@ -1,0 +1,41 @@
+"""Held-out problems, answered by the rollout engine and scored: the periodic evaluation inside a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pmpo_megatron.collector import score_groups
+from pmpo_megatron.data.prompts import PromptSet
+from pmpo_megatron.monitor import Distribution, Mean, Metric
+from pmpo_megatron.rewards import RewardScorer
+from pmpo_megatron.rollout.engine import RolloutEngine, SamplingConfig
+from pmpo_megatron.run_config import EvaluationConfig
+
+
+class Evaluator:
+    """Scores the engine's present weights on the same held-out problems every time."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        *,
+        prompts: PromptSet,
+        engine: RolloutEngine,
+        scorer: RewardScorer,
+        sampling: SamplingConfig,
+    ) -> None:
+        self.prompts = [prompts[index] for index in range(min(len(prompts), config.max_problems))]
+        self.engine, self.scorer = engine, scorer
+        self.sampling = replace(sampling, samples_per_prompt=config.samples, temperature=config.temperature, top_p=1.0, top_k=0)
+
+    def evaluate(self, round_index: int) -> dict[str, Metric]:
+        """Accuracy and length before round ``round_index``.
+
+        The engine sees a negative round number: seeds and recorded rollouts of evaluations are apart from training's.
+        """
+        groups = score_groups(self.engine.generate(self.prompts, self.sampling, round_index=-1 - round_index), self.scorer)
+        lengths = [len(rollout.token_ids) for group in groups for rollout in group.group.rollouts]
+        return {
+            "eval/accuracy_mean": Mean.of([sum(group.rewards) / len(group.rewards) for group in groups]),
+            "eval/length": Distribution(lengths),
+        }

@@ -1,0 +1,86 @@
+"""What every command needs before it starts: the rank's environment, logging, signals and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+
+from pmpo_megatron.errors import ConfigError, PmpoError
+
+logger = logging.getLogger(__name__)
+
+EXIT_CONFIG = 2  # the user's input is wrong; nothing was started
+EXIT_FAILED = 1
+
+
+class StopRequest:
+    """True once SIGTERM, SIGINT or SIGUSR1 (Slurm's warning) asks the run to save and exit; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def install(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        return self
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+        logger.warning("%s: saving and stopping at the next safe point", self.signal)
+
+
+def rank_environment() -> tuple[int, int]:
+    """(rank, world size) as torchrun set them; without torchrun this becomes a run of one process.
+
+    Raises:
+        ConfigError: only some of torchrun's variables are set.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if len(missing) == len(names) or set(missing) == set(names) - {"MASTER_ADDR", "MASTER_PORT"}:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    elif missing:
+        raise ConfigError("environment", f"{', '.join(missing)} not set; start with torchrun, or without any of {names}")
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def set_up_logging(rank: int) -> None:
+    """Rank 0 says what happens; the others speak up with warnings only, and say who they are."""
+    who = "" if rank == 0 else f"rank {rank}: "
+    logging.basicConfig(
+        level=logging.WARNING, format=f"%(asctime)s {who}%(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    logging.getLogger("pmpo_megatron").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """``command()`` with errors turned into messages: a user's mistake gets one line, a defect its traceback."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return command() or 0
+    except ConfigError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_CONFIG
+    except PmpoError as error:
+        print(f"error (rank {rank}): {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except Exception:
+        print(f"error (rank {rank}):\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return EXIT_FAILED

@@ -1,0 +1,123 @@
+"""Everything about a run that can be checked before any process group, engine or GPU exists."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+from pmpo_megatron.data.prompts import DataConfig, read_rows
+from pmpo_megatron.errors import ConfigError, PmpoError
+from pmpo_megatron.hf.shape import ModelShape, read_shape
+from pmpo_megatron.model.architecture import check_layout
+from pmpo_megatron.parallel.shards import sequence_multiple
+from pmpo_megatron.rewards.functions import find_function
+from pmpo_megatron.run_config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+def check_run(config: RunConfig, world_size: int) -> list[str]:
+    """Checks files, layout, batch arithmetic and lengths; returns lines that describe the run.
+
+    Raises:
+        PmpoError: something is wrong; the message names the field and what would be right.
+    """
+    data_parallel = _in_section("parallel", lambda: config.parallel.data_parallel_size(world_size))
+    shape = read_shape(config.model.path)
+    check_layout(shape, config.parallel)
+    _check_lengths(config, shape)
+    _check_objective(config)
+    for name in config.rewards.functions:
+        _in_section("rewards", lambda name=name: find_function(name))
+    lines = [_describe_model(config, shape), _describe_layout(config, world_size, data_parallel), _describe_batch(config)]
+    lines.append(_check_data("data", config.data))
+    if config.evaluation.data is not None:
+        lines.append(_check_data("evaluation.data", config.evaluation.data))
+    if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
+        raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
+    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError("rollout.engine", "vllm is not installed; see the README for the requirements")
+    return lines
+
+
+def _in_section(section: str, call):
+    try:
+        return call()
+    except ConfigError as error:
+        raise error.within(section) from None
+
+
+def _check_lengths(config: RunConfig, shape: ModelShape) -> None:
+    multiple = sequence_multiple(config.parallel)
+    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    padded = -(-longest // multiple) * multiple
+    if padded > config.batch.max_tokens_per_micro_batch:
+        raise ConfigError(
+            "batch.max_tokens_per_micro_batch",
+            f"{config.batch.max_tokens_per_micro_batch} is less than the longest trajectory: data.max_prompt_tokens "
+            f"{config.data.max_prompt_tokens} + sampling.max_tokens {config.sampling.max_tokens}, padded to {padded}",
+        )
+    limit = config.rollout.max_model_len or shape.max_position_embeddings
+    if limit is not None and longest > limit:
+        name = "rollout.max_model_len" if config.rollout.max_model_len else f"{config.model.path}: max_position_embeddings"
+        raise ConfigError(
+            "sampling.max_tokens",
+            f"prompt {config.data.max_prompt_tokens} + response {config.sampling.max_tokens} = {longest} tokens, above {name} "
+            f"= {limit}",
+        )
+
+
+def _check_objective(config: RunConfig) -> None:
+    if config.sampling.temperature == 0:
+        raise ConfigError("sampling.temperature", "0 gives every response of a group the same text: nothing to learn from")
+    if config.sampling.samples_per_prompt < 2:
+        raise ConfigError("sampling.samples_per_prompt", "must be at least 2: an advantage compares responses to one prompt")
+    if config.sampling.top_p < 1 or config.sampling.top_k:
+        logger.warning("sampling.top_p and top_k: the engine's log-probs are of the cut distribution, the trainer's are not")
+    if config.round.asynchronous and config.objective.importance == "none":
+        logger.warning("round.asynchronous without objective.importance: one-round-old rollouts are not corrected for")
+
+
+def _check_data(name: str, data: DataConfig) -> str:
+    """One line about the source; every line of a local file is read."""
+    if data.source != "arithmetic" and Path(data.source).suffix not in (".jsonl", ".json", ".parquet"):
+        return f"{name}: {data.source} [{data.split}], a Hugging Face data set: not opened before the start"
+    try:
+        count = 0
+        for where, row in read_rows(data):
+            count += 1
+            for field in (data.problem_field, data.answer_field):
+                if row.get(field) is None:
+                    raise ConfigError(f"{name}.source", f"{where}: no field {field!r}; it has {', '.join(row)}")
+    except ConfigError:
+        raise
+    except PmpoError as error:
+        raise ConfigError(f"{name}.source", str(error)) from None
+    return f"{name}: {data.source}, {count} problems"
+
+
+def _describe_model(config: RunConfig, shape: ModelShape) -> str:
+    return (
+        f"model: {config.model.path}, {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
+        f"vocabulary {shape.vocab_size}"
+    )
+
+
+def _describe_layout(config: RunConfig, world_size: int, data_parallel: int) -> str:
+    parallel = config.parallel
+    return (
+        f"layout: {world_size} processes = tensor {parallel.tensor} * pipeline {parallel.pipeline} * context "
+        f"{parallel.context} * data {data_parallel}; rollouts: {config.rollout.engine}, tensor {config.rollout.tensor_parallel}"
+    )
+
+
+def _describe_batch(config: RunConfig) -> str:
+    batch = config.batch
+    trajectories = batch.prompts_per_round * config.sampling.samples_per_prompt
+    return (
+        f"batch: {config.run.rounds} rounds of {batch.prompts_per_round} prompts * {config.sampling.samples_per_prompt} "
+        f"responses = {trajectories} trajectories, {batch.steps_per_round} optimizer steps of "
+        f"{trajectories // batch.steps_per_round} each; objective: rule {config.objective.rule}, clip "
+        f"{config.objective.clip_level} [{config.objective.log_bounds[0]:g}, {config.objective.log_bounds[1]:g}] in log space"
+    )

@@ -1,0 +1,77 @@
+"""``pmpo-train``: reads a configuration, checks it, starts the parts and runs the trainer."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from pmpo_megatron.config import apply_overrides, build, describe, read_yaml, to_plain
+from pmpo_megatron.launch import StopRequest, rank_environment, run_command, set_up_logging
+from pmpo_megatron.run_checks import check_run
+from pmpo_megatron.run_config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="pmpo-train",
+        description="Trains a model with PMPO (arXiv 2601.22521) on Megatron-Core with vLLM rollouts.",
+        epilog="Several processes: torchrun --nproc-per-node N -m pmpo_megatron.train --config run.yaml key.path=value ... "
+        "A run that stopped goes on when the same command is given again.",
+    )
+    parser.add_argument("--config", type=Path, help="YAML file with a section per concern")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of one field, read as YAML")
+    parser.add_argument("--print-config", action="store_true", help="print every field with default and meaning, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked without starting")
+    parser.add_argument("--world-size", type=int, help="processes to assume for --dry-run (default: torchrun's, or 1)")
+    return parser.parse_args(arguments)
+
+
+def load_config(options: argparse.Namespace) -> RunConfig:
+    values = read_yaml(options.config) if options.config else {}
+    return build(RunConfig, apply_overrides(values, options.overrides))
+
+
+def print_config(options: argparse.Namespace) -> None:
+    """The reference without a file; with one, the values that a run of it would use."""
+    if options.config:
+        print(yaml.safe_dump(to_plain(load_config(options)), sort_keys=False), end="")
+        return
+    for name, kind, default, meaning in describe(RunConfig):
+        print(f"{name}: {default}  # {kind}. {meaning}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``pmpo-train``; returns the exit code: 0 done or stopped on request, 2 bad input, 1 failed."""
+    return run_command(lambda: command(parse(arguments)))
+
+
+def command(options: argparse.Namespace) -> int:
+    if options.print_config:
+        print_config(options)
+        return 0
+    config = load_config(options)
+    if options.dry_run:
+        world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        for line in check_run(config, world_size):
+            print(line)
+        print("dry run: nothing wrong found")
+        return 0
+    rank, world_size = rank_environment()
+    set_up_logging(rank)
+    stop = StopRequest().install()
+    for line in check_run(config, world_size):
+        logger.info("%s", line)
+    from pmpo_megatron.assembly import run  # imports Megatron and vLLM's client: not needed to check or to print
+
+    return run(config, stop)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,204 @@
+"""A run, as its pipeline: rollouts, old log-probs, optimizer steps on the objective, new weights into the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pmpo_megatron.bridge.sync import WeightBridge
+from pmpo_megatron.checkpoint.store import CheckpointStore
+from pmpo_megatron.collector import Collector, RoundBatch
+from pmpo_megatron.data.packing import pack
+from pmpo_megatron.evaluation import Evaluator
+from pmpo_megatron.guards import check_mismatch, check_step, dump_step
+from pmpo_megatron.mini_batches import split_into_steps, weigh
+from pmpo_megatron.model.policy import Policy
+from pmpo_megatron.model.step import StepResult, TokenScores, optimizer_step, score
+from pmpo_megatron.monitor import Metric, PhaseTimer, RunLog
+from pmpo_megatron.parallel.collectives import any_rank, broadcast_object
+from pmpo_megatron.parallel.shards import sequence_multiple
+from pmpo_megatron.round_metrics import measure_mismatch, step_metrics, trajectory_record
+from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.types import MicroBatch, Sample
+
+logger = logging.getLogger(__name__)
+Scores = list[TokenScores | None]
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds beside the weights, the optimizer and the random states."""
+
+    round: int = 0  # the next round
+    policy_version: int = 0  # rounds whose updates the policy has seen
+    skipped_in_a_row: int = 0  # optimizer steps
+    evaluated: int = -1  # the last round that was evaluated before
+    sampler: dict[str, Any] = field(default_factory=dict)
+    log: dict[str, Any] | None = None  # RunLog.cursor()
+
+
+class Trainer:
+    """Runs rounds. Every rank has one; what only rank 0 owns (collector, evaluator, log) is None elsewhere."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        policy: Policy,
+        reference: Policy | None,
+        bridge: WeightBridge,
+        store: CheckpointStore,
+        collector: Collector | None,
+        evaluator: Evaluator | None,
+        log: RunLog | None,
+        progress: Progress,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.config, self.policy, self.reference, self.bridge, self.store = config, policy, reference, bridge, store
+        self.collector, self.evaluator, self.log, self.progress, self.stop = collector, evaluator, log, progress, stop
+        self.state, self.temperature = policy.state, config.sampling.temperature
+        self.timer = PhaseTimer()
+        self.pushed: int | None = None
+
+    def run(self) -> bool:
+        """Rounds until the configured number or until someone asks to stop; saved either way. True if all were run."""
+        while self.progress.round < self.config.run.rounds:
+            batch = self.collect()
+            if batch is None or self.train_round(batch):
+                break
+        finished = self.progress.round >= self.config.run.rounds
+        if finished:
+            self.push_weights()
+            self.evaluate()
+        self.save(required=True)
+        return finished
+
+    def train_round(self, batch: RoundBatch) -> bool:
+        """One round on ``batch``; True if the run should stop."""
+        steps = self.pack(batch)
+        with self.timer.phase("old_log_probs"):
+            old = [score(self.policy, micro_batches, temperature=self.temperature) for micro_batches in steps]
+            reference = [self.score_reference(micro_batches) for micro_batches in steps]
+        mismatch = check_mismatch(
+            measure_mismatch(steps, old, self.config.objective.log_bounds, self.state), self.config.guards, batch.round_index
+        )
+        with self.timer.phase("train"):
+            results = [self.step(index, *inputs) for index, inputs in enumerate(zip(steps, old, reference, strict=True))]
+        self.progress.policy_version += 1
+        self.progress.round += 1
+        self.progress.sampler = batch.sampler_state
+        self.record(batch, results, mismatch)
+        if self.store.due(self.progress.round):
+            self.save()
+        return any_rank(self.stop(), self.state)
+
+    def collect(self) -> RoundBatch | None:
+        """The round's batch on every rank; None if someone asked to stop before it was complete.
+
+        Asynchronous: the batch was generated while the round before trained, so its policy is one round older; now the
+        engine is idle, gets the newest weights, and begins with the next round's.
+        """
+        ahead = self.config.round.asynchronous and self.pushed is not None
+        if not ahead:
+            self.push_weights()
+            self.evaluate()
+        batch = None
+        with self.timer.phase("rollouts"):
+            if self.collector is not None:
+                batch = self.collector.collect(self.progress.round, stop=self.stop)
+            batch = broadcast_object(batch, self.state)
+        if batch is None:
+            return None
+        if self.config.round.asynchronous and self.progress.round + 1 < self.config.run.rounds:
+            if ahead:
+                self.push_weights()
+                self.evaluate()
+            if self.collector is not None:
+                self.collector.start(self.progress.round + 1)
+        return batch
+
+    def pack(self, batch: RoundBatch) -> list[list[MicroBatch]]:
+        """This data-parallel rank's micro-batches of every optimizer step; every rank computes the same split."""
+        parallel, sizes = self.config.parallel, self.config.batch
+        shares = split_into_steps(
+            batch.samples, steps=sizes.steps_per_round, seed=self.config.run.seed, round_index=batch.round_index
+        )
+        return [
+            pack(
+                self.weigh(samples),
+                max_tokens=sizes.max_tokens_per_micro_batch,
+                data_parallel_size=self.state.dp_size,
+                sequence_multiple=sequence_multiple(parallel),
+                micro_batch_multiple=self.state.pp_size if parallel.virtual_pipeline else 1,
+            )[self.state.dp_rank]
+            for samples in shares
+        ]
+
+    def weigh(self, samples: Sequence[Sample]) -> list[Sample]:
+        return weigh(
+            samples,
+            kind=self.config.objective.trajectory_weight,
+            max_length=self.config.sampling.max_tokens,
+            mask_truncated=self.config.batch.mask_truncated,
+        )
+
+    def score_reference(self, micro_batches: Sequence[MicroBatch]) -> Scores | None:
+        return score(self.reference, micro_batches, temperature=self.temperature) if self.reference is not None else None
+
+    def step(self, index: int, micro_batches: list[MicroBatch], old: Scores, reference: Scores | None) -> StepResult:
+        """One optimizer step; a non-finite one is skipped, counted and written to disk, and too many in a row end the run."""
+        result = optimizer_step(
+            self.policy,
+            micro_batches,
+            old,
+            objective=self.config.objective,
+            progress=self.progress.round / self.config.run.rounds,
+            temperature=self.temperature,
+            reference_log_probs=reference,
+        )
+        self.progress.skipped_in_a_row = 0 if result.applied else self.progress.skipped_in_a_row + 1
+        if not result.applied:
+            name = f"round-{self.progress.round:08d}-step-{index:03d}"
+            dump_step(Path(self.config.run.directory) / "skipped", name, micro_batches, old, reference, result, self.state)
+            check_step(result, self.progress.skipped_in_a_row, self.config.guards, name)
+        return result
+
+    def push_weights(self) -> None:
+        """The policy's weights into the engine, which is idle; nothing to do where it has them."""
+        if self.pushed == self.progress.policy_version:
+            return
+        with self.timer.phase("push_weights"):
+            self.bridge.push(self.progress.policy_version)
+        self.pushed = self.progress.policy_version
+
+    def evaluate(self) -> None:
+        """Held-out accuracy with the weights that the engine holds, where one is due before this round."""
+        done, last = self.progress.round, self.config.run.rounds
+        if done == self.progress.evaluated or (done % self.config.evaluation.every_rounds and done != last):
+            return
+        self.progress.evaluated = done
+        with self.timer.phase("evaluation"):
+            if self.evaluator is not None:
+                self.log.log(done, self.evaluator.evaluate(done))
+            broadcast_object(None, self.state)  # the others wait here, not in a collective of the next phase
+
+    def record(self, batch: RoundBatch, results: list[StepResult], mismatch: dict[str, Metric]) -> None:
+        """Metrics of a finished round, on rank 0."""
+        times = self.timer.take()
+        if self.log is None:
+            return
+        metrics = batch.metrics | step_metrics(results) | mismatch | times
+        metrics["throughput/tokens_per_s"] = sum(s.num_tokens for s in batch.samples) / times["time/total_s"]
+        metrics["rollout/staleness"] = float(self.progress.policy_version - 1 - batch.samples[0].policy_version)
+        record = trajectory_record(results, batch.samples)
+        self.log.log(self.progress.round, metrics, trajectories=record, rollouts=batch.examples)
+
+    def save(self, *, required: bool = False) -> None:
+        """Everything that the run needs to go on exactly from here."""
+        with self.timer.phase("checkpoint"):
+            if self.log is not None:
+                self.progress.log = self.log.cursor()
+            self.store.save(self.progress.round, asdict(self.progress), required=required)
