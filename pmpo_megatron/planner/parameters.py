@@ -12,8 +12,8 @@ import functools
 import math
 from dataclasses import dataclass
 
-from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.shape import ModelShape
+from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.state import ParallelConfig
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2}
@@ -28,19 +28,9 @@ class Parameter:
     shared_embedding: bool = False
 
 
-def check_split(shape: ModelShape, parallel: ParallelConfig) -> None:
-    """Raises ConfigError if the model cannot be split as asked; names the setting and what would be right."""
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if getattr(shape, name) % parallel.tensor:
-            raise ConfigError("parallel.tensor", f"{parallel.tensor} must divide the model's {name} = {getattr(shape, name)}")
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    if shape.num_layers % stages:
-        raise ConfigError("parallel.pipeline", f"{stages} stages must divide the model's {shape.num_layers} layers")
-
-
 def chunk_parameters(shape: ModelShape, parallel: ParallelConfig, *, stage: int, chunk: int = 0) -> list[Parameter]:
     """The parameters of model chunk ``chunk`` on pipeline stage ``stage``, in the order of Megatron's module."""
-    check_split(shape, parallel)
+    check_layout(shape, parallel)
     chunks = parallel.virtual_pipeline or 1
     first = stage == 0 and chunk == 0
     last = stage == parallel.pipeline - 1 and chunk == chunks - 1

@@ -1,20 +1,30 @@
-"""The planner's bytes of parameters, gradients and optimizer states equal what Megatron allocates, on every rank."""
+"""The planner's bytes equal what Megatron allocates and what autograd keeps, on every rank of real processes."""
 
 import pytest
 
 from pmpo_megatron.hf.shape import read_shape
 from pmpo_megatron.parallel.state import ParallelConfig
+from pmpo_megatron.planner.activations import ActivationModel
 from pmpo_megatron.planner.parameters import chunk_parameters, state_bytes, total_parameters
 from tests.distributed.harness import run_ranks
+from tests.distributed.planner_worker import BOUNDARIES, TOKENS
 from tests.tiny_models import save_tiny_model
 
 LAYOUTS = {
-    "one": (1, {}),
-    "dp2": (2, {}),
-    "cp2": (2, {"context": 2}),
-    "tp2": (2, {"tensor": 2, "sequence_parallel": True}),
-    "pp2-interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
-    "pp2-dp2": (4, {"pipeline": 2}),
+    1: [{}],
+    2: [
+        {},
+        {"context": 2},
+        {"tensor": 2},
+        {"tensor": 2, "sequence_parallel": True},
+        {"pipeline": 2},
+        {"pipeline": 2, "virtual_pipeline": 2},
+    ],
+    4: [
+        {"pipeline": 2},
+        {"tensor": 2, "sequence_parallel": True, "pipeline": 2},
+        {"tensor": 2, "context": 2, "sequence_parallel": True},
+    ],
 }
 KINDS = ("qwen2-tied", "qwen2", "qwen3-tied", "llama3-tied")
 
@@ -24,33 +34,51 @@ def models(tmp_path_factory):
     return [save_tiny_model(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_bytes_are_what_megatron_allocates(models, layout):
-    world_size, options = LAYOUTS[layout]
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_bytes_are_what_megatron_and_autograd_hold(models, world_size):
     cases = [
         {"path": str(path), "dtype": dtype, "distributed": distributed}
         for path in models
-        for dtype in ("float32", "bfloat16")
-        for distributed in (True, False)
+        for dtype, distributed in (("float32", True), ("bfloat16", True), ("bfloat16", False))
     ]
-    parallel = ParallelConfig(**options)
-    for measured in run_ranks(world_size, "tests.distributed.planner_worker:measure", options, cases):
-        for case, found in zip(cases, measured, strict=True):
-            shape = read_shape(case["path"])
-            for chunk, real in enumerate(found["parameters_by_name"]):
-                expected = chunk_parameters(shape, parallel, stage=found["stage"], chunk=chunk)
-                assert [(p.name, p.numel) for p in expected] == real, case
-            planned = state_bytes(
-                shape,
-                parallel,
-                stage=found["stage"],
-                replicas=found["replicas"],
-                replica=found["replica"],
-                dtype=case["dtype"],
-                distributed=case["distributed"],
-            )
-            for what in ("parameters", "gradients", "optimizer"):
-                assert found[what] == getattr(planned, what), (what, case)
+    kept = [{"path": str(path), "recompute": r} for path in models for r in ("none", "selective", "full")]
+    layouts = LAYOUTS[world_size]
+    for found in run_ranks(world_size, "tests.distributed.planner_worker:measure", layouts, cases, kept):
+        for options, measured in zip(layouts, found, strict=True):
+            parallel = ParallelConfig(**options)
+            for case, real in zip(cases, measured["states"], strict=True):
+                check_states(case, parallel, real)
+            for case, real in zip(kept, measured["activations"], strict=False):
+                assert expected_activations(case, parallel) == real, (case, options)
+            assert len(measured["activations"]) == (len(kept) if parallel.pipeline * parallel.context == 1 else 0)
+
+
+def check_states(case, parallel, real):
+    shape = read_shape(case["path"])
+    for chunk, names in enumerate(real["parameters_by_name"]):
+        expected = chunk_parameters(shape, parallel, stage=real["stage"], chunk=chunk)
+        assert [(p.name, p.numel) for p in expected] == names, case
+    planned = state_bytes(
+        shape,
+        parallel,
+        stage=real["stage"],
+        replicas=real["replicas"],
+        replica=real["replica"],
+        dtype=case["dtype"],
+        distributed=case["distributed"],
+    )
+    for what in ("parameters", "gradients", "optimizer"):
+        assert real[what] == getattr(planned, what), (what, case)
+
+
+def expected_activations(case, parallel):
+    """Of our own layers in float32: the planner's count, and what does not grow with layers."""
+    shape = read_shape(case["path"])
+    model = ActivationModel(shape, parallel, case["recompute"], item=4, fused=False)
+    kept = TOKENS * (shape.num_layers * model.layer_kept() + model.ends_kept(last=True))
+    angles = BOUNDARIES[1] * shape.head_dim * 4 if case["recompute"] == "full" else 0  # an argument of every layer
+    log_sums = 2 * TOKENS * 4  # log-sum-exp and mean logit of every token
+    return kept + angles + log_sums
 
 
 def test_total_is_the_checkpoints(models):

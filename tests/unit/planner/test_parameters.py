@@ -76,7 +76,7 @@ def test_adam_and_master_weights_cost_twelve_bytes_shared_over_the_replicas():
     ("options", "message"),
     [
         ({"tensor": 8}, "8 must divide the model's num_attention_heads = 28"),
-        ({"pipeline": 3}, "3 stages must divide the model's 28 layers"),
+        ({"pipeline": 3}, "must divide the model's 28 layers"),
     ],
 )
 def test_layouts_that_do_not_fit_the_model(options, message):

@@ -1,0 +1,54 @@
+"""What ``pmpo-train --dry-run`` says of memory and time."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.planner.hardware import GIB, Hardware, hardware_here
+from pmpo_megatron.planner.known_models import model_shape
+from pmpo_megatron.planner.parameters import state_bytes
+from pmpo_megatron.planner.run_plan import plan
+from pmpo_megatron.run_config import RunConfig
+
+
+def memory_report(config: RunConfig, world_size: int, hardware: Hardware | None = None) -> list[str]:
+    """Lines about the run's memory and time.
+
+    Estimates only inform; what is certain is an error: weights, gradients, optimizer states and vLLM's share alone are
+    more than a GPU has, or vLLM could not start.
+
+    Args:
+        hardware: None: this machine's GPUs, or H100s where it has none.
+
+    Raises:
+        ConfigError: the run cannot fit.
+    """
+    if config.run.device == "cpu" or (config.run.device == "auto" and hardware is None and not torch.cuda.is_available()):
+        return [_cpu_line(config, world_size)]
+    found = plan(config, world_size, hardware or hardware_here())
+    for gpu in found.gpus:
+        if gpu.certain > gpu.hardware.memory_gib * GIB:
+            raise ConfigError(
+                "parallel",
+                f"{gpu.name} needs {gpu.certain / GIB:.1f} GiB without any activations, and {gpu.hardware.name} has "
+                f"{gpu.hardware.memory_gib:.1f}; spread the model over more GPUs (tools/plan_run.py proposes a layout)",
+            )
+    return found.lines()
+
+
+def _cpu_line(config: RunConfig, world_size: int) -> str:
+    parallel, shape = config.parallel, model_shape(config.model.path)
+    common = dict(
+        replicas=world_size // (parallel.tensor * parallel.pipeline),
+        dtype=config.model.dtype.replace("auto", "float32"),
+        distributed=config.optimizer.distributed,
+    )
+    most = max(state_bytes(shape, parallel, stage=stage, **common).total for stage in range(parallel.pipeline))
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (
+        f"memory: on CPU; weights, gradients and optimizer states {most / GIB:.2f} GiB in each process, this machine has "
+        f"{here / GIB:.1f} GiB"
+    )

@@ -1,0 +1,130 @@
+"""Memory of the rollout engine (vLLM) on its GPUs, and how long a round of rollouts takes.
+
+vLLM allots itself ``gpu_memory_utilization`` of a GPU's whole memory; what weights and the largest forward pass leave of it
+is KV cache (vLLM documentation, "Engine Arguments" and "Conserving Memory"). Keys and values take 2 * layers * groups *
+head_dim elements per token (Kwon et al., arXiv 2309.06180, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pmpo_megatron.hf.shape import ModelShape
+from pmpo_megatron.planner.hardware import GIB, Hardware
+from pmpo_megatron.planner.parameters import total_parameters
+from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig
+
+ITEM_SIZE = {"auto": 2, "bfloat16": 2, "float32": 4}
+PREFILL_TOKENS = 16384  # tokens of the largest forward pass; vLLM's default for offline use on GPUs of 70 GiB and more
+CUDA_GRAPHS_GIB = 1.5  # an assumption; 0 with enforce_eager
+ALL_REDUCE_S = 15e-6  # an assumption: one small all-reduce inside a node
+
+
+@dataclass(frozen=True)
+class EngineBytes:
+    """On one of the engine's GPUs."""
+
+    weights: float
+    forward: float  # activations of the largest forward pass, logits of all requests, CUDA graphs
+    kv_cache: float
+    kv_per_token: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.forward + max(self.kv_cache, 0.0)
+
+    @property
+    def kv_tokens(self) -> int:
+        return max(0, int(self.kv_cache / self.kv_per_token))
+
+
+def engine_bytes(shape: ModelShape, rollout: RolloutConfig, hardware: Hardware) -> EngineBytes:
+    """What vLLM takes of each of its GPUs; a negative KV cache means that its share is too small."""
+    item, size = ITEM_SIZE[rollout.dtype], rollout.tensor_parallel
+    groups = max(1, math.ceil(shape.num_query_groups / size))  # vLLM repeats groups where there are fewer than GPUs
+    kv_per_token = 2 * shape.num_layers * groups * shape.head_dim * item
+    weights = item * total_parameters(shape) / size
+    logits = 3 * 4 * rollout.max_num_seqs * shape.vocab_size  # log-probs in float32, sorted or copied: an assumption
+    widest = PREFILL_TOKENS * item * (4 * shape.hidden_size + 3 * shape.ffn_hidden_size / size)
+    forward = max(logits, widest) + (0 if rollout.enforce_eager else CUDA_GRAPHS_GIB * GIB)
+    if rollout.kv_cache_gib is not None:
+        return EngineBytes(weights, forward, rollout.kv_cache_gib * GIB, kv_per_token)
+    share = rollout.gpu_memory_utilization * hardware.memory_gib * GIB
+    return EngineBytes(weights, forward, share - weights - forward, kv_per_token)
+
+
+def engine_problems(shape: ModelShape, rollout: RolloutConfig, found: EngineBytes, *, longest: int) -> list[str]:
+    """Why vLLM would not start, or not be able to answer ``longest`` tokens of prompt and response."""
+    size, problems = rollout.tensor_parallel, []
+    if shape.num_attention_heads % size or (shape.num_query_groups % size and size % shape.num_query_groups):
+        problems.append(
+            f"rollout.tensor_parallel: {size} must divide the model's {shape.num_attention_heads} heads and divide, or be "
+            f"a multiple of, its {shape.num_query_groups} key-value groups"
+        )
+    limit = rollout.max_model_len or shape.max_position_embeddings
+    if limit < longest:
+        problems.append(
+            f"rollout.max_model_len: {limit} is below the longest prompt and response, {longest} "
+            "(data.max_prompt_tokens + sampling.max_tokens)"
+        )
+    if limit > shape.max_position_embeddings:
+        problems.append(f"rollout.max_model_len: {limit} is above the model's {shape.max_position_embeddings} positions")
+    if found.kv_tokens < limit:
+        problems.append(
+            f"rollout.gpu_memory_utilization: the KV cache has room for {found.kv_tokens} tokens, and one request may need "
+            f"{limit} (weights {found.weights / GIB:.1f} GiB, forward pass {found.forward / GIB:.1f} GiB); raise it, raise "
+            "rollout.tensor_parallel, or lower rollout.max_model_len or rollout.max_num_seqs"
+        )
+    return problems
+
+
+@dataclass(frozen=True)
+class GenerationTime:
+    """How long the engine takes for a round's rollouts.
+
+    Attributes:
+        running: requests in one batch while there are enough of them.
+    """
+
+    seconds: float
+    running: int
+    tokens_per_s: float
+
+
+def generation_time(
+    shape: ModelShape,
+    rollout: RolloutConfig,
+    sampling: SamplingConfig,
+    found: EngineBytes,
+    hardware: Hardware,
+    *,
+    requests: int,
+    context: float,
+    response: float,
+) -> GenerationTime:
+    """A decoding step reads all weights and the KV cache of the running requests once (2309.06180 section 2.2: memory-bound).
+
+    Args:
+        context: mean tokens of a finished request with its prompt; half of the response is there on average.
+        response: mean tokens of a response.
+    """
+    mean_context = context - response / 2
+    running = max(1, min(requests, rollout.max_num_seqs, int(found.kv_tokens / max(1.0, mean_context))))
+    step = decoding_step(shape, rollout, found, hardware, running=running, context=mean_context)
+    alone = decoding_step(shape, rollout, found, hardware, running=1, context=mean_context)
+    full = requests * response / running * step
+    tail = max(0.0, sampling.max_tokens - response) * alone  # the longest response ends alone
+    return GenerationTime(full + tail, running, requests * response / (full + tail))
+
+
+def decoding_step(
+    shape: ModelShape, rollout: RolloutConfig, found: EngineBytes, hardware: Hardware, *, running: int, context: float
+) -> float:
+    """Seconds in which every running request gets one token."""
+    read = found.weights + running * context * found.kv_per_token
+    memory = read / (hardware.memory_bytes_per_s * hardware.decode_memory_efficiency)
+    flops = 2 * total_parameters(shape) / rollout.tensor_parallel * running
+    compute = flops / (hardware.peak_flops * hardware.matmul_efficiency)
+    reduce = 2 * shape.num_layers * ALL_REDUCE_S if rollout.tensor_parallel > 1 else 0.0
+    return max(memory, compute) + reduce + hardware.decode_overhead_s

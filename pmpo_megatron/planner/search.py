@@ -1,0 +1,95 @@
+"""Looks for the layout that trains fastest among those that fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.hf.shape import ModelShape
+from pmpo_megatron.model.architecture import check_layout
+from pmpo_megatron.parallel.shards import sequence_multiple
+from pmpo_megatron.parallel.state import ParallelConfig
+from pmpo_megatron.planner.hardware import Hardware
+from pmpo_megatron.planner.known_models import model_shape
+from pmpo_megatron.planner.run_plan import Plan, plan
+from pmpo_megatron.run_config import RunConfig
+
+RECOMPUTE = ("none", "selective", "full")
+LEAST_PIECE = 512  # tokens of a sequence on a context-parallel rank, below which splitting it cannot pay
+BUDGET_UNIT = 1024
+
+
+def best_layouts(
+    config: RunConfig, world_size: int, hardware: Hardware, *, sequence: float | None = None, count: int = 3
+) -> list[Plan]:
+    """The ``count`` fastest plans that fit, with another layout, micro-batch size or recomputation than ``config``'s.
+
+    Rollouts are left as they are; batch sizes too. Equal layouts appear once, with their best micro-batch.
+    """
+    shape = model_shape(config.model.path)
+    best: dict[ParallelConfig, Plan] = {}
+    for parallel in layouts(config, shape, world_size, hardware):
+        for candidate in _variants(config, parallel):
+            found = plan(candidate, world_size, hardware, sequence=sequence, shape=shape)
+            known = best.get(parallel)
+            if found.fits and (known is None or found.round.training < known.round.training):
+                best[parallel] = found
+    return sorted(best.values(), key=_preference)[:count]
+
+
+def _preference(found: Plan) -> float:
+    """Training time, where every doubling of the processes that share a model counts as 2% slower: smaller products."""
+    return found.round.training * (1 + 0.02 * math.log2(found.config.parallel.model_size))
+
+
+def layouts(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hardware) -> Iterator[ParallelConfig]:
+    """Every layout worth a look: tensor parallel inside a node, context parallel for long sequences only."""
+    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    for tensor in _powers_of_two(hardware.gpus_per_node):
+        for context in _powers_of_two(max(1, longest // LEAST_PIECE)):
+            for pipeline in range(1, shape.num_layers + 1):
+                if world_size % (tensor * context * pipeline):
+                    continue
+                for virtual in (None, 2, 4) if pipeline > 1 else (None,):
+                    parallel = replace(
+                        config.parallel,
+                        tensor=tensor,
+                        sequence_parallel=tensor > 1,
+                        context=context,
+                        pipeline=pipeline,
+                        virtual_pipeline=virtual,
+                    )
+                    if _possible(parallel, shape):
+                        yield parallel
+
+
+def _possible(parallel: ParallelConfig, shape: ModelShape) -> bool:
+    try:
+        check_layout(shape, parallel)
+    except ConfigError:
+        return False
+    return True
+
+
+def _variants(config: RunConfig, parallel: ParallelConfig) -> Iterator[RunConfig]:
+    """Micro-batches of one, two and four longest trajectories, and every kind of recomputation."""
+    multiple = sequence_multiple(parallel)
+    longest = -(-(config.data.max_prompt_tokens + config.sampling.max_tokens) // multiple) * multiple
+    for trajectories in (1, 2, 4):
+        budget = -(-longest * trajectories // BUDGET_UNIT) * BUDGET_UNIT
+        for recompute in RECOMPUTE:
+            yield replace(
+                config,
+                parallel=parallel,
+                model=replace(config.model, recompute=recompute),
+                batch=replace(config.batch, max_tokens_per_micro_batch=budget),
+            )
+
+
+def _powers_of_two(limit: int) -> Iterator[int]:
+    value = 1
+    while value <= limit:
+        yield value
+        value *= 2

@@ -1,0 +1,113 @@
+"""A plan as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pmpo_megatron.planner.hardware import GIB
+from pmpo_megatron.planner.memory import COLUMNS, GpuMemory
+from pmpo_megatron.planner.parameters import total_parameters
+from pmpo_megatron.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from pmpo_megatron.planner.run_plan import Plan
+
+
+def layout_text(config: RunConfig, world_size: int) -> str:
+    """Parallel layout, micro-batch and recomputation, in one line."""
+    parallel = config.parallel
+    interleaved = f" x{parallel.virtual_pipeline} interleaved" if parallel.virtual_pipeline else ""
+    return (
+        f"TP{parallel.tensor}{'+SP' if parallel.sequence_parallel else ''} PP{parallel.pipeline}{interleaved} "
+        f"CP{parallel.context} DP{parallel.data_parallel_size(world_size)}, micro-batches of "
+        f"{config.batch.max_tokens_per_micro_batch} tokens, recompute {config.model.recompute}"
+    )
+
+
+def plan_lines(found: Plan) -> list[str]:
+    size = total_parameters(found.shape) / 1e9
+    lines = [
+        f"plan: {found.config.model.path} ({size:.2f} billion parameters) on {found.world_size} x {found.hardware.name}",
+        f"layout: {layout_text(found.config, found.world_size)}",
+        *memory_table(found),
+    ]
+    lines += _engine_lines(found) + [_communication_line(found), *_time_lines(found)]
+    lines += [f"note: {note}" for note in found.notes] + [f"problem: {problem}" for problem in found.problems]
+    return [*lines, _limit_line(found), _verdict(found)]
+
+
+def memory_table(found: Plan) -> list[str]:
+    rows = [["GiB on the fullest GPU of", *COLUMNS]]
+    rows += [[gpu.name, *gpu.row()] for gpu in _without_repetition(found)]
+    return _table(rows)
+
+
+def _without_repetition(found: Plan) -> list[GpuMemory]:
+    """First and last stage and the fullest between them: middle stages differ in micro-batches in flight only."""
+    last = found.gpus[-1].stage
+    middle = [gpu for gpu in found.gpus if 0 < gpu.stage < last and not gpu.engine]
+    shown = max(middle, key=lambda gpu: gpu.total, default=None)
+    return [gpu for gpu in found.gpus if gpu.stage in (0, last) or gpu.engine or gpu is shown]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [row[0].ljust(widths[0]) + "".join(f"  {c.rjust(w)}" for c, w in zip(row[1:], widths[1:], strict=True)) for row in rows]
+
+
+def _engine_lines(found: Plan) -> list[str]:
+    engine, rollout = found.engine, found.config.rollout
+    if engine is None:
+        return ["rollouts: recorded ones"]
+    last = rollout.tensor_parallel - 1
+    where = f"GPUs 0-{last}" if last else "GPU 0"
+    lines = [
+        f"vLLM on {where} of the first node: weights {engine.weights / GIB:.1f} GiB, forward pass "
+        f"{engine.forward / GIB:.1f}, KV cache {max(engine.kv_cache, 0) / GIB:.1f} = {engine.kv_tokens} tokens, "
+        f"{engine.kv_tokens // found.load.longest} requests of the greatest length"
+    ]
+    if found.generation is not None:
+        lines.append(
+            f"rollouts: {found.generation.running} requests at once, {found.generation.tokens_per_s:.0f} response tokens/s"
+        )
+    return lines
+
+
+def _communication_line(found: Plan) -> str:
+    volume = found.step.communication
+    parts = [("tensor", volume.tensor), ("context", volume.context), ("pipeline", volume.pipeline), ("data", volume.data)]
+    sent = ", ".join(f"{name} {amount / GIB:.1f}" for name, amount in parts)
+    return f"sent by each GPU in an optimizer step, GiB: {sent}"
+
+
+def _time_lines(found: Plan) -> list[str]:
+    step, whole, steps = found.step, found.round, found.config.batch.steps_per_round
+    waiting = step.communication.model_seconds + step.communication.data_seconds
+    return [
+        f"optimizer step: {step.seconds:.1f} s for {found.load.trajectories} trajectories of {found.load.mean:.0f} tokens "
+        f"(assumed) in {found.load.work.micro_batches} micro-batches per data-parallel rank; "
+        f"{100 * waiting / step.seconds:.0f}% waiting for links, {100 * step.bubble / step.seconds:.0f}% idle in the pipeline",
+        f"round: {whole.seconds:.0f} s = rollouts {whole.rollouts:.0f}{' beside' if whole.asynchronous else ' +'} log-probs "
+        f"{whole.scoring:.0f} + {steps} steps {whole.steps:.0f} + weights into vLLM {whole.weights:.0f}"
+        " (estimates; the figures behind them are in planner/hardware.py)",
+    ]
+
+
+def _limit_line(found: Plan) -> str:
+    whole, fullest = found.round, found.fullest
+    phases = {
+        "rollouts": whole.rollouts,
+        "log-probs and optimizer steps": whole.training,
+        "moving weights into vLLM": whole.weights,
+    }
+    slowest = max(phases, key=phases.get)
+    share = 100 * phases[slowest] / max(whole.seconds, 1e-9)
+    return f"limits: memory by {fullest.largest()} on {fullest.name}; time by {slowest} ({min(share, 100):.0f}% of a round)"
+
+
+def _verdict(found: Plan) -> str:
+    spare = found.fullest.spare / GIB
+    if found.fits:
+        return f"fits, with {spare:.1f} GiB to spare on the fullest GPU"
+    return f"does not fit: {len(found.problems)} problem{'s' * (len(found.problems) > 1)}"
