@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -22,17 +21,26 @@ PAD, END = "<pad>", "<end>"
 ALPHABET = "0123456789+-*/=()., \n?:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\\{}$^_<>|"
 BATCH = 128
 LEARNING_RATE = 2e-3
+WARMUP = 50  # steps
+CHECK_EVERY = 20  # steps
+CHECK_BELOW = 0.25  # loss; above it no solution comes out right
+MAX_SOLUTION = 40  # tokens
 
 
 @dataclass(frozen=True)
 class TinyModelConfig:
-    """Sizes and training of the tiny model; the defaults leave it at about a third of the held-out problems."""
+    """Sizes and training of the tiny model.
+
+    The warm start ends as soon as the model solves ``target_accuracy`` of new problems when it samples, so that there is
+    something left to learn from rewards; at the latest after ``steps``.
+    """
 
     layers: int = 4
     hidden_size: int = 128
     heads: int = 4
     key_value_heads: int = 2
-    steps: int = 500
+    steps: int = 800
+    target_accuracy: float = 0.25
     seed: int = 0
 
 
@@ -85,29 +93,31 @@ def make_tiny_model(out: Path, config: TinyModelConfig) -> float:
 
 
 def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, config: TinyModelConfig) -> None:
-    """Supervised training on problem and answer, the loss on the answer alone; prints its progress."""
+    """Supervised training on problems and worked solutions, the loss on the solutions alone; prints its progress."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / 50) * _cosine(s / max(config.steps, 1))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / WARMUP))
     problems = make_problems(BATCH * config.steps, seed=config.seed)
-    started = time.monotonic()
-    for step in range(config.steps):
-        ids, labels = encode(problems[step * BATCH : (step + 1) * BATCH], tokenizer)
+    tests = make_problems(240, seed=config.seed + 1)
+    started, accuracy = time.monotonic(), 0.0
+    for step in range(1, config.steps + 1):
+        ids, labels = encode(problems[(step - 1) * BATCH : step * BATCH], tokenizer)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if (step + 1) % 100 == 0 or step + 1 == config.steps:
-            print(
-                f"warm start {step + 1}/{config.steps}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True
-            )
+        if step % CHECK_EVERY == 0 and loss < CHECK_BELOW:
+            accuracy = sampled_accuracy(model, tokenizer, tests)
+        if step % 50 == 0 or accuracy >= config.target_accuracy:
+            seconds = time.monotonic() - started
+            print(f"warm start: step {step}, loss {loss.item():.3f}, accuracy {accuracy:.2f}, {seconds:.0f} s", flush=True)
+        if accuracy >= config.target_accuracy:
+            return
 
 
 def encode(problems: list[Problem], tokenizer: transformers.PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, labels), int64 [batch, longest]; labels are -100 on the problem and on padding."""
-    rows = [(tokenizer.encode(p.text), tokenizer.encode(p.answer) + [tokenizer.eos_token_id]) for p in problems]
+    rows = [(tokenizer.encode(p.text), tokenizer.encode(p.solution) + [tokenizer.eos_token_id]) for p in problems]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = np.full((len(rows), longest), tokenizer.pad_token_id)
     labels = np.full((len(rows), longest), -100)
@@ -119,16 +129,12 @@ def encode(problems: list[Problem], tokenizer: transformers.PreTrainedTokenizerF
 
 @torch.no_grad()
 def sampled_accuracy(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, problems: list[Problem]) -> float:
-    """Share of ``problems`` answered right by one sample each at temperature 1."""
+    """Share of ``problems`` whose boxed answer is right in one sample each at temperature 1."""
     right = 0
     for length in sorted({len(p.text) for p in problems}):  # equal lengths need no padding
         group = [p for p in problems if len(p.text) == length]
         ids = torch.tensor([tokenizer.encode(p.text) for p in group])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=8)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=MAX_SOLUTION)
         answers = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-        right += sum(answer == problem.answer for answer, problem in zip(answers, group, strict=True))
+        right += sum(f"boxed{{{p.answer}}}" in answer for answer, p in zip(answers, group, strict=True))
     return right / len(problems)
-
-
-def _cosine(share: float) -> float:
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(share, 1.0)))

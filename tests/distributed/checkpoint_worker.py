@@ -1,0 +1,129 @@
+"""What the processes of test_checkpoint.py run."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pmpo_megatron.algo.objective import PRESETS
+from pmpo_megatron.bridge.source import WeightSource
+from pmpo_megatron.checkpoint.config import CheckpointConfig
+from pmpo_megatron.checkpoint.store import CheckpointStore
+from pmpo_megatron.errors import CheckpointError
+from pmpo_megatron.model.optimizer import OptimizerConfig
+from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.model.step import optimizer_step, score
+from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
+from tests.distributed.parity_worker import TEMPERATURE, micro_batches
+
+OPTIMIZER = OptimizerConfig(learning_rate=0.003, warmup_steps=3)
+
+
+class Run:
+    """A policy on one layout that takes the same optimizer steps on every layout."""
+
+    def __init__(self, path: str, root: str, layout: dict) -> None:
+        self.parallel = ParallelConfig(**layout)
+        self.state = initialize(self.parallel, device="cpu", seed=3)
+        self.policy = Policy.build(ModelConfig(path=path, log_prob_chunk=16), OPTIMIZER, self.parallel, self.state)
+        self.store = CheckpointStore(root, CheckpointConfig(keep=2), self.policy)
+
+    def train(self, steps: int) -> None:
+        multiple = self.parallel.pipeline * (self.parallel.virtual_pipeline or 0)
+        batches = micro_batches(self.state.dp_size, self.state.dp_rank, multiple)
+        for _ in range(steps):
+            old = score(self.policy, batches, temperature=TEMPERATURE)
+            for _ in range(2):
+                optimizer_step(self.policy, batches, old, objective=PRESETS["pmpo"], progress=0.0, temperature=TEMPERATURE)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Whole tensors by Hugging Face name on rank 0."""
+        return {name: tensor.clone() for name, tensor in WeightSource(self.policy)}
+
+    def random_numbers(self) -> list[float]:
+        return [float(torch.rand(())), float(np.random.random())]
+
+
+def save_and_go_on(path: str, root: str, layout: dict) -> dict:
+    """Two rounds, a save, two more: the reference for every continued run."""
+    run = Run(path, root, layout)
+    run.train(2)
+    assert run.store.save(2, {"round": 2, "note": "kept"}, required=True)
+    numbers = run.random_numbers()
+    saved = run.weights()
+    run.train(2)
+    found = {"saved": saved, "weights": run.weights(), "numbers": numbers, "updates": run.policy.scheduler.num_updates}
+    shut_down()
+    return found
+
+
+def go_on(path: str, root: str, layouts: list[dict]) -> list[dict]:
+    """For each layout: a fresh policy, the newest checkpoint, two more rounds."""
+    found = []
+    for layout in layouts:
+        run = Run(path, root, layout)
+        torch.rand(100), np.random.random(100)  # a resumed process has drawn other numbers
+        progress = run.store.load_latest()
+        loaded, numbers = run.weights(), run.random_numbers()
+        run.train(2)
+        found.append(
+            {
+                "progress": progress,
+                "loaded": loaded,
+                "weights": run.weights(),
+                "numbers": numbers,
+                "updates": run.policy.scheduler.num_updates,
+            }
+        )
+        shut_down(keep_world=True)
+    shut_down()
+    return found
+
+
+def retention(path: str, root: str) -> dict:
+    """Five saves with two kept; then a damaged newest one, then all damaged."""
+    run = Run(path, root, {})
+    assert run.store.save(0, {"round": 0}) and not Path(root).exists(), "nothing to save before the first update"
+    run.train(1)
+    for number in range(1, 6):
+        run.store.save(number, {"round": number}, required=True)
+    names = sorted(p.name for p in Path(root).iterdir())
+    newest = Path(root) / names[-1]
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    second = run.store.load_latest()
+    (Path(root) / names[0] / "progress.json").unlink()
+    try:
+        run.store.load_latest()
+        error = None
+    except CheckpointError as failure:
+        error = str(failure)
+    shut_down()
+    return {"names": names, "second": second, "error": error}
+
+
+def full_disk(path: str, root: str) -> dict:
+    """A save that the system refuses to write (a limit on file sizes stands for a full disk), and the state after it."""
+    run = Run(path, root, {})
+    run.train(1)
+    run.store.save(1, {"round": 1}, required=True)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    saved = run.store.save(2, {"round": 2})
+    try:
+        run.store.save(2, {"round": 2}, required=True)
+        error = None
+    except CheckpointError as failure:
+        error = str(failure)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    left = sorted(p.name for p in Path(root).iterdir())
+    again = run.store.save(3, {"round": 3})
+    progress = run.store.load_latest()
+    shut_down()
+    return {"saved": saved, "error": error, "left": left, "again": again, "progress": progress}

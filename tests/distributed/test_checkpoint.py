@@ -1,0 +1,78 @@
+"""Checkpoints on real process groups: exact on the same layout, right on every other, whole or absent."""
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_ranks
+from tests.tiny_models import save_tiny_model
+
+WORKER = "tests.distributed.checkpoint_worker"
+SAVED_ON = {"single": (1, {}), "tp2": (2, dict(tensor=2, sequence_parallel=True)), "dp2": (2, {})}
+PAIR = {
+    "tp2": dict(tensor=2, sequence_parallel=True),
+    "pp2": dict(pipeline=2),
+    "pp2-interleaved": dict(pipeline=2, virtual_pipeline=2),
+    "cp2": dict(context=2),
+    "dp2": {},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny_model("qwen2", tmp_path_factory.mktemp("model")))
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module", params=SAVED_ON)
+def saved(request, model, tmp_path_factory):
+    world_size, layout = SAVED_ON[request.param]
+    root = str(tmp_path_factory.mktemp("checkpoints"))
+    return request.param, root, run_ranks(world_size, f"{WORKER}:save_and_go_on", model, root, layout)
+
+
+class TestResume:
+    def test_every_layout_goes_on_where_the_run_was_saved(self, saved, model):
+        """Loaded weights are the saved bits; two rounds later only the layouts' rounding differs. Adam's second moments
+        of this optimizer make any loss of its state show: a fresh one is off by more than 1e-3."""
+        name, root, reference = saved
+        layouts = list(PAIR.values())
+        found = run_ranks(2, f"{WORKER}:go_on", model, root, layouts)
+        for layout, result in zip(PAIR, found[0], strict=True):
+            assert result["progress"] == {"round": 2, "note": "kept"}
+            assert largest_difference(result["loaded"], reference[0]["saved"]) == 0.0, (name, layout)
+            assert result["updates"] == reference[0]["updates"] == 8
+            assert largest_difference(result["weights"], reference[0]["weights"]) < 2e-4, (name, layout)
+
+    def test_the_same_layout_goes_on_bit_by_bit(self, saved, model):
+        name, root, reference = saved
+        world_size, layout = SAVED_ON[name]
+        found = run_ranks(world_size, f"{WORKER}:go_on", model, root, [layout])
+        assert largest_difference(found[0][0]["weights"], reference[0]["weights"]) == 0.0
+        assert [rank[0]["numbers"] for rank in found] == [rank["numbers"] for rank in reference], "random states"
+
+
+class TestIntegrity:
+    def test_only_whole_checkpoints_are_kept_and_used(self, model, tmp_path):
+        [found] = run_ranks(1, f"{WORKER}:retention", model, str(tmp_path / "c"))
+        assert found["names"] == ["round-00000004", "round-00000005"]
+        assert found["second"] == {"round": 4}, "the newest is damaged: the one before it is used"
+        assert "every checkpoint is damaged" in found["error"]
+
+    def test_a_full_disk_keeps_the_checkpoint_before(self, model, tmp_path):
+        [found] = run_ranks(1, f"{WORKER}:full_disk", model, str(tmp_path / "c"))
+        assert found["saved"] is False
+        assert "not saved" in found["error"] and "the checkpoints before it are intact" in found["error"]
+        assert found["left"] == ["round-00000001"]
+        assert found["again"] is True and found["progress"] == {"round": 3}
+
+
+def test_loading_does_not_need_the_random_states_file_of_every_rank(model, tmp_path):
+    """Saved by one process, loaded by two: told, not refused."""
+    root = str(tmp_path / "c")
+    run_ranks(1, f"{WORKER}:save_and_go_on", model, root, {})
+    found = run_ranks(2, f"{WORKER}:go_on", model, root, [{}])
+    assert torch.is_tensor(next(iter(found[0][0]["weights"].values())))
