@@ -82,6 +82,8 @@ def hf_to_megatron(hf: Path, out: Path, options: Options | None = None, *, allow
     mapping = Mapping(shape)
     weights = open_weights(hf, allow_pickle=allow_pickle)
     _check_weights(hf, weights, mapping, options)
+    dtypes = {name: options.stored_as(weights.info[name].dtype) for name in mapping.hf_shapes}
+    num_bytes = sum(_num_bytes(whole, dtypes[name]) for name, whole in mapping.hf_shapes.items())
     checksums: dict[str, int] = {}
     with output_directory(out, force=options.force, inputs=[hf], num_bytes=num_bytes) as partial:
         with closing(MegatronWriter(partial, num_layers=shape.num_layers)) as writer:

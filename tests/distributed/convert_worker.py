@@ -1,0 +1,90 @@
+"""What the processes of the conversion tests run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pmpo_megatron.algo.objective import PRESETS
+from pmpo_megatron.bridge.source import WeightSource
+from pmpo_megatron.checkpoint.config import CheckpointConfig
+from pmpo_megatron.checkpoint.store import CheckpointStore, load_sharded
+from pmpo_megatron.checkpoint.weights import load_model_weights
+from pmpo_megatron.data.packing import make_micro_batch
+from pmpo_megatron.errors import CheckpointError
+from pmpo_megatron.model.optimizer import OptimizerConfig
+from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.model.step import optimizer_step, score
+from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
+from tests.distributed.parity_worker import TEMPERATURE, micro_batches, samples
+
+
+def load_layouts(layouts: list[dict], cases: list[tuple[str, str, str]]) -> list[dict]:
+    """On each layout: a policy built from (other weights), then filled from the converted checkpoint.
+
+    Args:
+        cases: (name, Hugging Face directory with other weights of the same shape, converted checkpoint).
+
+    Returns:
+        For each layout {name: (shards by Megatron name, log-probs of the trajectories or None off the last stage)}.
+    """
+    found = []
+    for layout in layouts:
+        parallel = ParallelConfig(**layout)
+        state = initialize(parallel, device="cpu")
+        results = {"tp_rank": state.tp_rank}
+        for name, other, checkpoint in cases:
+            policy = Policy.build(ModelConfig(path=other), None, parallel, state)
+            load_model_weights(policy, checkpoint)
+            shards = {key: value.detach().clone() for key, value in policy.named_parameters()}
+            results[name] = shards, scores(policy)
+            load_sharded(policy, Path(checkpoint))  # what resumes a run accepts it, too
+            assert all(torch.equal(value, shards[key]) for key, value in policy.named_parameters()), name
+        found.append(results)
+        shut_down(keep_world=True)
+    shut_down()
+    return found
+
+
+def scores(policy: Policy) -> torch.Tensor | None:
+    """Log-probs of every response token of `samples`, in one micro-batch; None where this rank has not the last stage."""
+    batches = [make_micro_batch(samples(), 16, 0)] * 2  # the interleaved schedule needs as many as pipeline stages
+    result = score(policy, batches, temperature=TEMPERATURE)[0]
+    return None if result is None else result.log_probs_T
+
+
+def train_and_save(path: str, root: str, layouts: dict[str, dict]) -> dict[str, dict]:
+    """Two updates and a run's checkpoint in ``root/NAME`` on each layout.
+
+    Returns:
+        For each layout the whole weights by Hugging Face name, as the bridge gathers them (rank 0; empty elsewhere).
+    """
+    weights = {}
+    for name, layout in layouts.items():
+        parallel = ParallelConfig(**layout)
+        state = initialize(parallel, device="cpu")
+        policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.01), parallel, state)
+        batches = micro_batches(state.dp_size, state.dp_rank, parallel.pipeline * (parallel.virtual_pipeline or 0))
+        old = score(policy, batches, temperature=TEMPERATURE)
+        for _ in range(2):
+            optimizer_step(policy, batches, old, objective=PRESETS["pmpo"], progress=0.0, temperature=TEMPERATURE)
+        CheckpointStore(f"{root}/{name}", CheckpointConfig(), policy).save(1, {"round": 1}, required=True)
+        weights[name] = {key: tensor.clone() for key, tensor in WeightSource(policy)}
+        shut_down(keep_world=True)
+    shut_down()
+    return weights
+
+
+def refusals(path: str, directories: list[str]) -> list[str]:
+    """What `load_model_weights` says to each directory, which does not fit the model in ``path``."""
+    parallel = ParallelConfig()
+    policy = Policy.build(ModelConfig(path=path), None, parallel, initialize(parallel, device="cpu"))
+    messages = []
+    for directory in directories:
+        try:
+            load_model_weights(policy, directory)
+        except CheckpointError as error:
+            messages.append(str(error))
+    shut_down()
+    return messages
