@@ -43,7 +43,7 @@ class ActivationModel:
         queries, keys = shape.num_attention_heads * shape.head_dim / tensor, shape.num_query_groups * shape.head_dim / tensor
         # The value is a view of the fused projection's output and keeps all of it; rotated queries and keys are new.
         attention = (queries + 2 * keys) + (queries + keys) + queries
-        normalised = queries + keys if shape.qk_norm else 0
+        normalised = queries + keys if shape.qk_norm else 0  # what the norms of queries and keys keep
         terms = {
             "norms": self.item * self._hidden() * 2,
             "attention": self.item * (self._hidden() + attention + normalised) + FLOAT32 * shape.num_attention_heads / tensor,
@@ -53,9 +53,13 @@ class ActivationModel:
         if not self.fused:
             # torch's norm also keeps the normalised input and 1/rms, SiLU its two halves, the rotation sines and cosines
             # of all tokens; the outputs of the sequences are put together in a tensor of their own.
-            terms["norms"] += 2 * (self.item * self._hidden() + FLOAT32 * self._hidden() / shape.hidden_size)
+            terms["norms"] += 2 * (self.item * self._hidden() + self._inverse_rms())
             terms["mlp"] += self.item * 2 * shape.ffn_hidden_size / tensor
             terms["attention"] += self.item * (queries + 4 * shape.head_dim)
+            if shape.qk_norm:
+                groups = shape.num_query_groups // tensor
+                grouped = queries if groups > 1 else 0  # queries of several groups are copied out of the projection
+                terms["attention"] += self.item * grouped + FLOAT32 * (shape.num_attention_heads / tensor + groups)
         return terms
 
     def layer_kept(self) -> float:
@@ -75,8 +79,9 @@ class ActivationModel:
         """Bytes per token of L outside the layers: the final norm, and the hidden states that log-probs are made of."""
         if not last:
             return self.item * self._hidden()  # the stage's output, kept until the next stage's gradient arrives
-        norm = 2 if self.fused else 3
-        return self.item * (norm * self._hidden() + self.shape.hidden_size) + FLOAT32
+        norm = self.item * self._hidden() * (1 if self.fused else 2) + self._inverse_rms()
+        head = self.item * self.shape.hidden_size + FLOAT32 * 4  # log-sum-exp, mean logit, log-prob and entropy
+        return norm + head
 
     def layer_working(self) -> float:
         """Bytes per token of L while one layer goes backward: gradients, gathered inputs, what is computed again.
@@ -107,6 +112,10 @@ class ActivationModel:
     def embedding_gradient(self) -> float:
         rows = self.shape.padded_vocab_size(self.parallel.tensor) / self.parallel.tensor
         return self.item * rows * self.shape.hidden_size
+
+    def _inverse_rms(self) -> float:
+        """Bytes per token of L that a norm keeps beside its input: one number for each row that this rank has."""
+        return FLOAT32 * self._hidden() / self.shape.hidden_size
 
     def _hidden(self) -> float:
         """Elements per token of a tensor of hidden states between the matrix products."""

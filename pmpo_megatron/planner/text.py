@@ -53,7 +53,9 @@ def _without_repetition(found: Plan) -> list[GpuMemory]:
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [row[0].ljust(widths[0]) + "".join(f"  {c.rjust(w)}" for c, w in zip(row[1:], widths[1:], strict=True)) for row in rows]
+    return [
+        row[0].ljust(widths[0]) + "".join(f"  {c.rjust(w)}" for c, w in zip(row[1:], widths[1:], strict=True)) for row in rows
+    ]
 
 
 def _engine_lines(found: Plan) -> list[str]:

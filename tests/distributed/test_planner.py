@@ -13,7 +13,6 @@ from tests.tiny_models import save_tiny_model
 LAYOUTS = {
     1: [{}],
     2: [
-        {},
         {"context": 2},
         {"tensor": 2},
         {"tensor": 2, "sequence_parallel": True},
@@ -21,7 +20,6 @@ LAYOUTS = {
         {"pipeline": 2, "virtual_pipeline": 2},
     ],
     4: [
-        {"pipeline": 2},
         {"tensor": 2, "sequence_parallel": True, "pipeline": 2},
         {"tensor": 2, "context": 2, "sequence_parallel": True},
     ],
@@ -36,12 +34,13 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_bytes_are_what_megatron_and_autograd_hold(models, world_size):
+    distinct = [path for path in models if path.name.startswith(("qwen2-tied", "qwen3"))]
     cases = [
         {"path": str(path), "dtype": dtype, "distributed": distributed}
-        for path in models
+        for path in (models if world_size == 2 else distinct)
         for dtype, distributed in (("float32", True), ("bfloat16", True), ("bfloat16", False))
     ]
-    kept = [{"path": str(path), "recompute": r} for path in models for r in ("none", "selective", "full")]
+    kept = [{"path": str(path), "recompute": r} for path in distinct for r in ("none", "selective", "full")]
     layouts = LAYOUTS[world_size]
     for found in run_ranks(world_size, "tests.distributed.planner_worker:measure", layouts, cases, kept):
         for options, measured in zip(layouts, found, strict=True):
@@ -72,13 +71,12 @@ def check_states(case, parallel, real):
 
 
 def expected_activations(case, parallel):
-    """Of our own layers in float32: the planner's count, and what does not grow with layers."""
+    """Of our own layers in float32: the planner's count, and the angles of the rotary embedding where they are kept once."""
     shape = read_shape(case["path"])
     model = ActivationModel(shape, parallel, case["recompute"], item=4, fused=False)
     kept = TOKENS * (shape.num_layers * model.layer_kept() + model.ends_kept(last=True))
     angles = BOUNDARIES[1] * shape.head_dim * 4 if case["recompute"] == "full" else 0  # an argument of every layer
-    log_sums = 2 * TOKENS * 4  # log-sum-exp and mean logit of every token
-    return kept + angles + log_sums
+    return kept + angles
 
 
 def test_total_is_the_checkpoints(models):

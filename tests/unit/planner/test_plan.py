@@ -1,0 +1,154 @@
+"""Whole plans: what fits, what does not and why, proposals, the dry run's report, the command."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from pmpo_megatron.config import build
+from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.parallel.state import ParallelConfig
+from pmpo_megatron.planner import HARDWARE, best_layouts, memory_report, plan
+from pmpo_megatron.planner.hardware import GIB
+from pmpo_megatron.planner.memory import kinds_of_gpu
+from pmpo_megatron.planner.parameters import state_bytes
+from pmpo_megatron.run_config import RunConfig
+
+ROOT = Path(__file__).parents[3]
+H100 = HARDWARE["h100-80gb"]
+
+
+def config(name="Qwen/Qwen2.5-Math-7B", /, **sections):
+    values = {
+        "model": {"path": name, "log_prob_chunk": 2048},
+        "parallel": {"tensor": 2, "sequence_parallel": True},
+        "data": {"source": "arithmetic"},
+        "batch": {"max_tokens_per_micro_batch": 8192},
+        "rollout": {"tensor_parallel": 4, "gpu_memory_utilization": 0.3, "max_model_len": 4096, "kv_cache_gib": 12.0},
+    }
+    for section, changes in sections.items():
+        values[section] = values.get(section, {}) | changes
+    return build(RunConfig, values)
+
+
+def test_a_plan_that_fits_says_so_and_adds_up():
+    found = plan(config(), 8, H100)
+    assert found.fits and found.data_parallel == 4
+    assert found.lines()[-1].startswith("fits, with ")
+    with_engine, without = found.gpus
+    assert with_engine.total - without.total == pytest.approx(found.engine.total + H100.engine_context_gib * GIB)
+    assert without.state == state_bytes(found.shape, found.config.parallel, stage=0, replicas=4)
+    assert found.fullest is with_engine
+
+
+def test_more_memory_makes_it_fit():
+    values = dict(batch={"max_tokens_per_micro_batch": 16384})
+    small, large = (plan(config(**values), 8, HARDWARE[name]) for name in ("h100-80gb", "h200-141gb"))
+    assert not small.fits and "memory: stage 0 with vLLM needs" in small.problems[0]
+    assert large.fits
+
+
+def test_recomputation_and_layout_move_the_numbers_the_right_way():
+    totals = [plan(config(model={"recompute": r}), 8, H100).fullest.total for r in ("none", "selective", "full")]
+    assert totals == sorted(totals, reverse=True)
+    steps = [plan(config(model={"recompute": r}), 8, H100).step.seconds for r in ("none", "selective", "full")]
+    assert steps == sorted(steps)
+    split = plan(config(parallel={"context": 2}), 8, H100)
+    assert split.fullest.activations.kept == pytest.approx(plan(config(), 8, H100).fullest.activations.kept / 2)
+
+
+def test_a_reference_model_is_weights_alone():
+    penalised = plan(config(objective={"kl_coefficient": 0.01}), 8, H100)
+    assert penalised.gpus[0].reference == pytest.approx(penalised.gpus[0].state.parameters, rel=1e-6)
+    assert penalised.round.scoring == pytest.approx(2 * plan(config(), 8, H100).round.scoring)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"batch": {"max_tokens_per_micro_batch": 2048}}, "2048 is below the longest trajectory, 4024 tokens"),
+        ({"rollout": {"gpu_memory_utilization": 0.9}}, "vLLM wants 71.2 GiB free when it starts"),
+        ({"rollout": {"tensor_parallel": 28}}, "more than a node's 8 GPUs"),
+        ({"rollout": {"max_model_len": 4000}}, "4000 is below the longest prompt and response, 4024"),
+    ],
+)
+def test_problems_name_the_setting(sections, message):
+    found = plan(config(**sections), 8, H100)
+    assert not found.fits and any(message in problem for problem in found.problems), found.problems
+    assert found.lines()[-1].startswith("does not fit")
+
+
+def test_layouts_that_cannot_exist_are_errors():
+    with pytest.raises(ConfigError, match="must divide the 6 processes"):
+        plan(config(parallel={"pipeline": 4}), 6, H100)
+    with pytest.raises(ConfigError, match="num_query_groups = 4|num_attention_heads = 28"):
+        plan(config(parallel={"tensor": 8}), 8, H100)
+
+
+def test_asynchronous_rounds_take_the_longer_of_both():
+    one, other = plan(config(), 8, H100).round, plan(config(round={"asynchronous": True}), 8, H100).round
+    assert one.seconds == one.rollouts + one.training + one.weights
+    assert other.seconds == max(other.rollouts, other.training + other.weights)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "engine", "expected"),
+    [
+        ({}, 8, 8, [(0, True)]),
+        ({}, 8, 4, [(0, True), (0, False)]),
+        ({"pipeline": 2}, 8, 4, [(0, True), (1, False)]),
+        ({"pipeline": 4}, 8, 4, [(0, True), (1, True), (2, False), (3, False)]),
+        ({"pipeline": 2}, 8, 0, [(0, False), (1, False)]),
+    ],
+)
+def test_which_gpus_hold_the_engine(parallel, world_size, engine, expected):
+    assert kinds_of_gpu(ParallelConfig(**parallel), world_size=world_size, engine_size=engine) == expected
+
+
+def test_proposals_fit_and_are_not_slower():
+    own = plan(config(), 8, H100)
+    found = best_layouts(config(), 8, H100)
+    assert len(found) == 3 and all(p.fits for p in found)
+    assert found[0].round.training <= own.round.training
+    assert all(p.config.sampling == own.config.sampling and p.config.rollout == own.config.rollout for p in found)
+
+
+def test_no_layout_fits_where_there_are_too_few_gpus():
+    large = config("meta-llama/Llama-3.3-70B-Instruct", rollout={"tensor_parallel": 8})
+    assert best_layouts(large, 8, H100) == []
+
+
+def test_the_dry_runs_report():
+    assert memory_report(config(run={"device": "cuda"}), 8, H100) == plan(config(), 8, H100).lines()
+    with pytest.raises(ConfigError, match="without any activations, and H100 80GB has 79.1"):
+        memory_report(config("Qwen/Qwen2.5-72B", run={"device": "cuda"}), 8, H100)
+    [line] = memory_report(config(run={"device": "cpu"}), 8)
+    expected = state_bytes(plan(config(), 8, H100).shape, config().parallel, stage=0, replicas=4, dtype="float32").total
+    assert f"{expected / GIB:.2f} GiB in each process" in line
+
+
+@pytest.fixture
+def run_tool(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {path: Qwen/Qwen2.5-Math-7B}\ndata: {source: arithmetic}\nparallel: {tensor: 2, sequence_parallel: true}\n"
+        "rollout: {tensor_parallel: 4, gpu_memory_utilization: 0.3, max_model_len: 4096, kv_cache_gib: 12}\n"
+    )
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["plan_run.py", "--config", str(path), *arguments])
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(ROOT / "tools/plan_run.py"), run_name="__main__")
+        return done.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command(run_tool):
+    code, out, _ = run_tool("--hardware", "h100-80gb", "batch.max_tokens_per_micro_batch=8192", "--sequence-length", "1000")
+    assert code == 0
+    assert "128 trajectories of 1000 tokens" in out and "proposals, fastest training first:" in out
+    assert run_tool("--hardware", "a100-80gb", "--proposals", "0")[0] == 1
+    code, _, err = run_tool("model.path=/nowhere")
+    assert code == 2 and "error: model.path: /nowhere has no config.json" in err
