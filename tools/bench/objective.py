@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""The PMPO objective beside a distributed bisection and GRPO: time and collectives, forward and backward, on real gloo ranks.
+
+  pmpo       evaluate_objective with the preset: p by the solver, one collective
+  bisection  the same objective, p by distributed bisection: one all-reduce per step for all trajectories at once
+  grpo       textbook GRPO without a power mean: ratio, clip, mean per trajectory; one all-reduce, of the loss it reports
+
+Every rank holds 1/ranks of every trajectory's tokens. The three run in turn, and a time is the median over the repeats
+of the slowest rank. Ranks beyond the machine's cores share them, and so measure latency, not speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pmpo_megatron.algo.exponent import ROUNDS, SECTIONS
+from pmpo_megatron.algo.objective import PRESETS, evaluate_objective
+
+LOW, HIGH = PRESETS["pmpo"].log_bounds
+STEPS = (SECTIONS**ROUNDS - 1).bit_length()  # bisections to the last bracket of pmpo_megatron.algo.exponent.solve_ess
+
+
+def make_batch(tokens: int, trajectories: int, rank: int, ranks: int) -> tuple[torch.Tensor, ...]:
+    """This rank's zig-zag shard of a stale batch: log-ratios of std 0.25, 1 in 500 of them four times as large; both signs."""
+    generator = torch.Generator().manual_seed(0)
+    trajectory_T = torch.arange(tokens) * trajectories // tokens
+    old_T = -3 * torch.rand(tokens, generator=generator)
+    log_ratio_T = 0.25 * torch.randn(tokens, generator=generator)
+    log_ratio_T[::500] *= 4
+    advantages_N = torch.randn(trajectories, generator=generator)
+    chunk_T = (torch.arange(tokens) % (tokens // trajectories)) * 2 * ranks // (tokens // trajectories)
+    mine_T = torch.minimum(chunk_T, 2 * ranks - 1 - chunk_T) == rank
+    log_probs_T = (old_T + log_ratio_T)[mine_T].requires_grad_()
+    weights_N = torch.full((trajectories,), 1 / trajectories)
+    return log_probs_T, old_T[mine_T], trajectory_T[mine_T], advantages_N, weights_N
+
+
+def pmpo(batch, lengths_N, reduce):
+    out = evaluate_objective(*batch, PRESETS["pmpo"], sum_over_shards=reduce)
+    out.surrogate.backward()
+    return out.loss, out.p_N
+
+
+def bisection(batch, lengths_N, reduce):
+    """The plain way to p: everything that a step needs of the other ranks' tokens, it asks them for."""
+    log_probs_T, old_T, trajectory_T, advantages_N, weights_N = batch
+    log_ratio_T = log_probs_T - old_T
+    sign_T = advantages_N.sign()[trajectory_T]
+    r_T = log_ratio_T.detach().double()
+    clipped_T = ((sign_T > 0) & (r_T > HIGH)) | ((sign_T < 0) & (r_T < LOW))
+    x_T = torch.where(clipped_T, r_T.clamp(LOW, HIGH), r_T)
+
+    def sums(p_N, *more):
+        power_T = torch.exp(p_N[trajectory_T] * x_T)
+        columns = torch.stack([power_T, power_T * power_T, *more], dim=-1)
+        return reduce(x_T.new_zeros(len(p_N), columns.shape[1]).index_add_(0, trajectory_T, columns)).unbind(-1)
+
+    low_N, high_N = torch.zeros_like(lengths_N), torch.ones_like(lengths_N)
+    s1_N, s2_N, clipped_N = sums(high_N, clipped_T.double())
+    fraction_N = clipped_N / lengths_N
+    at_one_N = s1_N**2 / s2_N / lengths_N
+    target_N = at_one_N + (1 - at_one_N) * fraction_N
+    for _ in range(STEPS):
+        p_N = (low_N + high_N) / 2
+        s1_N, s2_N = sums(p_N)
+        above_N = s1_N**2 / s2_N / lengths_N > target_N
+        low_N, high_N = torch.where(above_N, p_N, low_N), torch.where(above_N, high_N, p_N)
+    p_N = torch.where(fraction_N == 0, 1.0, (low_N + high_N) / 2)
+    s1_N, _ = sums(p_N)
+    power_mean_N = (s1_N / lengths_N) ** (1 / p_N)
+    scale_N = weights_N * advantages_N * power_mean_N
+    coefficient_T = torch.where(clipped_T, 0.0, (-scale_N / s1_N)[trajectory_T] * torch.exp(p_N[trajectory_T] * x_T))
+    (coefficient_T * log_ratio_T).sum().backward()
+    return -scale_N.sum(), p_N
+
+
+def grpo(batch, lengths_N, reduce):
+    log_probs_T, old_T, trajectory_T, advantages_N, weights_N = batch
+    ratio_T = torch.exp(log_probs_T - old_T)
+    advantage_T = advantages_N[trajectory_T]
+    value_T = torch.minimum(ratio_T * advantage_T, ratio_T.clamp(0.8, 1.2) * advantage_T)
+    loss = -(value_T * (weights_N / lengths_N).float()[trajectory_T]).sum()
+    loss.backward()
+    return reduce(loss.detach().clone()), None
+
+
+WAYS = {"pmpo": pmpo, "bisection": bisection, "grpo": grpo}
+
+
+def measure(rank: int, ranks: int, options: argparse.Namespace, rendezvous: str, queue) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
+    calls = 0
+
+    def reduce(table):
+        nonlocal calls
+        calls += 1
+        dist.all_reduce(table)
+        return table
+
+    for tokens in options.tokens:
+        batch = make_batch(tokens, options.trajectories, rank, ranks)
+        lengths_N = torch.full((options.trajectories,), tokens / options.trajectories, dtype=torch.float64)
+        times, collectives, results = {way: [] for way in WAYS}, {}, {}
+        for _ in range(options.repeats + 2):
+            for way, evaluate in WAYS.items():
+                batch[0].grad, calls = None, 0
+                dist.barrier()
+                started = time.perf_counter()
+                results[way] = evaluate(batch, lengths_N, reduce)
+                elapsed = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+                collectives[way] = calls
+                dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+                times[way].append(1e3 * elapsed.item())
+        if rank == 0:
+            gap = (results["pmpo"][1] - results["bisection"][1]).abs().max().item()
+            queue.put((tokens, {way: statistics.median(ms[2:]) for way, ms in times.items()}, collectives, gap))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768, 131072], help="tokens of the whole micro-batch")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="processes that share each trajectory")
+    parser.add_argument("--trajectories", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=31)
+    options = parser.parse_args()
+    print(
+        f"{options.trajectories} trajectories, float32 log-probs, {os.cpu_count()} cores, one thread per rank, bisection {STEPS} steps"
+    )
+    print(f"{'':14}|{'milliseconds':^28}|{'collectives':^23}|{'times of grpo':^16}| largest difference")
+    print(" ranks  tokens|    pmpo  bisection     grpo | pmpo bisection  grpo | pmpo  bisection| of p, pmpo to bisection")
+    fewer, slower = [], []
+    for ranks in options.ranks:
+        with tempfile.TemporaryDirectory() as directory:
+            queue = mp.get_context("spawn").SimpleQueue()
+            mp.spawn(measure, (ranks, options, f"{directory}/store", queue), nprocs=ranks)
+        for _ in options.tokens:
+            tokens, ms, count, gap = queue.get()
+            ratio = {way: ms[way] / ms["grpo"] for way in WAYS}
+            fewer.append(count["bisection"] / count["pmpo"])
+            slower += [ratio["pmpo"]] if tokens == 32768 else []
+            print(
+                f"{ranks:>6} {tokens:>7}|{ms['pmpo']:>8.2f} {ms['bisection']:>10.2f} {ms['grpo']:>8.2f} |{count['pmpo']:>5}"
+                f" {count['bisection']:>9} {count['grpo']:>5} |{ratio['pmpo']:>5.1f} {ratio['bisection']:>10.1f}| {gap:.0e}"
+            )
+    verdict = {True: "met", False: "not met"}
+    print(f"collectives, bisection / pmpo: {min(fewer):.0f}; aim at least 10: {verdict[min(fewer) >= 10]}")
+    if slower:
+        found = ", ".join(f"{value:.1f}" for value in slower)
+        print(f"time at 32768 tokens, pmpo / grpo: {found}; aim at most 2: {verdict[max(slower) <= 2]}")
+
+
+if __name__ == "__main__":
+    main()
