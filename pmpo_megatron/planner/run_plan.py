@@ -252,7 +252,7 @@ def _problems(config, shape, load: Load, engine: EngineBytes | None, gpus) -> li
         )
     for gpu in gpus:
         free = gpu.hardware.memory_gib * GIB - gpu.state.total - gpu.reference - gpu.reserved
-        if gpu.engine_asks > free:
+        if gpu.engine_asks and gpu.engine_asks > free:
             problems.append(
                 f"rollout.gpu_memory_utilization: vLLM wants {gpu.engine_asks / GIB:.1f} GiB free when it starts, and the "
                 f"trainer leaves {free / GIB:.1f} on {gpu.name}; lower it and set rollout.kv_cache_gib"

@@ -11,13 +11,14 @@ from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.parallel.state import ParallelConfig
-from pmpo_megatron.planner.hardware import Hardware
+from pmpo_megatron.planner.hardware import GIB, Hardware
 from pmpo_megatron.planner.known_models import model_shape
 from pmpo_megatron.planner.run_plan import Plan, plan
 from pmpo_megatron.run_config import RunConfig
 
 RECOMPUTE = ("none", "selective", "full")
-LEAST_PIECE = 512  # tokens of a sequence on a context-parallel rank, below which splitting it cannot pay
+MARGIN_GIB = 2.0  # that a proposal leaves on the fullest GPU: activations are estimates
+LEAST_PIECE = 1024  # tokens of a sequence on a context-parallel rank, below which splitting it cannot pay
 BUDGET_UNIT = 1024
 
 
@@ -34,7 +35,8 @@ def best_layouts(
         for candidate in _variants(config, parallel):
             found = plan(candidate, world_size, hardware, sequence=sequence, shape=shape)
             known = best.get(parallel)
-            if found.fits and (known is None or found.round.training < known.round.training):
+            enough = found.fits and found.fullest.spare >= MARGIN_GIB * GIB
+            if enough and (known is None or found.round.training < known.round.training):
                 best[parallel] = found
     return sorted(best.values(), key=_preference)[:count]
 
