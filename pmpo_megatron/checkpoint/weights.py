@@ -20,6 +20,7 @@ def load_model_weights(policy: Policy, directory: str | Path) -> None:
         CheckpointError: ``directory`` is not a distributed checkpoint of this model.
     """
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException
 
     wanted = {}
     for index, module in enumerate(policy.modules):
@@ -27,6 +28,9 @@ def load_model_weights(policy: Policy, directory: str | Path) -> None:
         wanted[f"model{index}"] = {name: value for name, value in described.items() if EXTRA_STATE not in name}
     try:
         loaded = dist_checkpointing.load(wanted, str(directory))
+    except CheckpointException as error:  # a BaseException that wraps what each rank raised
+        [(first, _), *_] = error.failures.values()
+        raise CheckpointError(f"{directory}: does not fit this model: {first}") from error
     except (KeyError, ValueError, RuntimeError, OSError, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(f"{directory}: does not fit this model: {error}") from error
     for index, module in enumerate(policy.modules):

@@ -414,3 +414,48 @@ def test_command_lines(hf, tmp_path):
     again = tool("convert_megatron_to_hf.py", "--checkpoint", tmp_path / "megatron", "--out", tmp_path / "back")
     assert again.returncode == 1 and again.stderr.startswith("error: ") and "--force" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+class TestDocumentedExamples:
+    """docs/adding_an_architecture.md: the code there does what it says."""
+
+    BLOCKS = (ROOT / "docs" / "adding_an_architecture.md").read_text().split("```python\n")[1:]
+
+    def block(self, number):
+        return self.BLOCKS[number].split("```")[0]
+
+    def test_one_new_file_is_enough(self, tmp_path, monkeypatch):
+        import pmpo_megatron.hf
+
+        package = tmp_path / "package"
+        package.mkdir()
+        (package / "mistral.py").write_text(self.block(0))
+        monkeypatch.setattr(pmpo_megatron.hf, "__path__", [*pmpo_megatron.hf.__path__, str(package)])
+        monkeypatch.setitem(KINDS, "mistral", ("MistralConfig", dict(sliding_window=None)))
+        source = save_tiny_model("mistral", tmp_path / "hf")
+        hf_to_megatron(source, tmp_path / "megatron", VERIFY)
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "out", VERIFY)
+        assert torch.equal(logits(tmp_path / "out"), logits(source))
+        windowed = save_tiny_model("mistral", tmp_path / "windowed", sliding_window=64)
+        with pytest.raises(MappingError, match="sliding_window is 64"):
+            read_shape(windowed)
+        monkeypatch.delitem(sys.modules, "pmpo_megatron.hf.mistral")
+
+    def test_stacked_tensors(self, hf):
+        from collections.abc import Sequence
+        from dataclasses import dataclass
+
+        from pmpo_megatron.hf.entries import Entry, QKVEntry
+
+        shape, layer = read_shape(hf), 2
+        usual = Mapping(shape).entry("decoder.layers.2.self_attention.linear_qkv.weight")
+        queries, keys, hidden, ffn = 32, 16, shape.hidden_size, shape.ffn_hidden_size
+        names = dict(dataclass=dataclass, Sequence=Sequence, torch=torch, Entry=Entry, QKVEntry=QKVEntry)
+        names |= dict(shape=shape, layer=layer, queries=queries, keys=keys, hidden=hidden, ffn=ffn)
+        # Not compiled with this file's annotations, so that the block stands alone.
+        exec(compile(self.block(1), "block", "exec", dont_inherit=True), names)
+        parts = [torch.randn(wanted) for wanted in usual.hf_shapes]
+        merged = names["qkv"].merge([torch.cat(parts)])
+        assert torch.equal(merged, usual.merge(parts))
+        assert torch.equal(names["qkv"].split(merged)[0], torch.cat(parts))
+        assert names["gate_up"].full_shape == Mapping(shape).entry("decoder.layers.2.mlp.linear_fc1.weight").full_shape
