@@ -1,0 +1,173 @@
+"""What the processes of the rollout and bridge tests run: real Megatron policies and real vLLM engines on CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+
+from pmpo_megatron.algo.objective import PRESETS
+from pmpo_megatron.bridge.config import BridgeConfig
+from pmpo_megatron.bridge.sync import WeightBridge
+from pmpo_megatron.data.packing import pack
+from pmpo_megatron.data.tiny_model import make_tokenizer
+from pmpo_megatron.errors import RolloutError, WeightSyncError
+from pmpo_megatron.hf.safetensors import SafetensorsWriter, copy_side_files
+from pmpo_megatron.model.optimizer import OptimizerConfig
+from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.model.step import optimizer_step, score
+from pmpo_megatron.parallel.shards import sequence_multiple
+from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
+from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig, make_engine
+from pmpo_megatron.types import Prompt, Sample
+from tests.tiny_models import save_tiny_model
+
+EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
+GREEDY = SamplingConfig(samples_per_prompt=1, temperature=0.0, max_tokens=12)
+
+
+def save_model(kind: str, directory: Path) -> str:
+    """A model that vLLM's CPU kernels take (heads of 32), with a tokenizer; 86 tokens, which Megatron pads to 128."""
+    tokenizer = make_tokenizer()
+    sizes = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=2, intermediate_size=96, head_dim=32)
+    save_tiny_model(kind, directory, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def prompts(count: int = 4) -> list[Prompt]:
+    rng = np.random.default_rng(5)
+    return [
+        Prompt(index, tuple(int(t) for t in rng.integers(2, 80, 5 + 7 * index)), f"problem {index}", ("1",))
+        for index in range(count)
+    ]
+
+
+def engine_for(path: str, **settings):
+    config = RolloutConfig(threads=1, kv_cache_gib=0.1, max_num_seqs=32, **settings)
+    return make_engine(config, model_path=path, device="cpu", worker_extension=EXTENSION)
+
+
+def train(policy: Policy, parallel: ParallelConfig) -> None:
+    """A step so large that every output changes."""
+    rng = np.random.default_rng(3)
+    samples = [
+        Sample(
+            sample_id=i,
+            group_id=0,
+            prompt_ids=tuple(int(t) for t in rng.integers(2, 80, 6)),
+            response_ids=tuple(int(t) for t in rng.integers(2, 80, 20)),
+            rollout_log_probs=np.zeros(20, dtype=np.float32),
+            truncated=False,
+            reward=0.0,
+            advantage=(-1.0) ** i,
+            weight=0.25,
+            policy_version=0,
+        )
+        for i in range(4)
+    ]
+    state = policy.state
+    batches = pack(
+        samples, max_tokens=64, data_parallel_size=state.dp_size, sequence_multiple=sequence_multiple(parallel)
+    )[state.dp_rank]
+    old = score(policy, batches, temperature=1.0)
+    result = optimizer_step(policy, batches, old, objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
+    assert result.applied
+
+
+def answers(engine) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    groups = engine.generate(prompts(), GREEDY, round_index=0)
+    return [(group.rollouts[0].token_ids, group.rollouts[0].log_probs) for group in groups]
+
+
+def export(bridge: WeightBridge, path: str, target: Path) -> None:
+    """The policy as a Hugging Face checkpoint. Collective."""
+    main = bridge.policy.state.is_main
+    if main:
+        target.mkdir()
+        writer = SafetensorsWriter(target)
+    for name, tensor in bridge.source:
+        writer.add(name, tensor)
+    if main:
+        writer.finish()
+        copy_side_files(path, target)
+
+
+def update_and_compare(path: str, layout: dict, engine_settings: dict, bridge_settings: dict, directory: str) -> dict | None:
+    """On rank 0: greedy answers of the engine before and after an update, and of one loaded from the exported checkpoint."""
+    parallel = ParallelConfig(**layout)
+    state = initialize(parallel, device="cpu")
+    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.02), parallel, state)
+    found = {}
+    with contextlib.ExitStack() as parts:
+        engine = engine_for(path, **engine_settings) if state.is_main else None
+        if engine is not None:
+            parts.callback(engine.close)
+            found["before"] = answers(engine)
+        bridge = WeightBridge(policy, engine, BridgeConfig(**bridge_settings))
+        parts.callback(bridge.close)
+        train(policy, parallel)
+        report = bridge.push(7)
+        found |= {"report": report, "version": engine.version if engine else None}
+        if engine is not None:
+            found["after"] = answers(engine)
+        target = Path(directory) / "exported"
+        export(bridge, path, target)
+        if engine is not None:
+            engine.restart()
+            found["restarted"] = answers(engine)
+            engine.close()
+            parts.pop_all()
+            bridge.close()
+            fresh = engine_for(str(target), **engine_settings)
+            found["fresh"] = answers(fresh)
+            fresh.close()
+    shut_down()
+    return found if state.is_main else None
+
+
+def corrupt_and_recover(path: str) -> dict:
+    """Messages of updates that go wrong in transit, of a generation after one, and answers after a good update."""
+    parallel = ParallelConfig()
+    state = initialize(parallel, device="cpu")
+    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.02), parallel, state)
+    engine = engine_for(path)
+    bridge = WeightBridge(policy, engine, BridgeConfig())
+    train(policy, parallel)
+    real, found = engine.collective_rpc, {}
+
+    def flip_a_bit(method, *arguments):
+        if method == "pmpo_receive_weights":
+            with open(arguments[0]["path"], "r+b") as file:
+                entry = next(t for t in arguments[0]["tensors"] if t["name"].endswith("layers.1.mlp.down_proj.weight"))
+                file.seek(entry["offset"] + 40)
+                byte = file.read(1)
+                file.seek(-1, 1)
+                file.write(bytes([byte[0] ^ 4]))
+        return real(method, *arguments)
+
+    def leave_one_out(method, *arguments):
+        if method == "pmpo_receive_weights":
+            arguments = (arguments[0] | {"tensors": arguments[0]["tensors"][:-1]},)
+        return real(method, *arguments)
+
+    for name, wrong in (("flipped", flip_a_bit), ("left_out", leave_one_out)):
+        engine.collective_rpc = wrong
+        with contextlib.suppress(WeightSyncError):
+            bridge.push(1)
+        try:
+            bridge.push(1)
+        except WeightSyncError as error:
+            found[name] = str(error)
+        try:
+            answers(engine)
+        except RolloutError as error:
+            found[f"{name}, generate"] = str(error)
+    engine.collective_rpc = real
+    bridge.push(2)
+    found["answers"], found["version"] = answers(engine), engine.version
+    engine.close()
+    bridge.close()
+    shut_down()
+    return found

@@ -1,0 +1,53 @@
+"""Real Megatron policies into real vLLM engines: after an update the engine is the one that loads the exported checkpoint."""
+
+import numpy as np
+import pytest
+
+from tests.distributed.harness import run_ranks
+from tests.integration.engine_worker import save_model
+
+WORKER = "tests.integration.engine_worker"
+LAYOUTS = {"tp1": (1, {}), "tp2": (2, dict(tensor=2, sequence_parallel=True)), "pp2": (2, dict(pipeline=2)), "dp2": (2, {})}
+DISK = dict(transport="disk")
+slow = pytest.mark.slow
+CASES = [
+    ("tp1", "qwen2-tied", 1, {}),
+    ("tp2", "qwen2", 1, {}),
+    ("pp2", "qwen2-tied", 1, DISK),
+    ("tp2", "qwen2-tied", 2, {}),
+    pytest.param("tp1", "qwen2", 2, {}, marks=slow),
+    pytest.param("pp2", "qwen2", 2, {}, marks=slow),
+    pytest.param("dp2", "qwen3", 1, {}, marks=slow),
+    pytest.param("tp2", "llama3-tied", 1, dict(verify="sample"), marks=slow),
+    pytest.param("tp1", "llama", 1, dict(verify="off"), marks=slow),
+]
+
+
+def same(one: list, other: list, *, tolerance: float) -> None:
+    assert [ids for ids, _ in one] == [ids for ids, _ in other]
+    for (_, a), (_, b) in zip(one, other, strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(("layout", "kind", "engine_tp", "bridge"), CASES)
+def test_an_updated_engine_equals_a_freshly_loaded_one(layout, kind, engine_tp, bridge, tmp_path):
+    world_size, parallel = LAYOUTS[layout]
+    path = save_model(kind, tmp_path / "model")
+    settings = dict(tensor_parallel=engine_tp)
+    found = run_ranks(
+        world_size, f"{WORKER}:update_and_compare", path, parallel, settings, bridge, str(tmp_path), timeout=280
+    )[0]
+    assert [ids for ids, _ in found["before"]] != [ids for ids, _ in found["after"]], "the update changed what is generated"
+    same(found["after"], found["fresh"], tolerance=1e-6)
+    same(found["restarted"], found["fresh"], tolerance=1e-6)
+    assert found["version"] == found["report"].version == 7
+    assert found["report"].verify == bridge.get("verify", "full")
+
+
+def test_what_is_corrupted_in_transit_is_caught_and_nothing_is_generated_from_it(tmp_path):
+    [found] = run_ranks(1, f"{WORKER}:corrupt_and_recover", save_model("qwen2", tmp_path / "model"), timeout=280)
+    assert "rollout worker 0: model.layers.1.mlp.down_proj.weight is not what was sent" in found["flipped"]
+    assert "missing: " in found["left_out"]
+    for name in ("flipped", "left_out"):
+        assert "a full update must succeed first" in found[f"{name}, generate"]
+    assert found["version"] == 2 and len(found["answers"]) == 4, "and a whole update repairs it"
