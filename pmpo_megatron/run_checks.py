@@ -11,20 +11,24 @@ from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.shards import sequence_multiple
+from pmpo_megatron.planner import memory_report, model_shape
 from pmpo_megatron.rewards.functions import find_function
 from pmpo_megatron.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
 
 
-def check_run(config: RunConfig, world_size: int) -> list[str]:
-    """Checks files, layout, batch arithmetic and lengths; returns lines that describe the run.
+def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> list[str]:
+    """Checks files, layout, batch arithmetic, lengths and memory; returns lines that describe the run.
+
+    Args:
+        dry_run: a published model need not be there; its name is enough.
 
     Raises:
         PmpoError: something is wrong; the message names the field and what would be right.
     """
     data_parallel = _in_section("parallel", lambda: config.parallel.data_parallel_size(world_size))
-    shape = read_shape(config.model.path)
+    shape = model_shape(config.model.path) if dry_run else read_shape(config.model.path)
     check_layout(shape, config.parallel)
     _check_lengths(config, shape)
     _check_objective(config)
@@ -38,7 +42,7 @@ def check_run(config: RunConfig, world_size: int) -> list[str]:
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("rollout.engine", "vllm is not installed; see the README for the requirements")
-    return lines
+    return lines + memory_report(config, world_size)
 
 
 def _in_section(section: str, call):

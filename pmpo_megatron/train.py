@@ -59,7 +59,7 @@ def command(options: argparse.Namespace) -> int:
     config = load_config(options)
     if options.dry_run:
         world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-        for line in check_run(config, world_size):
+        for line in check_run(config, world_size, dry_run=True):
             print(line)
         print("dry run: nothing wrong found")
         return 0

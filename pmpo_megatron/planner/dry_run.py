@@ -7,6 +7,7 @@ import os
 import torch
 
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.planner.engine import split_problem
 from pmpo_megatron.planner.hardware import GIB, Hardware, hardware_here
 from pmpo_megatron.planner.known_models import model_shape
 from pmpo_megatron.planner.parameters import state_bytes
@@ -18,7 +19,7 @@ def memory_report(config: RunConfig, world_size: int, hardware: Hardware | None 
     """Lines about the run's memory and time.
 
     Estimates only inform; what is certain is an error: weights, gradients, optimizer states and vLLM's share alone are
-    more than a GPU has, or vLLM could not start.
+    more than a GPU has, or vLLM cannot split the model as asked.
 
     Args:
         hardware: None: this machine's GPUs, or H100s where it has none.
@@ -29,6 +30,9 @@ def memory_report(config: RunConfig, world_size: int, hardware: Hardware | None 
     if config.run.device == "cpu" or (config.run.device == "auto" and hardware is None and not torch.cuda.is_available()):
         return [_cpu_line(config, world_size)]
     found = plan(config, world_size, hardware or hardware_here())
+    split = split_problem(found.shape, config.rollout.tensor_parallel)
+    if split and config.rollout.engine == "vllm":
+        raise ConfigError("rollout.tensor_parallel", split)
     for gpu in found.gpus:
         if gpu.certain > gpu.hardware.memory_gib * GIB:
             raise ConfigError(

@@ -54,14 +54,20 @@ def engine_bytes(shape: ModelShape, rollout: RolloutConfig, hardware: Hardware) 
     return EngineBytes(weights, forward, share - weights - forward, kv_per_token)
 
 
+def split_problem(shape: ModelShape, size: int) -> str | None:
+    """Why vLLM cannot split the model over ``size`` GPUs; None if it can."""
+    if shape.num_attention_heads % size == 0 and (shape.num_query_groups % size == 0 or size % shape.num_query_groups == 0):
+        return None
+    return (
+        f"{size} must divide the model's {shape.num_attention_heads} heads and divide, or be a multiple of, its "
+        f"{shape.num_query_groups} key-value groups"
+    )
+
+
 def engine_problems(shape: ModelShape, rollout: RolloutConfig, found: EngineBytes, *, longest: int) -> list[str]:
     """Why vLLM would not start, or not be able to answer ``longest`` tokens of prompt and response."""
-    size, problems = rollout.tensor_parallel, []
-    if shape.num_attention_heads % size or (shape.num_query_groups % size and size % shape.num_query_groups):
-        problems.append(
-            f"rollout.tensor_parallel: {size} must divide the model's {shape.num_attention_heads} heads and divide, or be "
-            f"a multiple of, its {shape.num_query_groups} key-value groups"
-        )
+    split = split_problem(shape, rollout.tensor_parallel)
+    problems = [f"rollout.tensor_parallel: {split}"] if split else []
     limit = rollout.max_model_len or shape.max_position_embeddings
     if limit < longest:
         problems.append(

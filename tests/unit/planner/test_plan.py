@@ -123,6 +123,8 @@ def test_the_dry_runs_report():
     assert memory_report(config(run={"device": "cuda"}), 8, H100) == plan(config(), 8, H100).lines()
     with pytest.raises(ConfigError, match="without any activations, and H100 80GB has 79.1"):
         memory_report(config("Qwen/Qwen2.5-72B", run={"device": "cuda"}), 8, H100)
+    with pytest.raises(ConfigError, match="rollout.tensor_parallel: 8 must divide the model's 28 heads"):
+        memory_report(config(run={"device": "cuda"}, rollout={"tensor_parallel": 8}), 8, H100)
     [line] = memory_report(config(run={"device": "cpu"}), 8)
     expected = state_bytes(plan(config(), 8, H100).shape, config().parallel, stage=0, replicas=4, dtype="float32").total
     assert f"{expected / GIB:.2f} GiB in each process" in line

@@ -1,0 +1,58 @@
+# Sourced by the recipes' launch.sh, which sets NODES and SUMMARY and then calls `launch CONFIG "$@"`.
+
+PROJECT_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+
+launch_usage() {
+    cat <<TEXT
+$SUMMARY
+
+usage: [VARIABLE=value ...] bash ${BASH_SOURCE[-1]} [--dry-run | --help] [section.key=value ...]
+
+One command on each node. What follows the options overrides fields of the configuration.
+
+  --dry-run       check the configuration and plan memory and time; starts nothing, needs neither GPUs nor weights
+
+  NNODES          nodes (default: $NODES)
+  NODE_RANK       which of them this is, from 0; needed with more than one. The one with 0 also runs vLLM
+  MASTER_ADDR     host of node 0; needed with more than one
+  MASTER_PORT     a port that is free there (default: 29500)
+  GPUS_PER_NODE   processes on each node (default: 8)
+  PYTHON          interpreter (default: .venv/bin/python of this project, or python)
+TEXT
+}
+
+launch_fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+launch() {
+    local config="$1" nodes="${NNODES:-$NODES}" gpus="${GPUS_PER_NODE:-8}" dry="" python
+    local -a overrides=() rendezvous
+    shift
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            -h | --help) launch_usage; exit 0 ;;
+            --dry-run) dry=1 ;;
+            -*) launch_usage >&2; launch_fail "unknown option $1" ;;
+            *=*) overrides+=("$1") ;;
+            *) launch_fail "$1: an override has the form section.key=value" ;;
+        esac
+        shift
+    done
+    python="${PYTHON:-$PROJECT_ROOT/.venv/bin/python}"
+    command -v "$python" >/dev/null || python=python
+    cd "$PROJECT_ROOT"
+    if [ -n "$dry" ]; then
+        exec "$python" -m pmpo_megatron.train --config "$config" --dry-run --world-size $((nodes * gpus)) "${overrides[@]}"
+    fi
+    if [ "$nodes" -eq 1 ]; then
+        rendezvous=(--standalone)
+    else
+        [ -n "${MASTER_ADDR:-}" ] || launch_fail "MASTER_ADDR: the host of node 0 is needed with $nodes nodes"
+        [ -n "${NODE_RANK:-}" ] || launch_fail "NODE_RANK: 0 to $((nodes - 1)) is needed with $nodes nodes"
+        rendezvous=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+    fi
+    export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron: keeps communication and products of tensor parallelism in order
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" TOKENIZERS_PARALLELISM=false
+    trap '' USR1 # asks the trainer's processes to save and stop; torchrun itself would die of it
+    exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus" \
+        -m pmpo_megatron.train --config "$config" "${overrides[@]}"
+}

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=pmpo-qwen2.5-72b
+#SBATCH --nodes=16
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@1200
+#SBATCH --output=%x-%j.log
+# From the project's root:  sbatch examples/qwen2.5-72b/slurm.sh [section.key=value ...]
+# vLLM runs on the first node, on the GPUs that rollout.tensor_parallel counts; see examples/common/slurm.sh.
+set -euo pipefail
+source examples/common/slurm.sh
+run_recipe examples/qwen2.5-72b/launch.sh "$@"

@@ -1,0 +1,160 @@
+"""Every example's configuration is valid, fits its GPUs, and is what its launch script starts."""
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pmpo_megatron.config import build, read_yaml
+from pmpo_megatron.planner import HARDWARE, plan
+from pmpo_megatron.run_config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+RECIPES = {  # configuration: (nodes of 8 GPUs, its launch script with arguments)
+    "qwen2.5-math-7b/config.yaml": (1, ["qwen2.5-math-7b/launch.sh"]),
+    "deepseek-r1-distill-qwen-7b/config.yaml": (1, ["deepseek-r1-distill-qwen-7b/launch.sh"]),
+    "qwen2.5-14b/config.yaml": (2, ["qwen2.5-14b/launch.sh"]),
+    "qwen2.5-32b/config.yaml": (4, ["qwen2.5-32b/launch.sh"]),
+    "llama-3.3-70b/config.yaml": (16, ["llama-3.3-70b/launch.sh"]),
+    "qwen2.5-72b/config.yaml": (16, ["qwen2.5-72b/launch.sh"]),
+    "long_context/config-32k.yaml": (1, ["long_context/launch.sh"]),
+    "long_context/config-128k.yaml": (4, ["long_context/launch.sh", "128k"]),
+}
+MARGIN_GIB = 5  # activations are estimates
+
+
+def load(name):
+    return build(RunConfig, read_yaml(EXAMPLES / name))
+
+
+def run_script(arguments, **environment):
+    script, *rest = arguments
+    kept = {k: v for k, v in os.environ.items() if k not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHON")}
+    command = ["bash", str(EXAMPLES / script), *rest]
+    return subprocess.run(command, env=kept | environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/*.yaml")))
+def test_every_examples_configuration_is_valid(name):
+    load(name)
+
+
+def test_every_folder_with_a_launch_script_is_tested_here():
+    assert {script.parent.name for script in EXAMPLES.glob("*/launch.sh")} - {"common"} == {n.split("/")[0] for n in RECIPES}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("hardware", ("h100-80gb", "a100-80gb"))
+def test_recipes_fit_with_a_margin(name, hardware):
+    found = plan(load(name), 8 * RECIPES[name][0], HARDWARE[hardware])
+    assert found.fits, found.problems
+    assert found.fullest.spare >= MARGIN_GIB * 2**30
+    assert not found.notes
+
+
+@pytest.mark.parametrize("name", ("qwen2.5-math-7b/config.yaml", "deepseek-r1-distill-qwen-7b/config.yaml"))
+def test_the_papers_setting(name):
+    config = load(name)
+    trajectories = config.batch.prompts_per_round * config.sampling.samples_per_prompt
+    assert (config.sampling.samples_per_prompt, config.sampling.max_tokens, trajectories) == (8, 3000, 1024)
+    assert (trajectories // config.batch.steps_per_round, config.sampling.temperature) == (128, 1.0)
+    assert (config.optimizer.learning_rate, config.optimizer.schedule) == (1e-6, "constant")
+    assert (config.objective.rule, config.objective.kl_coefficient) == ("ess", 0.0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_launch_script_dry_runs_without_gpus_and_weights(name):
+    nodes, script = RECIPES[name]
+    done = run_script([*script, "--dry-run", "run.rounds=7"])
+    assert done.returncode == 0, done.stderr
+    assert f"layout: {8 * nodes} processes" in done.stdout and "batch: 7 rounds" in done.stdout
+    assert "\nfits, with" in done.stdout
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """Stands in for a command: prints its name, variables of interest and its arguments."""
+
+    def make(name, body='echo "$0 $NODE_RANK: $*"'):
+        path = tmp_path / name
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return str(path)
+
+    return make
+
+
+def test_launch_starts_torchrun_on_one_node(stub):
+    done = run_script(["qwen2.5-math-7b/launch.sh", "run.rounds=3"], PYTHON=stub("python"))
+    expected = (
+        "-m torch.distributed.run --standalone --nproc-per-node 8 -m pmpo_megatron.train "
+        "--config examples/qwen2.5-math-7b/config.yaml run.rounds=3"
+    )
+    assert done.returncode == 0 and done.stdout.strip().endswith(expected)
+
+
+def test_launch_starts_torchrun_on_every_node(stub):
+    where = dict(PYTHON=stub("python"), NODE_RANK="2", MASTER_ADDR="first", MASTER_PORT="1234", GPUS_PER_NODE="4")
+    done = run_script(["qwen2.5-32b/launch.sh"], **where)
+    expected = "--nnodes 4 --node-rank 2 --master-addr first --master-port 1234 --nproc-per-node 4 -m pmpo_megatron.train"
+    assert done.returncode == 0 and expected in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {"NODE_RANK": "0"}, "MASTER_ADDR: the host of node 0 is needed with 4 nodes"),
+        ([], {"MASTER_ADDR": "first"}, "NODE_RANK: 0 to 3 is needed with 4 nodes"),
+        (["--frobnicate"], {}, "unknown option --frobnicate"),
+        (["rounds"], {}, "rounds: an override has the form section.key=value"),
+    ],
+)
+def test_launch_refuses_what_cannot_work(stub, arguments, environment, message):
+    done = run_script(["qwen2.5-32b/launch.sh", *arguments], PYTHON=stub("python"), **environment)
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("name", sorted({script[0] for _, script in RECIPES.values()}))
+def test_launch_has_help(name):
+    done = run_script([name, "--help"])
+    assert done.returncode == 0 and f"bash {EXAMPLES / name}" in done.stdout and "MASTER_ADDR" in done.stdout
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_slurm_starts_the_launch_script_on_every_node(stub, tmp_path, name):
+    nodes, (script, *arguments) = RECIPES[name]
+    stub("scontrol", 'echo "node7"; echo "node8"')
+    stub("srun", 'while [[ "$1" == --* ]]; do shift; done; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done')
+    job = dict(SLURM_JOB_ID="5", SLURM_JOB_NUM_NODES=str(max(nodes, 2)), SLURM_JOB_NODELIST="node[7-8]")
+    slurm = [str(Path(script).parent / "slurm.sh"), *arguments, "run.rounds=2"]
+    done = run_script(slurm, PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=stub("python"), **job)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"--node-rank {rank} --master-addr node7 --master-port 20005" in done.stdout
+    assert f"examples/{name} run.rounds=2" in done.stdout
+
+
+def test_slurm_directives_ask_for_the_recipes_nodes():
+    for name, (nodes, script) in RECIPES.items():
+        text = (EXAMPLES / script[0]).with_name("slurm.sh").read_text()
+        if "128k" in name:
+            assert f"sbatch --nodes={nodes} " in text
+        else:
+            assert f"#SBATCH --nodes={nodes}\n" in text
+
+
+def test_slurms_warning_asks_the_trainer_to_save(stub, tmp_path):
+    """USR1 to the batch script reaches the trainer's processes through pkill, and the script goes on waiting for them."""
+    stub("scontrol", 'echo "node7"')
+    stub("pkill", f'echo "$*" > {tmp_path}/asked')
+    stub("srun", 'while [[ "$1" == --* ]]; do shift; done; "$@"')
+    wait = f"kill -USR1 $PPID; for i in $(seq 100); do [ -f {tmp_path}/asked ] && exit 0; sleep 0.1; done; exit 9"
+    # The stub stands for the trainer: it plays Slurm's signal to its grandparent, the batch script, and waits to be asked.
+    python = stub("python", f"sleep 0.3; PPID_OF_SRUN=$(ps -o ppid= -p $PPID); {wait.replace('$PPID', '$PPID_OF_SRUN')}")
+    job = dict(SLURM_JOB_ID="5", SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="node7")
+    done = run_script(["qwen2.5-math-7b/slurm.sh"], PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=python, **job)
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    assert (tmp_path / "asked").read_text() == "-USR1 -f [p]mpo_megatron.train --config\n"
