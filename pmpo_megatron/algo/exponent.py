@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -18,8 +19,8 @@ from pmpo_megatron.algo.power_sums import PowerSums
 # A trajectory whose log-ratios have this variance or less is flat: every p gives it the same value and gradient. The
 # bound is above the rounding of float32 log-probs (ulp 1e-6 at -10), so that noise never decides what p is.
 FLAT_VARIANCE = 2.5e-13
-SECTIONS = 32
-ROUNDS = 7  # 32^7 = 3e10 sections of the interval; the last step interpolates inside one
+SECTIONS = 64
+ROUNDS = 3  # 64^3 = 3e5 sections of the interval; the last step interpolates inside one, with an error below 1e-10
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def exponents(
 
 def _ess(rule: ExponentRule, sums: PowerSums, clip_fraction_N: torch.Tensor, progress: float):
     """n* = n(1) + (1 - n(1)) * f, p in [0, 1]: f = 0 gives exactly 1, f = 1 gives exactly 0."""
-    at_one_N = torch.exp(sums.log_ess_fraction(torch.ones_like(clip_fraction_N).unsqueeze(-1))).squeeze(-1)
+    at_one_N = torch.exp(sums.log_ess_on_grid(0.0, 1.0, SECTIONS)[:, -1])
     target_N = at_one_N + (1 - at_one_N) * clip_fraction_N
     p_N = solve_ess(sums, target_N, p_min=0.0, p_max=1.0)
     p_N = torch.where(clip_fraction_N == 0, 1.0, torch.where(clip_fraction_N == 1, 0.0, p_N))
@@ -91,21 +92,26 @@ def solve_ess(sums: PowerSums, target_N: torch.Tensor, *, p_min: float, p_max: f
     """p in [p_min, p_max], 0 <= p_min, with n(p) = target, float64 [N]; the nearer end where there is none.
 
     n falls with p. Each round evaluates n at SECTIONS + 1 points of every trajectory's bracket in one batched operation
-    and keeps the section in which the target lies; the last bracket, 3e-11 of the interval, is finished by the secant.
+    and keeps the section in which the target lies; the last bracket, 4e-6 of the interval, is finished by the secant.
     There is no branch on data, hence no synchronisation, and no communication: the sums hold all there is to know.
     """
-    grid_G = torch.linspace(0, 1, SECTIONS + 1, dtype=torch.float64, device=target_N.device)
+    grid_G = _unit_grid(target_N.device)
     log_target_N1 = torch.log(target_N.clamp(min=1e-300)).unsqueeze(-1)
-    low_N1 = torch.full_like(log_target_N1, p_min)
-    width = p_max - p_min
-    for _ in range(ROUNDS):
-        p_NG = (low_N1 + width * grid_G).clamp(max=p_max)
-        above_NG = sums.log_ess_fraction(p_NG) - log_target_N1
+    low_N1, width = torch.full_like(log_target_N1, p_min), p_max - p_min
+    above_NG = sums.log_ess_on_grid(p_min, p_max, SECTIONS) - log_target_N1
+    for remaining in reversed(range(ROUNDS)):
         # The last grid point that still has more than the target; the bracket reaches from it to the next.
-        index_N1 = ((above_NG > 0).cumprod(-1).sum(-1, keepdim=True) - 1).clamp(0, SECTIONS - 1)
-        left_N1, right_N1 = above_NG.gather(-1, index_N1), above_NG.gather(-1, index_N1 + 1)
-        low_N1 = p_NG.gather(-1, index_N1)
+        index_N1 = ((above_NG > 0).sum(-1, keepdim=True) - 1).clamp(0, SECTIONS - 1)
         width /= SECTIONS
+        low_N1 = low_N1 + width * index_N1
+        if remaining:
+            above_NG = sums.log_ess_fraction((low_N1 + width * grid_G).clamp(max=p_max)) - log_target_N1
+    left_N1, right_N1 = above_NG.gather(-1, index_N1), above_NG.gather(-1, index_N1 + 1)
     drop_N1 = left_N1 - right_N1
-    inside_N1 = torch.where(drop_N1 > 0, left_N1 / torch.where(drop_N1 > 0, drop_N1, 1.0), 0.0).clamp(0, 1)
+    inside_N1 = torch.where(drop_N1 > 0, left_N1 / drop_N1, 0.0).clamp(0, 1)
     return (low_N1 + width * inside_N1).clamp(p_min, p_max).squeeze(-1)
+
+
+@lru_cache(maxsize=8)
+def _unit_grid(device: torch.device) -> torch.Tensor:
+    return torch.linspace(0, 1, SECTIONS + 1, dtype=torch.float64, device=device)

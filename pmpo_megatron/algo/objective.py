@@ -234,7 +234,7 @@ def evaluate_objective(
     advantage_N, weight_N = advantages_N.detach().double(), weights_N.detach().double()
     usable_N = advantage_N.isfinite() & weight_N.isfinite()
     advantage_N, weight_N = torch.where(usable_N, advantage_N, 0.0), torch.where(usable_N, weight_N, 0.0)
-    segment_T = torch.where(trajectory_T >= 0, trajectory_T, num_trajectories)
+    segment_T = trajectory_T.clamp(min=-1) + 1
 
     difference_T = log_probs_T - old_log_probs_T.detach()
     finite_T = difference_T.isfinite()
@@ -251,9 +251,8 @@ def evaluate_objective(
     non_finite_N = (sums.moments[:, NON_FINITE] > 0) | ~usable_N
 
     p_N, target_N = exponents(config.exponent_rule, sums, clip_fraction_N, progress)
-    log_mean_N = sums.log_mean(p_N.unsqueeze(-1)).squeeze(-1)
-    power_mean_N = torch.exp(sums.log_power_mean(p_N))
-    ess_fraction_N = torch.exp(sums.log_ess_fraction(p_N.unsqueeze(-1))).squeeze(-1)
+    log_mean_N, log_power_mean_N, log_ess_fraction_N = sums.at(p_N)
+    power_mean_N, ess_fraction_N = torch.exp(log_power_mean_N), torch.exp(log_ess_fraction_N)
 
     value_N, counts_N = power_mean_N, (length_N > 0) & ~non_finite_N
     passes_N = counts_N
@@ -288,7 +287,7 @@ def evaluate_objective(
 
 def _of_token(values_N: torch.Tensor, segment_T: torch.Tensor) -> torch.Tensor:
     """Each token's trajectory's value, [T]; 0 for tokens of none."""
-    return torch.cat([values_N, values_N.new_zeros(1)])[segment_T]
+    return torch.cat([values_N.new_zeros(1), values_N]).index_select(0, segment_T)
 
 
 def _clip(log_ratio_T: torch.Tensor, sign_T: torch.Tensor, config: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,29 +7,32 @@ communication.
 
 Why it is exact. S is a sum of exponentials, and exp(q*x) is an entire function of q whose Chebyshev interpolation on an
 interval of half-width Q converges like (Q*|x|/2)^n / n!. Log-ratios reach +-20, where that is slow; so tokens are sorted
-into bands of half-width 1 around centres c_j = 2j, and what is interpolated is exp(q*(x - c_j)), after which the factor
-exp(q*c_j) is put back exactly. All terms are positive, so the relative error of each band is that of S: below 1e-14 with
+into bands around centres c_j, of half-width at most 1, and what is interpolated is exp(q*(x - c_j)), after which the factor
+exp(q*c_j) is put back exactly. All terms are positive, so the relative error of each band is that of S: below 1e-13 with
 `nodes_for`'s number of nodes, however heavy the tail. Interpolating log S itself, as one might first try, fails there:
 log S has complex singularities at distance pi/|x| from the real axis. The band around 0 holds expm1(q*x) instead, so that
 S(q)/T - 1 keeps its relative accuracy when all ratios are near 1.
 
-Legend: N trajectories, T tokens on this rank, K nodes, B bands, G orders asked for.
+Why it is cheap. A token is not raised to K powers. It is added to one of 33 cells of its band as 1, y, y^2, ..., with y its
+distance from the cell's centre, and the cells' sums are turned into the bands' coefficients by Taylor's series, one small
+matrix product for all tokens. |q*y| is at most 4/33, so that a dozen terms reach float64's precision, without cancellation.
+
+Legend: N trajectories, T tokens on this rank, K coefficients, B bands, C cells of a band, J moments, G orders asked for.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 LOG_RATIO_LIMIT = 20.0  # log-ratios are clamped to [-20, 20]: the range of float32 sums (objective.md, our choice)
-BAND_WIDTH = 2.0
-BANDS = 2 * round(LOG_RATIO_LIMIT / BAND_WIDTH) + 1
-MIDDLE = BANDS // 2
-MOMENTS = 5  # columns in front of the bands: tokens, clipped tokens, non-finite tokens, sum x, sum x^2
-TOKENS, CLIPPED, NON_FINITE, SUM, SUM_OF_SQUARES = range(MOMENTS)
-CHUNK = 16384  # tokens whose [CHUNK, K] table of powers exists at one time
+CELLS = 33  # of a band; odd, so that the middle one's centre is the band's
+MOMENTS = 6  # columns in front of the bands: tokens, clipped, non-finite, sum x, sum x^2, tokens outside the middle band
+TOKENS, CLIPPED, NON_FINITE, SUM, SUM_OF_SQUARES, OUTER = range(MOMENTS)
+REACH = 2.0  # largest (half-width of the orders) * (half-width of a band): rounding is magnified by exp(2 * REACH)
 
 
 def nodes_for(half_width: float) -> int:
@@ -42,7 +45,7 @@ def nodes_for(half_width: float) -> int:
 
 @dataclass(frozen=True)
 class OrderInterval:
-    """Orders q in [low, high] for which sums are wanted, with the Chebyshev nodes that represent them."""
+    """Orders q in [low, high] for which sums are wanted, and the bands, cells and coefficients that represent them."""
 
     low: float
     high: float
@@ -53,25 +56,69 @@ class OrderInterval:
         return OrderInterval(2 * min(0.0, p_min), 2 * max(1.0, p_max))
 
     @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+    @property
+    def band_width(self) -> float:
+        return 2 * min(1.0, REACH / self.half_width)
+
+    @property
+    def num_bands(self) -> int:
+        return 2 * math.ceil(LOG_RATIO_LIMIT / self.band_width) + 1
+
+    @property
     def num_nodes(self) -> int:
-        return nodes_for((self.high - self.low) / 2)
+        return nodes_for(self.half_width * self.band_width / 2)
 
-    def nodes(self, device: torch.device) -> torch.Tensor:
-        """Chebyshev nodes of the first kind, float64 [K]."""
-        k = torch.arange(self.num_nodes, dtype=torch.float64, device=device)
-        unit = torch.cos((2 * k + 1) * math.pi / (2 * self.num_nodes))
-        return (self.low + self.high) / 2 + (self.high - self.low) / 2 * unit
+    @property
+    def num_moments(self) -> int:
+        """Terms of Taylor's series of exp(q*y) over a cell, whose remainder is below 1e-16."""
+        reach, count = max(-self.low, self.high) * self.band_width / (2 * CELLS), 3
+        while reach**count / math.factorial(count) > 1e-16:
+            count += 1
+        return count
 
-    def barycentric(self, q: torch.Tensor) -> torch.Tensor:
-        """Weights [..., K] with which values at the nodes are combined to the value at ``q`` (Berrut and Trefethen 2004)."""
-        nodes = self.nodes(q.device)
-        k = torch.arange(self.num_nodes, dtype=torch.float64, device=q.device)
-        node_weights = (-1.0) ** k * torch.sin((2 * k + 1) * math.pi / (2 * self.num_nodes))
-        distance = q.unsqueeze(-1) - nodes
-        hit = distance == 0
-        quotient = torch.where(hit, 1.0, node_weights / torch.where(hit, 1.0, distance))
-        quotient = torch.where(hit.any(-1, keepdim=True), hit.to(torch.float64), quotient)
-        return quotient / quotient.sum(-1, keepdim=True)
+    def basis(self, q: torch.Tensor) -> torch.Tensor:
+        """Chebyshev polynomials [..., K] at ``q``: coefficients times these, summed, are the value at ``q``."""
+        unit = ((q - (self.low + self.high) / 2) / self.half_width).clamp(-1, 1)
+        degrees = torch.arange(self.num_nodes, dtype=torch.float64, device=q.device)
+        return torch.cos(torch.acos(unit).unsqueeze(-1) * degrees)
+
+    def lift(self, q: torch.Tensor) -> torch.Tensor:
+        """exp(q * c) for the centres c of the bands, [..., B]."""
+        return torch.exp(q.unsqueeze(-1) * band_centres(self, q.device))
+
+
+@lru_cache(maxsize=64)
+def band_centres(interval: OrderInterval, device: torch.device) -> torch.Tensor:
+    """float64 [B]; the middle one is 0."""
+    index = torch.arange(interval.num_bands, dtype=torch.float64, device=device)
+    return interval.band_width * (index - interval.num_bands // 2)
+
+
+@lru_cache(maxsize=64)
+def _cell_centres(interval: OrderInterval, device: torch.device) -> torch.Tensor:
+    """float64 [C], from the centre of their band."""
+    return interval.band_width / CELLS * (torch.arange(CELLS, dtype=torch.float64, device=device) - CELLS // 2)
+
+
+@lru_cache(maxsize=64)
+def _conversion(interval: OrderInterval, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """From sums of y^j in the cells of a band to its Chebyshev coefficients, [J*C, K]: for outer bands, for the middle one.
+
+    exp(q*(c+y)) = exp(q*c) * sum_j q^j/j! * y^j at the nodes q, then the cosine transform from nodes to coefficients. The
+    middle band's lacks the 1 of exp - 1, exactly: expm1(q*c) for j = 0.
+    """
+    count = interval.num_nodes
+    angle = (2 * torch.arange(count, dtype=torch.float64, device=device) + 1) * math.pi / (2 * count)
+    node_K = (interval.low + interval.high) / 2 + interval.half_width * torch.cos(angle)
+    transform_KK = 2 / count * torch.cos(torch.outer(angle, torch.arange(count, dtype=torch.float64, device=device)))
+    transform_KK[:, 0] /= 2
+    exponent_CK = torch.outer(_cell_centres(interval, device), node_K)
+    outer_JCK = torch.stack([torch.exp(exponent_CK) * node_K**j / math.factorial(j) for j in range(interval.num_moments)])
+    middle_JCK = torch.cat([torch.expm1(exponent_CK).unsqueeze(0), outer_JCK[1:]])
+    return (outer_JCK @ transform_KK).flatten(0, 1), (middle_JCK @ transform_KK).flatten(0, 1)
 
 
 def tabulate(
@@ -83,29 +130,45 @@ def tabulate(
     finite_T: torch.Tensor,
     interval: OrderInterval,
 ) -> torch.Tensor:
-    """This rank's additive table of its tokens, float64 [N + 1, MOMENTS + B*K].
+    """This rank's additive table of its tokens, float64 [1 + N, MOMENTS + B*K].
 
     Args:
         x_T: float64 [T], (clipped) log-ratios within +-LOG_RATIO_LIMIT; 0 where not finite.
-        segment_T: int64 [T], trajectory of each token; N for tokens that belong to none (their row is ignored).
+        segment_T: int64 [T], 1 + the trajectory of each token; 0 for tokens that belong to none (row 0 is ignored).
         clipped_T, finite_T: bool [T], counted per trajectory.
 
-    Memory beyond a few [T] vectors: one [CHUNK, K] table.
+    Memory beyond a few [T] vectors: the sums in the cells, N * 50 KiB for p in [0, 1].
     """
-    rows = num_trajectories + 1
-    moments = x_T.new_zeros(rows, MOMENTS)
-    columns = (torch.ones_like(x_T), clipped_T.to(x_T.dtype), (~finite_T).to(x_T.dtype), x_T, x_T * x_T)
-    for column, values in enumerate(columns):
-        moments[:, column].index_add_(0, segment_T, values)
-    nodes = interval.nodes(x_T.device)
-    powers = x_T.new_zeros(rows * BANDS, nodes.numel())
-    for start in range(0, x_T.numel(), CHUNK):
-        x = x_T[start : start + CHUNK]
-        band = torch.round(x / BAND_WIDTH)
-        exponent = torch.outer(x - BAND_WIDTH * band, nodes)
-        term = torch.where((band == 0).unsqueeze(-1), torch.expm1(exponent), torch.exp(exponent))
-        powers.index_add_(0, segment_T[start : start + CHUNK] * BANDS + band.long() + MIDDLE, term)
-    return torch.cat([moments, powers.view(rows, -1)], dim=1)
+    rows, bands, moments = num_trajectories + 1, interval.num_bands, interval.num_moments
+    spacing = interval.band_width / CELLS
+    cell_T = torch.round(x_T / spacing)
+    y_T = x_T - spacing * cell_T
+    index_T = (cell_T + bands * CELLS // 2).long() + segment_T * (bands * CELLS)
+    sums = x_T.new_zeros(moments + 2, rows * bands * CELLS)
+    power_T = torch.ones_like(x_T)
+    for j in range(moments):
+        sums[j].scatter_add_(0, index_T, power_T)
+        power_T = power_T * y_T
+    sums[moments].scatter_add_(0, index_T, clipped_T.to(x_T.dtype))
+    sums[moments + 1].scatter_add_(0, index_T, (~finite_T).to(x_T.dtype))
+    cells = sums.view(moments + 2, rows, bands, CELLS)
+
+    powers = cells[:moments].permute(1, 2, 0, 3).reshape(rows, bands, moments * CELLS)
+    outer, middle = _conversion(interval, x_T.device)
+    coefficients = powers @ outer
+    coefficients[:, bands // 2] = powers[:, bands // 2] @ middle
+    return torch.cat([_moments(cells, interval), coefficients.view(rows, -1)], dim=1)
+
+
+def _moments(cells: torch.Tensor, interval: OrderInterval) -> torch.Tensor:
+    """The columns in front of the bands [1 + N, MOMENTS], from the cells' sums [J + 2, 1 + N, B, C]."""
+    centre_BC = band_centres(interval, cells.device).unsqueeze(-1) + _cell_centres(interval, cells.device)
+    count, first, second, clipped, non_finite = cells[0], cells[1], cells[2], cells[-2], cells[-1]
+    tokens = count.sum((1, 2))
+    total = (centre_BC * count + first).sum((1, 2))
+    squares = (centre_BC * (centre_BC * count + 2 * first) + second).sum((1, 2))
+    outside = tokens - count[:, interval.num_bands // 2].sum(-1)
+    return torch.stack([tokens, clipped.sum((1, 2)), non_finite.sum((1, 2)), total, squares, outside], dim=1)
 
 
 @dataclass(frozen=True)
@@ -119,8 +182,8 @@ class PowerSums:
     @staticmethod
     def read(table: torch.Tensor, interval: OrderInterval) -> PowerSums:
         """From the table of `tabulate`, summed over the ranks that share these trajectories."""
-        table = table[:-1]
-        return PowerSums(interval, table[:, :MOMENTS], table[:, MOMENTS:].reshape(len(table), BANDS, interval.num_nodes))
+        shape = len(table) - 1, interval.num_bands, interval.num_nodes
+        return PowerSums(interval, table[1:, :MOMENTS], table[1:, MOMENTS:].reshape(shape))
 
     @property
     def length_N(self) -> torch.Tensor:
@@ -134,37 +197,47 @@ class PowerSums:
     def variance_N(self) -> torch.Tensor:
         return (self.moments[:, SUM_OF_SQUARES] / self.length_N.clamp(min=1) - self.mean_N**2).clamp(min=0)
 
-    def log_mean(self, q_NG: torch.Tensor) -> torch.Tensor:
-        """L(q) = log( (1/T) * sum_t exp(q * x[t]) ), float64 [N, G]; 0 for a trajectory without tokens."""
-        inner_NGB = torch.einsum("ngk,nbk->ngb", self.interval.barycentric(q_NG), self.bands)
-        centre_B = BAND_WIDTH * (torch.arange(BANDS, dtype=torch.float64, device=q_NG.device) - MIDDLE)
-        middle_NG = inner_NGB[..., MIDDLE]  # sum of exp - 1 over the middle band's tokens; the other bands sum exp
-        outer_NG = (inner_NGB * torch.exp(q_NG.unsqueeze(-1) * centre_B)).sum(-1) - middle_NG
-        length_N1, outer_count_N1 = self.length_N.clamp(min=1).unsqueeze(-1), self._outer_count_N.unsqueeze(-1)
-        excess_NG = (middle_NG + outer_NG - outer_count_N1) / length_N1  # S/T - 1, exact where ratios are near 1
-        mean_NG = (middle_NG + outer_NG + (self.length_N.unsqueeze(-1) - outer_count_N1)) / length_N1  # S/T, exact where tiny
-        tiny_NG = (excess_NG < -0.5) & (mean_NG > 0)
-        return torch.where(tiny_NG, torch.log(torch.where(tiny_NG, mean_NG, 1.0)), torch.log1p(excess_NG.clamp(min=-0.9)))
+    def log_mean(self, basis: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
+        """L(q) = log( (1/T) * sum_t exp(q * x[t]) ), float64 [N, G]; 0 for a trajectory without tokens.
 
-    @property
-    def _outer_count_N(self) -> torch.Tensor:
-        """Tokens outside the middle band: S(0) of the outer bands, rounded to the integer that it is."""
-        zero = torch.zeros(1, dtype=torch.float64, device=self.bands.device)
-        at_zero_B = self.bands @ self.interval.barycentric(zero)[0]
-        return (at_zero_B.sum(-1) - at_zero_B[:, MIDDLE]).round()
+        Args:
+            basis, lift: the interval's functions of the G orders, [N, G, ...], or [G, ...] for orders that all share.
+        """
+        total_NG = ((basis @ self.bands.transpose(1, 2)) * lift).sum(-1)  # sums of exp, but exp - 1 in the middle band
+        length_N1, outside_N1 = self.length_N.unsqueeze(-1), self.moments[:, OUTER:]
+        divisor_N1 = length_N1.clamp(min=1)
+        excess_NG = (total_NG - outside_N1) / divisor_N1  # S/T - 1, exact where ratios are near 1
+        mean_NG = (total_NG + (length_N1 - outside_N1)) / divisor_N1  # S/T, exact where it is tiny
+        return torch.where(excess_NG < -0.5, mean_NG.clamp(min=1e-300).log(), torch.log1p(excess_NG.clamp(min=-0.9)))
 
-    def log_power_mean(self, p_N: torch.Tensor) -> torch.Tensor:
-        """log M_p, float64 [N]; continuous through p = 0, where it is the mean log-ratio.
+    def at(self, p_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(L(p), log M_p, log n(p)), float64 [N]; log M_p is continuous through p = 0, where it is the mean log-ratio.
 
         Below |p| = 1e-6 the quotient L(p)/p would magnify rounding, and mean + p*variance/2 is exact to |p|^2.
         """
+        q_N2 = torch.stack([p_N, 2 * p_N], dim=-1)
+        log_mean_N, twice_N = self.log_mean(self.interval.basis(q_N2), self.interval.lift(q_N2)).unbind(-1)
         small = p_N.abs() < 1e-6
-        safe = torch.where(small, 1.0, p_N)
-        quotient = self.log_mean(safe.unsqueeze(-1)).squeeze(-1) / safe
-        return torch.where(small, self.mean_N + p_N * self.variance_N / 2, quotient)
+        quotient_N = log_mean_N / torch.where(small, 1.0, p_N)
+        log_power_mean_N = torch.where(small, self.mean_N + p_N * self.variance_N / 2, quotient_N)
+        return log_mean_N, log_power_mean_N, (2 * log_mean_N - twice_N).clamp(max=0.0)
 
     def log_ess_fraction(self, p_NG: torch.Tensor) -> torch.Tensor:
         """log n(p) = log( ESS(p)/T ) = 2 L(p) - L(2p), float64 [N, G], in (-log T, 0]."""
-        both = self.log_mean(torch.cat([p_NG, 2 * p_NG], dim=-1))
-        size = p_NG.shape[-1]
-        return (2 * both[:, :size] - both[:, size:]).clamp(max=0.0)
+        q = torch.cat([p_NG, 2 * p_NG], dim=-1)
+        return self._log_ess(self.interval.basis(q), self.interval.lift(q))
+
+    def log_ess_on_grid(self, p_min: float, p_max: float, sections: int) -> torch.Tensor:
+        """`log_ess_fraction` at the ends of equal sections of [p_min, p_max], the same for all: float64 [N, sections + 1]."""
+        return self._log_ess(*_grid(self.interval, p_min, p_max, sections, self.bands.device))
+
+    def _log_ess(self, basis: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
+        once_NG, twice_NG = self.log_mean(basis, lift).chunk(2, dim=-1)
+        return (2 * once_NG - twice_NG).clamp(max=0.0)
+
+
+@lru_cache(maxsize=64)
+def _grid(interval: OrderInterval, p_min: float, p_max: float, sections: int, device: torch.device):
+    p_G = torch.linspace(p_min, p_max, sections + 1, dtype=torch.float64, device=device)
+    q = torch.cat([p_G, 2 * p_G])
+    return interval.basis(q), interval.lift(q)
