@@ -30,9 +30,10 @@ def output_directory(out: Path, *, force: bool, inputs: Sequence[Path], num_byte
         CheckpointError: ``out`` exists and may not be replaced, overlaps an input, or the disk has too little room.
     """
     out = out.resolve()
-    partial = out.with_name(out.name + PARTIAL)
+    partial, replaced = (out.with_name(out.name + end) for end in (PARTIAL, f".replaced{PARTIAL}"))
     _check_free_to_write(out, force=force, inputs=inputs)
-    shutil.rmtree(partial, ignore_errors=True)
+    for path in (partial, replaced):
+        shutil.rmtree(path, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
@@ -40,11 +41,14 @@ def output_directory(out: Path, *, force: bool, inputs: Sequence[Path], num_byte
             raise CheckpointError(f"{out}: needs {num_bytes / GIB:.1f} GiB; the disk has {free / GIB:.1f} GiB free")
         yield partial
         _sync(partial)
+        if out.exists():
+            out.rename(replaced)  # a kill during its removal leaves no half of it under its name
         publish(partial, out)
     except OSError as error:
         raise CheckpointError(f"{out}: not written: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for path in (partial, replaced):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_free_to_write(out: Path, *, force: bool, inputs: Sequence[Path]) -> None:
