@@ -100,6 +100,8 @@ class CoreAttention(MegatronModule):
 
     def _attend(self, q, k, v, boundaries) -> list[torch.Tensor]:
         size, rank = self.cp_group.size(), self.cp_group.rank()
+        if size == 1 and len(boundaries) > 2:
+            return [self._attend_by_length(q, k, v, boundaries)]
         outputs, offset = [], 0
         for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
             for first, last in context_spans(start, end, size=size, rank=rank):
@@ -107,6 +109,22 @@ class CoreAttention(MegatronModule):
                 offset += last - first
                 outputs.extend(self._attend_span(queries, k[:, :, start:last], v[:, :, start:last]))
         return outputs
+
+    def _attend_by_length(self, q, k, v, boundaries) -> torch.Tensor:
+        """Packed sequences of equal length go through attention together: where they are short, calls are what costs."""
+        starts: dict[int, list[int]] = {}
+        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+            starts.setdefault(end - start, []).append(start)
+        places, outputs = [], []
+        for length, firsts in starts.items():
+            place = (torch.tensor(firsts).unsqueeze(1) + torch.arange(length)).flatten().to(q.device)
+            parts = (x[0].index_select(1, place).unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(*parts, is_causal=True, scale=self.scale, enable_gqa=True)
+            places.append(place)
+            outputs.append(out.transpose(0, 1).flatten(1, 2))
+        back = torch.empty_like(place := torch.cat(places))
+        back[place] = torch.arange(len(place), device=place.device)
+        return torch.cat(outputs, dim=1).index_select(1, back).unsqueeze(0)
 
     def _attend_span(self, q, k, v) -> list[torch.Tensor]:
         """Queries that are the last ones of the keys' span: causal, aligned at the lower right."""
