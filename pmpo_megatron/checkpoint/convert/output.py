@@ -30,10 +30,9 @@ def output_directory(out: Path, *, force: bool, inputs: Sequence[Path], num_byte
         CheckpointError: ``out`` exists and may not be replaced, overlaps an input, or the disk has too little room.
     """
     out = out.resolve()
-    partial, replaced = (out.with_name(out.name + end) for end in (PARTIAL, f".replaced{PARTIAL}"))
+    partial = out.with_name(out.name + PARTIAL)
     _check_free_to_write(out, force=force, inputs=inputs)
-    for path in (partial, replaced):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
@@ -41,14 +40,21 @@ def output_directory(out: Path, *, force: bool, inputs: Sequence[Path], num_byte
             raise CheckpointError(f"{out}: needs {num_bytes / GIB:.1f} GiB; the disk has {free / GIB:.1f} GiB free")
         yield partial
         _sync(partial)
-        if out.exists():
-            out.rename(replaced)  # a kill during its removal leaves no half of it under its name
-        publish(partial, out)
+        _put_in_place(partial, out)
     except OSError as error:
         raise CheckpointError(f"{out}: not written: {error}") from error
     finally:
-        for path in (partial, replaced):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Renames; what was there gets out of the way first, because a kill during its removal would leave a half of it."""
+    replaced = out.with_name(f"{out.name}.replaced{PARTIAL}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if out.exists():
+        out.rename(replaced)
+    publish(partial, out)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _check_free_to_write(out: Path, *, force: bool, inputs: Sequence[Path]) -> None:
