@@ -70,6 +70,27 @@ class Summary:
     verified: bool
 
 
+class Checksums:
+    """CRC-32 of every tensor as it was read, by its Hugging Face name; of none unless ``wanted``."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted, self._found = wanted, {}
+
+    def note(self, names: Iterable[str], tensors: list[torch.Tensor]) -> None:
+        if self.wanted:
+            self._found.update((name, self._of(tensor)) for name, tensor in zip(names, tensors, strict=True))
+
+    def compare(self, names: Iterable[str], tensors: list[torch.Tensor], where: Path) -> None:
+        """Raises CheckpointError if one of ``tensors`` is not what was noted under its name."""
+        for name, tensor in zip(names, tensors, strict=True):
+            if self._of(tensor) != self._found[name]:
+                raise CheckpointError(f"{where}: {name} reads back different from what was written; the disk may be failing")
+
+    @staticmethod
+    def _of(tensor: torch.Tensor) -> int:
+        return zlib.crc32(byte_view(tensor.contiguous()))
+
+
 def hf_to_megatron(hf: Path, out: Path, options: Options | None = None, *, allow_pickle: bool = False) -> Summary:
     """Writes the Megatron checkpoint ``out`` from the Hugging Face directory ``hf``.
 
@@ -84,22 +105,19 @@ def hf_to_megatron(hf: Path, out: Path, options: Options | None = None, *, allow
     _check_weights(hf, weights, mapping, options)
     dtypes = {name: options.stored_as(weights.info[name].dtype) for name in mapping.hf_shapes}
     num_bytes = sum(_num_bytes(whole, dtypes[name]) for name, whole in mapping.hf_shapes.items())
-    checksums: dict[str, int] = {}
+    checksums = Checksums(options.verify)
     with output_directory(out, force=options.force, inputs=[hf], num_bytes=num_bytes) as partial:
         with closing(MegatronWriter(partial, num_layers=shape.num_layers)) as writer:
             for entry in options.follow("converting", len(mapping.entries), mapping.entries):
                 tensors = [options.cast(weights(name)) for name in entry.hf]
-                _note_checksums(checksums, entry.hf, tensors, options)
+                checksums.note(entry.hf, tensors)
                 writer.add(entry.megatron, entry.merge(tensors))
             del tensors
             writer.finish()
         (partial / HF_PART).mkdir()
         _copy_configuration(hf, partial / HF_PART, set(dtypes.values()))
         if options.verify:
-            reader = MegatronReader(partial)
-            reader.check(mapping.entries, num_layers=shape.num_layers)
-            for entry in options.follow("verifying", len(mapping.entries), mapping.entries):
-                _compare_checksums(checksums, entry.hf, entry.split(reader(entry)), partial)
+            _verify_megatron(partial, mapping, checksums, options)
     return Summary(out, len(mapping.hf_shapes), num_bytes, options.verify)
 
 
@@ -125,28 +143,36 @@ def megatron_to_hf(
         _check_manifest(checkpoint, source, checksums=options.verify)
     reader = MegatronReader(source)
     reader.check(mapping.entries, num_layers=shape.num_layers)
-    plan = [
-        (name, options.stored_as(reader.dtype(entry)), tensor_shape)
-        for entry in mapping.entries
-        for name, tensor_shape in zip(entry.hf, entry.hf_shapes, strict=True)
-    ]
-    num_bytes = sum(_num_bytes(tensor_shape, dtype) for _, dtype, tensor_shape in plan)
-    checksums: dict[str, int] = {}
+    stored = ((options.stored_as(reader.dtype(entry)), entry) for entry in mapping.entries)
+    plan = [(name, dtype, whole) for dtype, entry in stored for name, whole in zip(entry.hf, entry.hf_shapes, strict=True)]
+    num_bytes = sum(_num_bytes(whole, dtype) for _, dtype, whole in plan)
+    checksums = Checksums(options.verify)
     with output_directory(out, force=options.force, inputs=[checkpoint, side], num_bytes=num_bytes) as partial:
         with closing(SafetensorsStream(partial, plan, shard_bytes=shard_bytes)) as stream:
             for entry in options.follow("converting", len(mapping.entries), mapping.entries):
                 tensors = [options.cast(tensor) for tensor in entry.split(reader(entry))]
-                _note_checksums(checksums, entry.hf, tensors, options)
+                checksums.note(entry.hf, tensors)
                 for name, tensor in zip(entry.hf, tensors, strict=True):
                     stream.add(name, tensor)
                 del tensors, tensor
             stream.finish()
         _copy_configuration(side, partial, {dtype for _, dtype, _ in plan})
         if options.verify:
-            with closing(SafetensorsWeights(partial)) as written:
-                for name in options.follow("verifying", len(plan), mapping.hf_shapes):
-                    _compare_checksums(checksums, (name,), [written(name)], partial)
+            _verify_hf(partial, mapping, checksums, options)
     return Summary(out, len(plan), num_bytes, options.verify)
+
+
+def _verify_megatron(directory: Path, mapping: Mapping, checksums: Checksums, options: Options) -> None:
+    reader = MegatronReader(directory)
+    reader.check(mapping.entries, num_layers=mapping.shape.num_layers)
+    for entry in options.follow("verifying", len(mapping.entries), mapping.entries):
+        checksums.compare(entry.hf, entry.split(reader(entry)), directory)
+
+
+def _verify_hf(directory: Path, mapping: Mapping, checksums: Checksums, options: Options) -> None:
+    with closing(SafetensorsWeights(directory)) as written:
+        for name in options.follow("verifying", len(mapping.hf_shapes), mapping.hf_shapes):
+            checksums.compare((name,), [written(name)], directory)
 
 
 def _check_weights(hf: Path, weights: HfWeights, mapping: Mapping, options: Options) -> None:
@@ -168,21 +194,6 @@ def _check_weights(hf: Path, weights: HfWeights, mapping: Mapping, options: Opti
 
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
-
-
-def _note_checksums(checksums: dict[str, int], names: Iterable[str], tensors: list[torch.Tensor], options: Options) -> None:
-    if options.verify:
-        checksums.update((name, _checksum(tensor)) for name, tensor in zip(names, tensors, strict=True))
-
-
-def _compare_checksums(checksums: dict[str, int], names: Iterable[str], tensors: list[torch.Tensor], where: Path) -> None:
-    for name, tensor in zip(names, tensors, strict=True):
-        if _checksum(tensor) != checksums[name]:
-            raise CheckpointError(f"{where}: {name} reads back different from what was written; the disk may be failing")
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(byte_view(tensor.contiguous()))
 
 
 def _copy_configuration(source: Path, target: Path, dtypes: set[torch.dtype]) -> None:
