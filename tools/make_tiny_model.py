@@ -11,20 +11,18 @@ from pmpo_megatron.data.tiny_model import TinyModelConfig, make_tiny_model
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of the Hugging Face checkpoint")
+    parser.add_argument("--steps", type=int, default=TinyModelConfig.steps, help="supervised steps (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=TinyModelConfig.steps, help="supervised steps at most (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--target-accuracy",
+        "--slip-rate",
         type=float,
-        default=TinyModelConfig.target_accuracy,
-        help="stop when so many sampled solutions are right (default: %(default)s)",
+        default=TinyModelConfig.slip_rate,
+        help="share of wrong columns in the solutions it learns from (default: %(default)s)",
     )
     parser.add_argument("--layers", type=int, default=TinyModelConfig.layers, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=TinyModelConfig.hidden_size, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    sizes = {name: getattr(options, name) for name in ("steps", "target_accuracy", "layers", "hidden_size", "seed")}
+    sizes = {name: getattr(options, name) for name in ("steps", "slip_rate", "layers", "hidden_size", "seed")}
     make_tiny_model(options.out, TinyModelConfig(**sizes))
 
 

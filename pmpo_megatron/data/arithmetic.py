@@ -17,16 +17,11 @@ HELD_OUT_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Problem:
-    """``text`` ends where the solution begins, e.g. ``17+25=``; ``answer`` is the number as text.
-
-    ``solution`` works column by column from the right, carries and borrows included, and ends with the boxed answer:
-    ``7+5=12,1+2+1=4 \\boxed{42}``.
-    """
+    """``text`` ends where the solution begins, e.g. ``17+25=``; ``answer`` is the number as text."""
 
     text: str
     answer: str
     level: int
-    solution: str
 
 
 def is_held_out(text: str) -> bool:
@@ -50,29 +45,34 @@ def _draw(level: int, generator: np.random.Generator) -> Problem:
     numbers = generator.integers(low, high + 1, size=3 if level == 3 else 2).tolist()
     if level < 3 and generator.random() < 0.5:
         a, b = sorted(numbers, reverse=True)
-        return Problem(f"{a}-{b}=", str(a - b), level, _written_out(_differences(a, b), a - b))
-    return Problem("+".join(map(str, numbers)) + "=", str(sum(numbers)), level, _written_out(_sums(numbers), sum(numbers)))
+        return Problem(f"{a}-{b}=", str(a - b), level)
+    return Problem("+".join(map(str, numbers)) + "=", str(sum(numbers)), level)
 
 
-def _sums(numbers: list[int]) -> list[str]:
-    columns, carry, place = [], 0, 1
-    while place == 1 or place <= max(numbers):
+def solve(problem: Problem, *, slip_rate: float = 0.0, generator: np.random.Generator | None = None) -> str:
+    """A solution of ``problem``: column by column from the right, carries and borrows included, the answer boxed.
+
+    ``17+25=`` gives ``7+5=12,1+2+1=4 \\boxed{42}``. With probability ``slip_rate`` a column's result is a random number
+    instead, as of somebody careless, and what follows goes on from it.
+    """
+    subtract = "-" in problem.text
+    numbers = [int(number) for number in problem.text.rstrip("=").replace("-", "+").split("+")]
+    columns, answer, carry = [], 0, 0
+    for place in (1, 10)[: len(str(max(numbers)))]:
         digits = [number // place % 10 for number in numbers if place == 1 or number >= place]
-        terms = digits + ([carry] if carry else [])
-        columns.append("+".join(map(str, terms)) + f"={sum(terms)}")
-        carry, place = sum(terms) // 10, place * 10
-    return columns
-
-
-def _differences(a: int, b: int) -> list[str]:
-    columns: list[str] = []
-    while not columns or a:
-        digit, minus = a % 10, b % 10
-        borrow = digit < minus
-        columns.append(f"{digit + 10 * borrow}-{minus}={digit + 10 * borrow - minus}")
-        a, b = a // 10 - borrow, b // 10
-    return columns
-
-
-def _written_out(columns: list[str], answer: int) -> str:
+        if subtract:
+            digits = [digits[0] - carry, *digits[1:]]
+            carry = int(digits[0] < sum(digits[1:]))
+            digits[0] += 10 * carry
+            result = digits[0] - sum(digits[1:])
+        else:
+            digits += [carry] if carry else []
+            result = sum(digits)
+        if slip_rate and generator.random() < slip_rate:
+            result = int(generator.integers(0, 10))
+        if not subtract:
+            carry = result // 10
+        columns.append(("-" if subtract else "+").join(map(str, digits)) + f"={result}")
+        last = place * 10 > max(numbers)
+        answer += place * (result if last else result % 10)
     return ",".join(columns) + f" \\boxed{{{answer}}}"

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
 import torch
 
+from pmpo_megatron.algo.objective import PRESETS
+from pmpo_megatron.data.packing import make_micro_batch
 from pmpo_megatron.model.inputs import packed_sequences
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.shards import context_indices
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState, initialize, shut_down
+from pmpo_megatron.types import Sample
 
-TOKENS, BOUNDARIES = 256, (0, 128, 256)
+BOUNDARIES = (0, 96, 256)
+LENGTHS = (12, 20)  # of the sequences of every micro-batch in a pipeline
 
 
 def measure(layouts: list[dict], cases: list[dict], activations: list[dict]) -> list[dict]:
@@ -20,10 +30,13 @@ def measure(layouts: list[dict], cases: list[dict], activations: list[dict]) -> 
         parallel = ParallelConfig(**layout)
         state = initialize(parallel, device="cpu")
         whole = parallel.pipeline == 1 and parallel.context == 1
+        counts = (2, 6) if parallel.pipeline > 1 else ()
+        in_flight = {n: measure_in_flight(cases[0]["path"], parallel, state, n) for n in counts}
         found.append(
             {
                 "states": [measure_state(case, parallel, state) for case in cases],
                 "activations": [measure_activations(case, parallel, state) for case in activations if whole],
+                "in_flight": in_flight if state.is_first_stage else {},
             }
         )
         shut_down(keep_world=True)
@@ -51,7 +64,7 @@ def measure_state(case: dict, parallel: ParallelConfig, state: ParallelState) ->
 
 
 def measure_activations(case: dict, parallel: ParallelConfig, state: ParallelState) -> int:
-    """Bytes that autograd keeps after a forward pass over `TOKENS` packed tokens, log-probs of all of them included."""
+    """Bytes that autograd keeps after a forward pass over packed tokens, log-probs of all of them included."""
     policy = Policy.build(ModelConfig(path=case["path"], recompute=case["recompute"]), OptimizerConfig(), parallel, state)
     model = policy.modules[0]
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -64,12 +77,57 @@ def measure_activations(case: dict, parallel: ParallelConfig, state: ParallelSta
 
     packed = packed_sequences(BOUNDARIES, context_size=state.cp_size, device=state.device)
     here = context_indices(BOUNDARIES, size=state.cp_size, rank=state.cp_rank)
-    tokens = (torch.arange(TOKENS) % 200)[here]
+    tokens = (torch.arange(BOUNDARIES[-1]) % 200)[here]
+    positions = torch.cat([torch.arange(end - start) for start, end in pairwise(BOUNDARIES)])[here]
     policy.head.ask(tokens, torch.arange(len(tokens)), temperature=1.0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(tokens.unsqueeze(0), (torch.arange(TOKENS) % 128)[here].unsqueeze(0), None, packed_seq_params=packed)
+        output = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=packed)
     assert output.requires_grad
     return storage_bytes(kept)
+
+
+def measure_in_flight(path: str, parallel: ParallelConfig, state: ParallelState, count: int) -> int:
+    """Most bytes that autograd keeps at any time of an optimizer step of ``count`` equal micro-batches in a pipeline."""
+    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(), parallel, state)
+    batches = [make_micro_batch([sample_of(length) for length in LENGTHS], 4, 0)] * count
+    old = score(policy, batches, temperature=1.0)
+    live = LiveBytes({p.untyped_storage().data_ptr() for m in policy.modules for p in m.parameters()})
+    with torch.autograd.graph.saved_tensors_hooks(live.keep, lambda held: held.tensor):
+        optimizer_step(policy, batches, old, objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
+    return live.most
+
+
+def sample_of(length: int) -> Sample:
+    prompt, response = tuple(range(4)), tuple(range(length - 4))
+    log_probs = np.full(len(response), -5.0, dtype=np.float32)
+    return Sample(0, 0, prompt, response, log_probs, False, 1.0, 1.0, 0.1, 0)
+
+
+class LiveBytes:
+    """Follows what autograd keeps: adds storages as they are saved and takes them off when their graph is gone."""
+
+    def __init__(self, excluded: set[int]) -> None:
+        self.excluded, self.holders, self.now, self.most = excluded, Counter(), 0, 0
+
+    def keep(self, tensor: torch.Tensor) -> Held:
+        held, storage = Held(tensor), tensor.untyped_storage()
+        if storage.data_ptr() not in self.excluded and tensor.is_floating_point():
+            self._count(storage.data_ptr(), storage.nbytes(), 1)
+            weakref.finalize(held, self._count, storage.data_ptr(), storage.nbytes(), -1)
+        return held
+
+    def _count(self, pointer: int, size: int, change: int) -> None:
+        before = self.holders[pointer]
+        self.holders[pointer] += change
+        self.now += size * ((self.holders[pointer] > 0) - (before > 0))
+        self.most = max(self.most, self.now)
+
+
+class Held:
+    """A tensor that autograd keeps."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
 
 def storage_bytes(tensors) -> int:

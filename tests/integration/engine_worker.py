@@ -68,9 +68,9 @@ def train(policy: Policy, parallel: ParallelConfig) -> None:
         for i in range(4)
     ]
     state = policy.state
-    batches = pack(
-        samples, max_tokens=64, data_parallel_size=state.dp_size, sequence_multiple=sequence_multiple(parallel)
-    )[state.dp_rank]
+    batches = pack(samples, max_tokens=64, data_parallel_size=state.dp_size, sequence_multiple=sequence_multiple(parallel))[
+        state.dp_rank
+    ]
     old = score(policy, batches, temperature=1.0)
     result = optimizer_step(policy, batches, old, objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
     assert result.applied

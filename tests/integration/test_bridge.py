@@ -34,9 +34,9 @@ def test_an_updated_engine_equals_a_freshly_loaded_one(layout, kind, engine_tp, 
     world_size, parallel = LAYOUTS[layout]
     path = save_model(kind, tmp_path / "model")
     settings = dict(tensor_parallel=engine_tp)
-    found = run_ranks(
-        world_size, f"{WORKER}:update_and_compare", path, parallel, settings, bridge, str(tmp_path), timeout=280
-    )[0]
+    found = run_ranks(world_size, f"{WORKER}:update_and_compare", path, parallel, settings, bridge, str(tmp_path), timeout=280)[
+        0
+    ]
     assert [ids for ids, _ in found["before"]] != [ids for ids, _ in found["after"]], "the update changed what is generated"
     same(found["after"], found["fresh"], tolerance=1e-6)
     same(found["restarted"], found["fresh"], tolerance=1e-6)
