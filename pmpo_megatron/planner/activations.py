@@ -50,17 +50,27 @@ class ActivationModel:
             "mlp input": self.item * self._hidden(),
             "mlp": self.item * 3 * shape.ffn_hidden_size / tensor,
         }
-        if not self.fused:
-            # torch's norm also keeps the normalised input and 1/rms, SiLU its two halves, the rotation sines and cosines
-            # of all tokens; the outputs of the sequences are put together in a tensor of their own.
-            terms["norms"] += 2 * (self.item * self._hidden() + self._inverse_rms())
-            terms["mlp"] += self.item * 2 * shape.ffn_hidden_size / tensor
-            terms["attention"] += self.item * (queries + 4 * shape.head_dim)
-            if shape.qk_norm:
-                groups = shape.num_query_groups // tensor
-                grouped = queries if groups > 1 else 0  # queries of several groups are copied out of the projection
-                terms["attention"] += self.item * grouped + FLOAT32 * (shape.num_attention_heads / tensor + groups)
-        return terms
+        return terms if self.fused else self._unfused(terms, queries, keys)
+
+    def _unfused(self, terms: dict[str, float], queries: float, keys: float) -> dict[str, float]:
+        """`layer_terms` of our own layers (`model.layers`), for packed sequences without context parallelism.
+
+        torch's norm keeps the normalised input and 1/rms beside its input, SiLU its two halves, the rotation sines and
+        cosines of all tokens. Attention copies queries, keys and values by sequence length, and its output back again.
+        """
+        shape, tensor = self.shape, self.parallel.tensor
+        attention = (queries + 2 * keys) + queries + queries + 4 * shape.head_dim
+        scalars = shape.num_attention_heads / tensor
+        if shape.qk_norm:
+            groups = shape.num_query_groups // tensor
+            attention += (queries + 2 * keys) + queries + keys  # the projection's output, through views; what is normalised
+            attention += queries if groups > 1 else 0  # queries of several groups are copied out of the projection
+            scalars += shape.num_attention_heads / tensor + groups
+        return terms | {
+            "norms": 2 * (2 * self.item * self._hidden() + self._inverse_rms()),
+            "attention": self.item * (self._hidden() + attention) + FLOAT32 * scalars,
+            "mlp": self.item * 5 * shape.ffn_hidden_size / tensor,
+        }
 
     def layer_kept(self) -> float:
         """Bytes per token of L that a layer keeps, with recomputation."""

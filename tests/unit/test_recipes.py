@@ -87,6 +87,12 @@ def stub(tmp_path):
     return make
 
 
+def test_the_guides_example_is_what_the_planner_says():
+    text = (ROOT / "docs/parallelism.md").read_text()
+    shown = text[text.index("\nplan: models/Qwen2.5-32B") + 1 : text.index("proposals, fastest training first:")]
+    assert shown.splitlines() == plan(load("qwen2.5-32b/config.yaml"), 32, HARDWARE["h100-80gb"]).lines()
+
+
 def test_launch_starts_torchrun_on_one_node(stub):
     done = run_script(["qwen2.5-math-7b/launch.sh", "run.rounds=3"], PYTHON=stub("python"))
     expected = (
