@@ -19,8 +19,8 @@ from pmpo_megatron.algo.power_sums import PowerSums
 # A trajectory whose log-ratios have this variance or less is flat: every p gives it the same value and gradient. The
 # bound is above the rounding of float32 log-probs (ulp 1e-6 at -10), so that noise never decides what p is.
 FLAT_VARIANCE = 2.5e-13
-SECTIONS = 64
-ROUNDS = 3  # 64^3 = 3e5 sections of the interval; the last step interpolates inside one, with an error below 1e-10
+SECTIONS = 128  # of the interval, and then of the section that holds the target
+BRACKET = 1e-4  # width in p below which a parabola is good for |n(p) - target| < 1e-9
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ def exponents(
 
 def _ess(rule: ExponentRule, sums: PowerSums, clip_fraction_N: torch.Tensor, progress: float):
     """n* = n(1) + (1 - n(1)) * f, p in [0, 1]: f = 0 gives exactly 1, f = 1 gives exactly 0."""
-    at_one_N = torch.exp(sums.log_ess_on_grid(0.0, 1.0, SECTIONS)[:, -1])
+    on_grid_NG = sums.log_ess_on_grid(0.0, 1.0, SECTIONS)
+    at_one_N = torch.exp(on_grid_NG[:, -1])
     target_N = at_one_N + (1 - at_one_N) * clip_fraction_N
-    p_N = solve_ess(sums, target_N, p_min=0.0, p_max=1.0)
+    p_N = solve_ess(sums, target_N, on_grid_NG, p_min=0.0, p_max=1.0)
     p_N = torch.where(clip_fraction_N == 0, 1.0, torch.where(clip_fraction_N == 1, 0.0, p_N))
     return _flat_is_one(p_N, sums), target_N
 
@@ -55,7 +56,8 @@ def _ess(rule: ExponentRule, sums: PowerSums, clip_fraction_N: torch.Tensor, pro
 def _ess_floor(rule: ExponentRule, sums: PowerSums, clip_fraction_N: torch.Tensor, progress: float):
     """n* = floor + (1 - floor) * f, p clamped to [p_min, p_max]."""
     target_N = rule.ess_floor + (1 - rule.ess_floor) * clip_fraction_N
-    p_N = solve_ess(sums, target_N, p_min=rule.p_min, p_max=rule.p_max)
+    on_grid_NG = sums.log_ess_on_grid(rule.p_min, rule.p_max, SECTIONS)
+    p_N = solve_ess(sums, target_N, on_grid_NG, p_min=rule.p_min, p_max=rule.p_max)
     return _flat_is_one(p_N, sums).clamp(rule.p_min, rule.p_max), target_N
 
 
@@ -88,28 +90,45 @@ def _flat_is_one(p_N: torch.Tensor, sums: PowerSums) -> torch.Tensor:
     return torch.where(sums.variance_N <= FLAT_VARIANCE + rounding_N, 1.0, p_N)
 
 
-def solve_ess(sums: PowerSums, target_N: torch.Tensor, *, p_min: float, p_max: float) -> torch.Tensor:
+def solve_ess(sums: PowerSums, target_N: torch.Tensor, on_grid_NG: torch.Tensor, *, p_min: float, p_max: float) -> torch.Tensor:
     """p in [p_min, p_max], 0 <= p_min, with n(p) = target, float64 [N]; the nearer end where there is none.
 
-    n falls with p. Each round evaluates n at SECTIONS + 1 points of every trajectory's bracket in one batched operation
-    and keeps the section in which the target lies; the last bracket, 4e-6 of the interval, is finished by the secant.
+    n falls with p. ``on_grid_NG``, log n at the ends of SECTIONS equal sections, tells in which of them the target lies;
+    that one is divided again, in one batched operation for all trajectories, which for p in [0, 1] leaves 6e-5 of it. There
+    a parabola through the ends and the next point gives p: |n(p) - target| < 1e-9, heavy tails included.
     There is no branch on data, hence no synchronisation, and no communication: the sums hold all there is to know.
     """
-    grid_G = _unit_grid(target_N.device)
     log_target_N1 = torch.log(target_N.clamp(min=1e-300)).unsqueeze(-1)
-    low_N1, width = torch.full_like(log_target_N1, p_min), p_max - p_min
-    above_NG = sums.log_ess_on_grid(p_min, p_max, SECTIONS) - log_target_N1
-    for remaining in reversed(range(ROUNDS)):
-        # The last grid point that still has more than the target; the bracket reaches from it to the next.
-        index_N1 = ((above_NG > 0).sum(-1, keepdim=True) - 1).clamp(0, SECTIONS - 1)
-        width /= SECTIONS
-        low_N1 = low_N1 + width * index_N1
-        if remaining:
-            above_NG = sums.log_ess_fraction((low_N1 + width * grid_G).clamp(max=p_max)) - log_target_N1
-    left_N1, right_N1 = above_NG.gather(-1, index_N1), above_NG.gather(-1, index_N1 + 1)
-    drop_N1 = left_N1 - right_N1
-    inside_N1 = torch.where(drop_N1 > 0, left_N1 / drop_N1, 0.0).clamp(0, 1)
-    return (low_N1 + width * inside_N1).clamp(p_min, p_max).squeeze(-1)
+    low_N1, width = p_min, (p_max - p_min) / SECTIONS
+    index_N1 = _section(on_grid_NG, log_target_N1)
+    while width > BRACKET:
+        low_N1 = low_N1 + width * index_N1.double()  # not int64 times a number, which is float32
+        on_grid_NG = sums.log_ess_fraction(low_N1 + width * _unit_grid(target_N.device))
+        index_N1, width = _section(on_grid_NG, log_target_N1), width / SECTIONS
+    last_N1 = index_N1.clamp(max=SECTIONS - 2)  # the parabola's three points are the grid's
+    three_N3 = on_grid_NG.gather(-1, last_N1 + torch.arange(3, device=target_N.device)) - log_target_N1
+    p_N1 = low_N1 + width * (last_N1 + _root(three_N3, index_N1 - last_N1))
+    return p_N1.clamp(p_min, p_max).squeeze(-1)
+
+
+def _section(falling_NG: torch.Tensor, target_N1: torch.Tensor) -> torch.Tensor:
+    """Index [N, 1] of the last grid point that still has more than the target, so that the target lies before the next."""
+    return ((falling_NG > target_N1).sum(-1, keepdim=True) - 1).clamp(0, SECTIONS - 1)
+
+
+def _root(values_N3: torch.Tensor, section_N1: torch.Tensor) -> torch.Tensor:
+    """Where, in [section, section + 1], the parabola through the values at 0, 1, 2 falls through 0: float64 [N, 1].
+
+    The root is written without cancellation, so that it is the straight line's where the parabola is one. The nearer end
+    where there is no root, as on flat or rounding-dominated values, where every p serves.
+    """
+    at_0, at_1, at_2 = values_N3.split(1, dim=-1)
+    curvature = (at_2 - 2 * at_1 + at_0) / 2
+    slope = at_1 - at_0 - curvature
+    root = (slope * slope - 4 * curvature * at_0).clamp(min=0).sqrt()
+    divisor = root - slope
+    inside = torch.where(divisor > 0, 2 * at_0 / divisor, 0.0)
+    return torch.minimum(torch.maximum(inside, section_N1), section_N1 + 1)
 
 
 @lru_cache(maxsize=8)

@@ -105,10 +105,10 @@ def _cell_centres(interval: OrderInterval, device: torch.device) -> torch.Tensor
 
 @lru_cache(maxsize=64)
 def _conversion(interval: OrderInterval, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """From sums of y^j in the cells of a band to its Chebyshev coefficients, [J*C, K]: for outer bands, for the middle one.
+    """From sums of y^j in the cells of a band to its Chebyshev coefficients: [J, C, K], and [C, K] for j = 0 in the middle.
 
     exp(q*(c+y)) = exp(q*c) * sum_j q^j/j! * y^j at the nodes q, then the cosine transform from nodes to coefficients. The
-    middle band's lacks the 1 of exp - 1, exactly: expm1(q*c) for j = 0.
+    middle band lacks the 1 of exp - 1, exactly: it has expm1(q*c) for j = 0.
     """
     count = interval.num_nodes
     angle = (2 * torch.arange(count, dtype=torch.float64, device=device) + 1) * math.pi / (2 * count)
@@ -117,8 +117,15 @@ def _conversion(interval: OrderInterval, device: torch.device) -> tuple[torch.Te
     transform_KK[:, 0] /= 2
     exponent_CK = torch.outer(_cell_centres(interval, device), node_K)
     outer_JCK = torch.stack([torch.exp(exponent_CK) * node_K**j / math.factorial(j) for j in range(interval.num_moments)])
-    middle_JCK = torch.cat([torch.expm1(exponent_CK).unsqueeze(0), outer_JCK[1:]])
-    return (outer_JCK @ transform_KK).flatten(0, 1), (middle_JCK @ transform_KK).flatten(0, 1)
+    return outer_JCK @ transform_KK, torch.expm1(exponent_CK) @ transform_KK
+
+
+@lru_cache(maxsize=64)
+def _cell_weights(interval: OrderInterval, device: torch.device) -> torch.Tensor:
+    """Columns 1, c, c^2 with c the cells' centres, and 1 outside the middle band: float64 [B*C, 4]."""
+    centre_BC = band_centres(interval, device).unsqueeze(-1) + _cell_centres(interval, device)
+    outside_BC = (band_centres(interval, device) != 0).double().unsqueeze(-1).expand_as(centre_BC)
+    return torch.stack([torch.ones_like(centre_BC), centre_BC, centre_BC**2, outside_BC], dim=-1).flatten(0, 1)
 
 
 def tabulate(
@@ -148,27 +155,24 @@ def tabulate(
     power_T = torch.ones_like(x_T)
     for j in range(moments):
         sums[j].scatter_add_(0, index_T, power_T)
-        power_T = power_T * y_T
+        power_T.mul_(y_T)
     sums[moments].scatter_add_(0, index_T, clipped_T.to(x_T.dtype))
     sums[moments + 1].scatter_add_(0, index_T, (~finite_T).to(x_T.dtype))
-    cells = sums.view(moments + 2, rows, bands, CELLS)
 
-    powers = cells[:moments].permute(1, 2, 0, 3).reshape(rows, bands, moments * CELLS)
-    outer, middle = _conversion(interval, x_T.device)
-    coefficients = powers @ outer
-    coefficients[:, bands // 2] = powers[:, bands // 2] @ middle
-    return torch.cat([_moments(cells, interval), coefficients.view(rows, -1)], dim=1)
+    outer_JCK, middle_CK = _conversion(interval, x_T.device)
+    count = sums[0].view(rows, bands, CELLS)
+    higher = torch.bmm(sums[1:moments].view(-1, rows * bands, CELLS), outer_JCK[1:]).sum(0).view(rows, bands, -1)
+    coefficients = higher + count @ outer_JCK[0]
+    coefficients[:, bands // 2] = higher[:, bands // 2] + count[:, bands // 2] @ middle_CK
+    return torch.cat([_moments(sums.view(moments + 2, rows, -1), interval), coefficients.view(rows, -1)], dim=1)
 
 
-def _moments(cells: torch.Tensor, interval: OrderInterval) -> torch.Tensor:
-    """The columns in front of the bands [1 + N, MOMENTS], from the cells' sums [J + 2, 1 + N, B, C]."""
-    centre_BC = band_centres(interval, cells.device).unsqueeze(-1) + _cell_centres(interval, cells.device)
-    count, first, second, clipped, non_finite = cells[0], cells[1], cells[2], cells[-2], cells[-1]
-    tokens = count.sum((1, 2))
-    total = (centre_BC * count + first).sum((1, 2))
-    squares = (centre_BC * (centre_BC * count + 2 * first) + second).sum((1, 2))
-    outside = tokens - count[:, interval.num_bands // 2].sum(-1)
-    return torch.stack([tokens, clipped.sum((1, 2)), non_finite.sum((1, 2)), total, squares, outside], dim=1)
+def _moments(sums: torch.Tensor, interval: OrderInterval) -> torch.Tensor:
+    """The columns in front of the bands [1 + N, MOMENTS], from the cells' sums [J + 2, 1 + N, B*C]."""
+    count, first, second = (sums[:3] @ _cell_weights(interval, sums.device)).unbind(0)
+    clipped, non_finite = sums[-2:].sum(-1)
+    total, squares = count[:, 1] + first[:, 0], count[:, 2] + 2 * first[:, 1] + second[:, 0]
+    return torch.stack([count[:, 0], clipped, non_finite, total, squares, count[:, 3]], dim=1)
 
 
 @dataclass(frozen=True)
