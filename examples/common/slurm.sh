@@ -19,13 +19,16 @@ run_recipe() {
     trap ask_to_stop USR1
     srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$0" "$@"' "$launch" "$@" &
     job=$!
-    until wait "$job"; do # a signal ends `wait` early
-        code=$?
-        kill -0 "$job" 2>/dev/null || return "$code"
+    while :; do
+        interrupted=""
+        wait "$job" && return 0 || code=$?
+        # Slurm's warning ends `wait` early, with a code above 128; the job's own end gives the job's code.
+        [ -n "$interrupted" ] && [ "$code" -gt 128 ] || return "$code"
     done
 }
 
 ask_to_stop() {
+    interrupted=1
     echo "job $SLURM_JOB_ID: the time limit is near; asking the trainer to save and stop"
     srun --overlap --nodes=1 --ntasks=1 --nodelist="$MASTER_ADDR" pkill -USR1 -f '[p]mpo_megatron.train --config' || true
 }

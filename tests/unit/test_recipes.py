@@ -155,7 +155,8 @@ def test_slurm_directives_ask_for_the_recipes_nodes():
 def test_slurms_warning_asks_the_trainer_to_save(stub, tmp_path):
     """USR1 to the batch script reaches the trainer's processes through pkill, and the script goes on waiting for them."""
     stub("scontrol", 'echo "node7"')
-    stub("pkill", f'echo "$*" > {tmp_path}/asked')
+    # The trainer is gone before the script that asked it is back: the job's own exit code has to count all the same.
+    stub("pkill", f'echo "$*" > {tmp_path}/a && mv {tmp_path}/a {tmp_path}/asked; sleep 0.5')
     stub("srun", 'while [[ "$1" == --* ]]; do shift; done; "$@"')
     wait = f"kill -USR1 $PPID; for i in $(seq 100); do [ -f {tmp_path}/asked ] && exit 0; sleep 0.1; done; exit 9"
     # The stub stands for the trainer: it plays Slurm's signal to its grandparent, the batch script, and waits to be asked.
