@@ -74,7 +74,7 @@ class WeightBridge:
         else:
             self.engine.mark_broken("an update is under way")
             try:
-                self._write(stream)
+                self._write(stream, version)
                 self._deliver()
                 self.engine.version = version
                 self.engine.mark_broken(None)
@@ -99,14 +99,15 @@ class WeightBridge:
     def _bytes(self) -> int:
         return self._manifest["bytes"] if self._manifest else 0
 
-    def _write(self, stream) -> None:
+    def _write(self, stream, version: int) -> None:
         """Puts the tensors where the engine reads them, noting their fingerprints before anything can go wrong."""
         if self._directory is None:
             root = self.config.directory or ("/dev/shm" if self.config.transport == "shared_memory" else None)
             self._directory = Path(tempfile.mkdtemp(prefix="pmpo-weights-", dir=root))
         self._fingerprints = {}
         expected = {name: list(shape) for name, shape in self.policy.mapping.hf_shapes.items()}
-        common = {"transport": self.config.transport, "verify": self.config.verify, "expected": expected}
+        common = {"version": version, "expected": expected}
+        common |= {"transport": self.config.transport, "verify": self.config.verify}
         try:
             write = self._write_buffer if self.config.transport == "shared_memory" else self._write_files
             self._manifest = common | write(stream)

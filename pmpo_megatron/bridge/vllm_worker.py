@@ -17,6 +17,14 @@ from pmpo_megatron.bridge.fingerprint import fingerprint
 class WeightReceiver:
     """Mixed into vLLM's worker: ``self.model_runner``, ``self.model_config`` and ``self.rank`` are the worker's."""
 
+    def pmpo_describe(self) -> dict[str, Any]:
+        """What the other side has to know before it relies on this worker."""
+        return {
+            "rank": self.rank,
+            "version": getattr(self, "pmpo_version", 0),
+            "logprobs_mode": self.model_config.logprobs_mode,
+        }
+
     def pmpo_receive_weights(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Loads the tensors of ``manifest`` into the model; returns rank and fingerprints, or what is wrong.
 
@@ -27,8 +35,10 @@ class WeightReceiver:
         if problem:
             return {"rank": self.rank, "problem": problem, "touched": False, "fingerprints": {}}
         found: dict[str, int] = {}
+        self.pmpo_version = -1
         try:
             self._reload(manifest, found)
+            self.pmpo_version = manifest["version"]
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         return {"rank": self.rank, "problem": problem, "touched": True, "fingerprints": found}

@@ -31,7 +31,15 @@ class SamplingConfig(Section):
 class RolloutConfig(Section):
     """Which engine makes rollouts, and its resources."""
 
-    engine: str = setting("vllm", "vllm: started here; replay: recorded rollouts from disk", choices=("vllm", "replay"))
+    engine: str = setting(
+        "vllm",
+        "vllm: started here; server: running vLLM servers by URL; replay: recorded rollouts from disk",
+        choices=("vllm", "server", "replay"),
+    )
+    urls: tuple[str, ...] = setting(
+        (), "engine server: such as http://node7:8000; rollout/server_engine.py says how to start one"
+    )
+    server_attempts: int = setting(6, "engine server: attempts before a server is taken for dead; half a minute", minimum=1)
     replay_from: str | None = setting(None, "engine replay: a file that record_to wrote")
     record_to: str | None = setting(None, "append every round's rollouts to this file")
     tensor_parallel: int = setting(1, "vLLM's tensor-parallel size", minimum=1)
@@ -51,6 +59,11 @@ class RolloutConfig(Section):
     def validate(self) -> None:
         if (self.engine == "replay") != (self.replay_from is not None):
             raise ConfigError("replay_from", "is needed by engine 'replay', and has no effect with any other")
+        if (self.engine == "server") != bool(self.urls):
+            raise ConfigError("urls", "are needed by engine 'server', and have no effect with any other")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ConfigError("urls", f"{url!r} does not begin with http:// or https://")
         if self.engine == "replay" and self.record_to is not None:
             raise ConfigError("record_to", "records nothing new from engine 'replay'")
 
@@ -107,9 +120,14 @@ def make_engine(config: RolloutConfig, *, model_path: str, device: str, worker_e
         from pmpo_megatron.rollout.replay import ReplayEngine
 
         return ReplayEngine(config.replay_from)
-    from pmpo_megatron.rollout.vllm_engine import VLLMEngine
+    if config.engine == "server":
+        from pmpo_megatron.rollout.server_engine import ServerEngine
 
-    engine = VLLMEngine(config, model_path=model_path, device=device, worker_extension=worker_extension)
+        engine = ServerEngine(config)
+    else:
+        from pmpo_megatron.rollout.vllm_engine import VLLMEngine
+
+        engine = VLLMEngine(config, model_path=model_path, device=device, worker_extension=worker_extension)
     if config.record_to is not None:
         from pmpo_megatron.rollout.replay import RecordingEngine
 
