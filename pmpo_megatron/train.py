@@ -66,7 +66,7 @@ def command(options: argparse.Namespace) -> int:
     rank, world_size = rank_environment()
     set_up_logging(rank)
     stop = StopRequest().install()
-    for line in check_run(config, world_size):
+    for line in check_run(config, world_size, starting=True):
         logger.info("%s", line)
     from pmpo_megatron.assembly import run  # imports Megatron and vLLM's client: not needed to check or to print
 
