@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.planner.activations import ActivationModel, activation_bytes
@@ -137,20 +138,11 @@ def plan(
         ConfigError: the model's shape is not known, or the layout divides neither it nor ``world_size``.
     """
     shape = shape or model_shape(config.model.path)
-    data_parallel = config.parallel.data_parallel_size(world_size)
+    data_parallel = _data_parallel_size(config, world_size)
     load = Load.of(config, data_parallel, sequence)
     engine = engine_bytes(shape, config.rollout, hardware) if config.rollout.engine == "vllm" else None
     gpus = _gpus(config, world_size, hardware, shape, load, engine)
-    cost = TrainingCost(
-        shape=shape,
-        parallel=config.parallel,
-        hardware=hardware,
-        world_size=world_size,
-        recompute=config.model.recompute,
-        chunk=config.model.log_prob_chunk,
-        rank_parameters=max(gpu.state.gradients for gpu in gpus) / 4,
-    )
-    step = cost.step(load.work)
+    step = _training_cost(config, world_size, hardware, shape, gpus).step(load.work)
     generation = _generation(config, shape, load, engine, hardware)
     return Plan(
         config=config,
@@ -165,6 +157,25 @@ def plan(
         round=_round_time(config, shape, hardware, step, generation),
         problems=tuple(_problems(config, shape, load, engine, gpus)),
         notes=tuple(_notes(config, load, data_parallel)),
+    )
+
+
+def _data_parallel_size(config: RunConfig, world_size: int) -> int:
+    try:
+        return config.parallel.data_parallel_size(world_size)
+    except ConfigError as error:
+        raise error.within("parallel") from None
+
+
+def _training_cost(config, world_size, hardware, shape, gpus) -> TrainingCost:
+    return TrainingCost(
+        shape=shape,
+        parallel=config.parallel,
+        hardware=hardware,
+        world_size=world_size,
+        recompute=config.model.recompute,
+        chunk=config.model.log_prob_chunk,
+        rank_parameters=max(gpu.state.gradients for gpu in gpus) / 4,  # gradients are float32
     )
 
 

@@ -58,6 +58,12 @@ def test_recomputation_and_layout_move_the_numbers_the_right_way():
     assert split.fullest.activations.kept == pytest.approx(plan(config(), 8, H100).fullest.activations.kept / 2)
 
 
+def test_micro_batches_are_taken_as_full_unless_a_step_is_smaller():
+    assert plan(config(), 8, H100).load.full_tokens == 8192
+    small = plan(config(batch={"prompts_per_round": 4, "steps_per_round": 4}, sampling={"max_tokens": 232}), 8, H100)
+    assert small.load.full_tokens == 2 * (1024 + 232)  # 8 trajectories on 4 data-parallel ranks
+
+
 def test_a_reference_model_is_weights_alone():
     penalised = plan(config(objective={"kl_coefficient": 0.01}), 8, H100)
     assert penalised.gpus[0].reference == pytest.approx(penalised.gpus[0].state.parameters, rel=1e-6)
@@ -80,7 +86,7 @@ def test_problems_name_the_setting(sections, message):
 
 
 def test_layouts_that_cannot_exist_are_errors():
-    with pytest.raises(ConfigError, match="must divide the 6 processes"):
+    with pytest.raises(ConfigError, match="parallel.tensor: .* must divide the 6 processes"):
         plan(config(parallel={"pipeline": 4}), 6, H100)
     with pytest.raises(ConfigError, match="num_query_groups = 4|num_attention_heads = 28"):
         plan(config(parallel={"tensor": 8}), 8, H100)
@@ -117,6 +123,10 @@ def test_proposals_fit_and_are_not_slower():
 def test_no_layout_fits_where_there_are_too_few_gpus():
     large = config("meta-llama/Llama-3.3-70B-Instruct", rollout={"tensor_parallel": 8})
     assert best_layouts(large, 8, H100) == []
+
+
+def test_nothing_is_proposed_where_rollouts_cannot_work():
+    assert best_layouts(config(rollout={"max_model_len": 4000}), 8, H100) == []
 
 
 def test_the_dry_runs_report():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pmpo_megatron.parallel.state import ParallelConfig
-from pmpo_megatron.planner.engine import engine_bytes, engine_problems, generation_time
+from pmpo_megatron.planner.engine import decoding_step, engine_bytes, engine_problems, generation_time
 from pmpo_megatron.planner.hardware import GIB, HARDWARE
 from pmpo_megatron.planner.known_models import known_shape
 from pmpo_megatron.planner.parameters import total_parameters
@@ -109,5 +109,6 @@ def test_generation_is_bound_by_memory_and_gains_from_batches():
     many = generation_time(*args, requests=1024, context=2000, response=1500)
     assert many.running == 256 and one.running == 1
     assert many.tokens_per_s > 50 * one.tokens_per_s
-    weights_only = found.weights / (H100.memory_bytes_per_s * H100.decode_memory_efficiency)
-    assert one.seconds > 3000 * weights_only
+    step = decoding_step(QWEN, rollout, found, H100, running=1, context=2000 - 750)
+    assert one.seconds == pytest.approx(1500 * step + 1500 * step)  # the mean response, and on to the longest
+    assert step > found.weights / (H100.memory_bytes_per_s * H100.decode_memory_efficiency)
