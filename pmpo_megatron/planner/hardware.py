@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,8 +58,12 @@ def hardware_named(name: str) -> Hardware:
 
 
 def hardware_here() -> Hardware:
-    """The kind of this machine's GPUs as far as it is known; the default where there are none or unknown ones."""
+    """This machine's GPUs: their own memory, and the rates of the kind that their name says, or of the default kind.
+
+    The default kind where there is no GPU.
+    """
     if not torch.cuda.is_available():
         return HARDWARE[DEFAULT]
-    device = torch.cuda.get_device_name(0).lower()
-    return next((hardware for name, hardware in HARDWARE.items() if name.split("-")[0] in device), HARDWARE[DEFAULT])
+    name = torch.cuda.get_device_name(0)
+    kind = next((known for key, known in HARDWARE.items() if key.split("-")[0] in name.lower()), HARDWARE[DEFAULT])
+    return replace(kind, name=name, memory_gib=torch.cuda.get_device_properties(0).total_memory / GIB)

@@ -3,13 +3,15 @@
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.parallel.state import ParallelConfig
-from pmpo_megatron.planner import HARDWARE, best_layouts, memory_report, plan
+from pmpo_megatron.planner import HARDWARE, best_layouts, hardware_here, memory_report, plan
 from pmpo_megatron.planner.hardware import GIB
 from pmpo_megatron.planner.memory import kinds_of_gpu
 from pmpo_megatron.planner.parameters import state_bytes
@@ -138,6 +140,16 @@ def test_the_dry_runs_report():
     [line] = memory_report(config(run={"device": "cpu"}), 8)
     expected = state_bytes(plan(config(), 8, H100).shape, config().parallel, stage=0, replicas=4, dtype="float32").total
     assert f"{expected / GIB:.2f} GiB in each process" in line
+
+
+def test_the_hardware_of_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert hardware_here() is H100
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=40 * GIB))
+    here = hardware_here()
+    assert (here.name, here.memory_gib, here.peak_flops) == ("NVIDIA A100-SXM4-40GB", 40, 312e12)
 
 
 @pytest.fixture
