@@ -192,10 +192,12 @@ def load_sharded(policy: Policy, directory: Path) -> None:
         CheckpointError: it does not fit the model.
     """
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: it must be named
 
+    problems = (KeyError, ValueError, dist_checkpointing.core.CheckpointingException, CheckpointException)
     try:
         loaded = dist_checkpointing.load(sharded_state(policy, is_loading=True), str(directory))
-    except (KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
+    except problems as error:
         raise CheckpointError(f"{directory}: does not fit this model: {error}") from error
     for index, module in enumerate(policy.modules):
         module.load_state_dict(loaded[f"model{index}"], strict=True)

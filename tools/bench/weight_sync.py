@@ -1,0 +1,102 @@
+"""Seconds to bring a rollout engine to new weights: the bridge, export to disk and reload, and a plain copy of the bytes.
+
+A 0.5B-shaped model of random weights, Megatron on one process and real vLLM, all in one run. Aims: the bridge is at least
+5 times faster than disk and takes at most 3 times the copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from pmpo_megatron.bridge.config import BridgeConfig
+from pmpo_megatron.bridge.sync import WeightBridge
+from pmpo_megatron.launch import rank_environment
+from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
+from pmpo_megatron.rollout.engine import RolloutConfig, make_engine
+
+QWEN_HALF_B = dict(
+    vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+    num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=2048,
+)  # fmt: skip
+EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
+
+
+def make_checkpoint(directory: Path, dtype: str, layers: int) -> None:
+    """Random weights with the tokenizer of the tiny model, which nothing here uses."""
+    import transformers
+
+    from pmpo_megatron.data.tiny_model import make_tokenizer
+
+    torch.set_default_dtype(getattr(torch, dtype))
+    config = transformers.Qwen2Config(**QWEN_HALF_B | {"num_hidden_layers": layers}, dtype=dtype)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    torch.set_default_dtype(torch.float32)
+    make_tokenizer().save_pretrained(directory)
+
+
+def seconds(call, repeats: int) -> float:
+    """Median of ``repeats`` after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def copy_time(size: int, repeats: int) -> float:
+    source, target = (torch.ones(size // 8, dtype=torch.int64) for _ in range(2))
+    return seconds(lambda: target.copy_(source), repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--layers", type=int, default=QWEN_HALF_B["num_hidden_layers"], help="(default: %(default)s)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="of vLLM (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="updates timed; the median counts (default: %(default)s)")
+    options = parser.parse_args()
+    rank_environment()
+    parallel = ParallelConfig()
+    state = initialize(parallel, device="cpu")
+    with tempfile.TemporaryDirectory() as directory:
+        make_checkpoint(Path(directory), options.dtype, options.layers)
+        policy = Policy.build(ModelConfig(path=directory, dtype=options.dtype), None, parallel, state)
+        rollout = RolloutConfig(tensor_parallel=options.tensor_parallel, dtype=options.dtype, kv_cache_gib=0.1, threads=1)
+        engine = make_engine(rollout, model_path=directory, device="cpu", worker_extension=EXTENSION)
+        rows, size = [], 0
+        for name, settings in {
+            "bridge, every byte verified": dict(verify="full"),
+            "bridge, samples verified": dict(verify="sample"),
+            "bridge, not verified": dict(verify="off"),
+            "export to disk and reload": dict(transport="disk", verify="off", directory=directory),
+        }.items():
+            bridge = WeightBridge(policy, engine, BridgeConfig(**settings))
+            rows.append((name, seconds(lambda bridge=bridge: bridge.push(1), options.repeats)))
+            size = bridge.push(1).bytes
+            bridge.close()
+        rows.append(("plain copy of the bytes", copy_time(size, options.repeats)))
+        engine.close()
+    shut_down()
+    report(rows, size, options)
+
+
+def report(rows: list[tuple[str, float]], size: int, options: argparse.Namespace) -> None:
+    found = dict(rows)
+    bridge, disk, copy = (found[rows[i][0]] for i in (0, 3, 4))
+    print(f"\n{size / 1e9:.2f} GB, {options.dtype}, vLLM TP{options.tensor_parallel}, {os.cpu_count()} cores")
+    for name, value in rows:
+        print(f"{name:32} {value:8.3f} s {size / value / 1e9:8.2f} GB/s")
+    print(f"disk / bridge: {disk / bridge:.1f} (aim: at least 5), bridge / copy: {bridge / copy:.1f} (aim: at most 3)")
+
+
+if __name__ == "__main__":
+    main()
