@@ -35,12 +35,26 @@ TOKENS, CLIPPED, NON_FINITE, SUM, SUM_OF_SQUARES, OUTER = range(MOMENTS)
 REACH = 2.0  # largest (half-width of the orders) * (half-width of a band): rounding is magnified by exp(2 * REACH)
 
 
+@lru_cache(maxsize=64)
 def nodes_for(half_width: float) -> int:
     """Nodes with which exp(q*x), |x| <= 1, is interpolated to 1e-16 of its smallest value for q in +-``half_width``."""
     count = 8
     while 2 * math.exp(2 * half_width) * (half_width / 2) ** count / math.factorial(count) > 1e-16:
         count += 1
     return count
+
+
+@lru_cache(maxsize=64)
+def _terms_for(reach: float) -> int:
+    count = 3
+    while reach**count / math.factorial(count) > 1e-16:
+        count += 1
+    return count
+
+
+@lru_cache(maxsize=64)
+def _degrees(count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True)
@@ -74,16 +88,12 @@ class OrderInterval:
     @property
     def num_moments(self) -> int:
         """Terms of Taylor's series of exp(q*y) over a cell, whose remainder is below 1e-16."""
-        reach, count = max(-self.low, self.high) * self.band_width / (2 * CELLS), 3
-        while reach**count / math.factorial(count) > 1e-16:
-            count += 1
-        return count
+        return _terms_for(max(-self.low, self.high) * self.band_width / (2 * CELLS))
 
     def basis(self, q: torch.Tensor) -> torch.Tensor:
         """Chebyshev polynomials [..., K] at ``q``: coefficients times these, summed, are the value at ``q``."""
         unit = ((q - (self.low + self.high) / 2) / self.half_width).clamp(-1, 1)
-        degrees = torch.arange(self.num_nodes, dtype=torch.float64, device=q.device)
-        return torch.cos(torch.acos(unit).unsqueeze(-1) * degrees)
+        return torch.cos(torch.acos(unit).unsqueeze(-1) * _degrees(self.num_nodes, q.device))
 
     def lift(self, q: torch.Tensor) -> torch.Tensor:
         """exp(q * c) for the centres c of the bands, [..., B]."""
