@@ -20,6 +20,7 @@ from pmpo_megatron.data.sampler import PromptSampler
 from pmpo_megatron.evaluation import Evaluator
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.monitor import RunLog, write_report
+from pmpo_megatron.parallel.collectives import broadcast_object
 from pmpo_megatron.parallel.liveness import report_failure
 from pmpo_megatron.parallel.state import ParallelState, initialize, shut_down
 from pmpo_megatron.rewards import RewardScorer
@@ -53,6 +54,11 @@ def run(config: RunConfig, stop: Callable[[], bool]) -> int:
 def build_trainer(config: RunConfig, state: ParallelState, stop: Callable[[], bool], parts: ExitStack) -> Trainer:
     """Everything that a run consists of, at the point that its newest checkpoint holds; ``parts`` closes what was opened."""
     starting = _start_engine(config, state, parts) if state.is_main else None
+    if state.device.type == "cuda":
+        # vLLM takes what is allocated on a device while it starts for its own: nobody may build beside it.
+        if starting is not None:
+            starting.result()
+        broadcast_object(None, state)
     policy = Policy.build(config.model, config.optimizer, config.parallel, state)
     reference = None
     if config.objective.kl_coefficient:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from pmpo_megatron.errors import ConfigError, PmpoError
@@ -64,6 +65,15 @@ def set_up_logging(rank: int) -> None:
         level=logging.WARNING, format=f"%(asctime)s {who}%(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     logging.getLogger("pmpo_megatron").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def quiet_libraries() -> None:
+    """Hides what libraries say on every start that no user of ours can act upon."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for module in ("megatron", "torch", "transformers", "multiprocessing"):
+        warnings.filterwarnings("ignore", module=rf"{module}\b")
+    for name in ("vllm", "triton", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def run_command(command: Callable[[], int | None]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from pmpo_megatron.config import apply_overrides, build, describe, read_yaml, to_plain
-from pmpo_megatron.launch import StopRequest, rank_environment, run_command, set_up_logging
+from pmpo_megatron.launch import StopRequest, quiet_libraries, rank_environment, run_command, set_up_logging
 from pmpo_megatron.run_checks import check_run
 from pmpo_megatron.run_config import RunConfig
 
@@ -65,8 +65,9 @@ def command(options: argparse.Namespace) -> int:
         return 0
     rank, world_size = rank_environment()
     set_up_logging(rank)
+    quiet_libraries()
     stop = StopRequest().install()
-    for line in check_run(config, world_size, starting=True):
+    for line in check_run(config, world_size):
         logger.info("%s", line)
     from pmpo_megatron.assembly import run  # imports Megatron and vLLM's client: not needed to check or to print
 
