@@ -154,7 +154,7 @@ def tabulate(
         segment_T: int64 [T], 1 + the trajectory of each token; 0 for tokens that belong to none (row 0 is ignored).
         clipped_T, finite_T: bool [T], counted per trajectory.
 
-    Memory beyond a few [T] vectors: the sums in the cells, N * 50 KiB for p in [0, 1].
+    Memory beyond a few [T] vectors: the sums in the cells, N * 60 KiB for p in [0, 1].
     """
     rows, bands, moments = num_trajectories + 1, interval.num_bands, interval.num_moments
     spacing = interval.band_width / CELLS
