@@ -19,7 +19,7 @@ LAYERS = [
     {"run_config", "launch"},
     {"planner"},
     {"collector", "mini_batches", "round_metrics", "run_checks", "guards"},
-    {"evaluation"},
+    {"evaluation", "benchmarks"},
     {"trainer"},
     {"assembly"},
     {"train", "evaluate"},

@@ -1,0 +1,129 @@
+"""Which benchmarks there are, and where their problems come from: a file, or a public Hugging Face data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pmpo_megatron.errors import ConfigError, DataError
+
+FILES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A set of problems with accepted answers.
+
+    ``file`` is used where it exists, else ``dataset``. ``answer_after`` is a mark in the data set's answer field: the
+    answer is what follows its last occurrence.
+    """
+
+    name: str
+    stem: str  # of its file, in the directory of benchmarks and in the results
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "test"
+    problem_field: str = "problem"
+    answer_field: str = "answer"
+    answer_after: str | None = None
+    file: Path | None = None
+
+
+# The first five are the benchmarks of the PMPO paper, in its order; lkevinzc/math-eval has them with its numbers of problems.
+BENCHMARKS = (
+    Benchmark("AIME24", "aime24", "lkevinzc/math-eval", split="aime"),
+    Benchmark("AMC", "amc23", "lkevinzc/math-eval", split="amc"),
+    Benchmark("MATH500", "math500", "lkevinzc/math-eval", split="math"),
+    Benchmark("Minerva", "minerva", "lkevinzc/math-eval", split="minerva"),
+    Benchmark("OlympiadBench", "olympiadbench", "lkevinzc/math-eval", split="olympiad_bench"),
+    Benchmark("GSM8K", "gsm8k", "openai/gsm8k", subset="main", problem_field="question", answer_after="####"),
+)
+PAPER = tuple(benchmark.name for benchmark in BENCHMARKS[:5])
+
+
+def find_benchmarks(names: Sequence[str], data_dir: Path | None) -> list[Benchmark]:
+    """The benchmarks called ``names``, each a name of the table or a file.
+
+    Raises:
+        ConfigError: a name that is neither, with the nearest one; or two benchmarks of the same name.
+    """
+    found = [_find(name, data_dir) for name in names]
+    for attribute in ("name", "stem"):
+        values = [getattr(benchmark, attribute).lower() for benchmark in found]
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise ConfigError("--benchmarks", f"{twice!r} is there twice; results are kept by this name")
+    return found
+
+
+def _find(name: str, data_dir: Path | None) -> Benchmark:
+    if name.endswith(FILES) or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError("--benchmarks", f"{name}: no such file")
+        if not name.endswith(FILES):
+            raise ConfigError("--benchmarks", f"{name}: is none of {', '.join(FILES)}")
+        return Benchmark(path.stem, path.stem, file=path)
+    known = {_plain(key): benchmark for benchmark in BENCHMARKS for key in (benchmark.name, benchmark.stem)}
+    benchmark = known.get(_plain(name))
+    if benchmark is None:
+        near = get_close_matches(_plain(name), known, n=1, cutoff=0.5)
+        hint = f"did you mean {known[near[0]].name}?" if near else f"there are {', '.join(b.name for b in BENCHMARKS)}"
+        raise ConfigError("--benchmarks", f"{name!r} is neither a benchmark nor a {FILES[0]} file; {hint}")
+    for suffix in FILES if data_dir is not None else ():
+        file = data_dir / f"{benchmark.stem}{suffix}"
+        if file.is_file():
+            return Benchmark(benchmark.name, benchmark.stem, file=file)
+    return benchmark
+
+
+def problem_file(benchmark: Benchmark, cache: Path) -> Path:
+    """The benchmark's file; where it has none, its data set is fetched once and written into ``cache``.
+
+    Raises:
+        DataError: the data set cannot be fetched, or a row lacks a field.
+    """
+    if benchmark.file is not None:
+        return benchmark.file
+    path = cache / f"{benchmark.stem}.jsonl"
+    if not path.is_file():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in _fetch(benchmark)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.rename(path)
+    return path
+
+
+def _fetch(benchmark: Benchmark) -> list[dict[str, Any]]:
+    import datasets
+
+    where = benchmark.dataset + (f"/{benchmark.subset}" if benchmark.subset else "") + f"[{benchmark.split}]"
+    try:
+        rows = list(datasets.load_dataset(benchmark.dataset, benchmark.subset, split=benchmark.split))
+    except Exception as error:  # the library raises its own, urllib's and OS errors; all mean the same here
+        raise DataError(
+            f"{benchmark.name}: the Hugging Face data set {where} cannot be fetched ({error}); "
+            f"or put {benchmark.stem}.jsonl into a directory and name it with --data-dir"
+        ) from None
+    return [_cleaned(benchmark, row, f"{where}: row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _cleaned(benchmark: Benchmark, row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The row as our own files have it: fields ``problem`` and ``answer``."""
+    for name in (benchmark.problem_field, benchmark.answer_field):
+        if row.get(name) is None:
+            raise DataError(f"{where}: no field {name!r}; it has {', '.join(row)}")
+    answer = row[benchmark.answer_field]
+    if benchmark.answer_after is not None:
+        answer = answer.rpartition(benchmark.answer_after)[2].strip()
+    return {"problem": row[benchmark.problem_field], "answer": answer}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
