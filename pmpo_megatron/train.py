@@ -15,7 +15,7 @@ from pmpo_megatron.launch import StopRequest, quiet_libraries, rank_environment,
 from pmpo_megatron.run_checks import check_run
 from pmpo_megatron.run_config import RunConfig
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pmpo_megatron.train")  # also where this file is run as __main__
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

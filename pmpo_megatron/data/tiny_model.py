@@ -36,7 +36,7 @@ class TinyModelConfig:
     hidden_size: int = 128
     heads: int = 4
     key_value_heads: int = 2
-    steps: int = 600
+    steps: int = 1000
     slip_rate: float = 0.45
     seed: int = 0
 

@@ -7,7 +7,7 @@ would hang its client), and nothing is compiled on CPU (it costs seconds at the 
 import os
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # RPC arguments are ours: from this process's parent alone
