@@ -37,6 +37,7 @@ setup(
         "rich",
         "tensorboard",
         "matplotlib",
+        "scipy",
         "aiohttp",
         "xxhash",
     ],
@@ -45,7 +46,7 @@ setup(
         # so it is installed with --no-deps (requirements/cpu.txt says more).
         "cpu": CPU,
         "gpu": ["vllm>=0.32", "transformer-engine[pytorch]"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "scipy"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
     },
     entry_points={
         "console_scripts": [

@@ -54,7 +54,6 @@ class WeightReceiver:
             finalize_layerwise_reload(model, self.model_config)
         _pack_output_layer(model)
 
-
     def _mapped(self, path: str, size: int) -> torch.Tensor:
         """The file's bytes. Mapped once: mapping anew costs a page fault for every 4 KiB, more than reading them."""
         known = getattr(self, "pmpo_mapping", None)
