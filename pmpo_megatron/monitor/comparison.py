@@ -85,7 +85,7 @@ def read_variants(root: Path) -> list[Variant]:
     Raises:
         DataError: there is none, or a run is damaged or has no held-out accuracy.
     """
-    names = sorted({path.parent.parent.parent.name for path in root.glob("*/seed-*/metrics.jsonl")})
+    names = sorted({path.parent.parent.name for path in root.glob("*/seed-*/metrics.jsonl")})
     if not names:
         raise DataError(f"{root}: holds no <variant>/seed-<n> with a metrics.jsonl")
     found = []
