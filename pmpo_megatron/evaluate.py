@@ -25,7 +25,7 @@ from pmpo_megatron.rewards import RewardConfig, RewardScorer
 from pmpo_megatron.rewards.functions import find_function
 from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig, make_engine
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pmpo_megatron.evaluate")  # also where this file is run as __main__
 ANY_LENGTH = 1 << 40  # prompts that are too long are counted by run_tasks, not left out
 EPILOG = f"""benchmarks: {", ".join(benchmark.name for benchmark in BENCHMARKS)}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pmpo_megatron.benchmarks.records import EXPORTED
 from pmpo_megatron.checkpoint.convert import Options, megatron_to_hf
 from pmpo_megatron.checkpoint.convert.command import show_progress
 from pmpo_megatron.errors import CheckpointError, ConfigError
@@ -19,7 +20,6 @@ from pmpo_megatron.hf.shape import read_config
 NAME = re.compile(r"[\w.+-][\w.+ -]*")
 WEIGHTS = ("*.safetensors", "*.bin", "*.distcp")
 SAMPLE = 1 << 16  # bytes at the beginning, middle and end of a file that tell it from others
-EXPORTED = "exported"
 
 
 @dataclass(frozen=True)

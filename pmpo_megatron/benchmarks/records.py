@@ -3,6 +3,7 @@
 Files in the directory of one model:
     settings.json       what the responses depend on; an evaluation goes on only with the same
     summary.json        the figures
+    exported/           a Megatron checkpoint in Hugging Face's format, while it is evaluated
     <benchmark>.jsonl   one line per problem: {"index", "problem", "answers", "prompt_tokens", "responses": [...]}
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from pmpo_megatron.types import Prompt
 
 SETTINGS = "settings.json"
 SUMMARY = "summary.json"
+EXPORTED = "exported"
 TOO_LONG = "prompt too long"  # finish reason of responses that were never asked for
 
 
@@ -124,6 +127,7 @@ class ModelDirectory:
             if any(records.stat().st_size for records in path.glob("*.jsonl")):
                 self._check(settings)
             else:
+                shutil.rmtree(path / EXPORTED, ignore_errors=True)  # a kill left it, perhaps of other weights
                 self._write(settings)
         except BaseException:
             os.close(self._lock)

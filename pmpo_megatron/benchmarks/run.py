@@ -39,8 +39,12 @@ class Progress:
     """A line after every chunk: how far, how good, how fast, how long still."""
 
     def __init__(self, total: int) -> None:
-        self._pace, self._done = Pace(total_steps=total, first_step=0), 0
+        self._total, self._done = total, 0
+        self._pace = Pace(total_steps=total, first_step=0)
         self._last = time.monotonic()
+
+    def skip(self, problems: int) -> None:
+        self._done += problems
 
     def show(self, task: Task, problems: int, tokens: int) -> None:
         self._done += problems
@@ -50,8 +54,9 @@ class Progress:
         parts = [f"{task.benchmark.name} {len(records)}/{len(task.prompts)} problems"]
         parts.append(f"accuracy {mean_score([record.scores for record in records]).percent()}")
         parts.append(f"{format_count(tokens / max(now - self._last, 1e-9))} tok/s")
-        parts.append(f"{format_seconds(left)} left" if left is not None else "")
-        logger.info("%s", "  ".join(filter(None, parts)))
+        if left is not None and self._done < self._total:
+            parts.append(f"{format_seconds(left)} left")
+        logger.info("%s", "  ".join(parts))
         self._last = now
 
 
@@ -79,6 +84,7 @@ def run_tasks(
         limit = math.inf if max_length is None else max_length
         fitting = [prompt for prompt in missing if len(prompt.token_ids) < limit]
         _fail_too_long(task, [prompt for prompt in missing if len(prompt.token_ids) >= limit], sampling.samples_per_prompt)
+        progress.skip(len(missing) - len(fitting))
         _say_if_cut(task, fitting, sampling, max_length)
         for start in range(0, len(fitting), chunk):
             groups = engine.generate(fitting[start : start + chunk], sampling, round_index=task.number)

@@ -120,7 +120,9 @@ def test_other_settings_are_refused_by_name_unless_forced(tmp_path):
 def test_settings_may_change_as_long_as_nothing_is_recorded(tmp_path):
     model_directory(tmp_path)
     (tmp_path / "a.jsonl").touch()
+    (tmp_path / "exported").mkdir()
     model_directory(tmp_path, SETTINGS | {"temperature": 1.0})
+    assert not (tmp_path / "exported").exists(), "it may be of other weights"
     assert json.loads((tmp_path / "settings.json").read_text())["temperature"] == 1.0
 
 
