@@ -20,9 +20,15 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=TinyModelConfig.layers, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=TinyModelConfig.hidden_size, help="(default: %(default)s)")
+    parser.add_argument(
+        "--positions", type=int, default=TinyModelConfig.positions, help="longest sequence (default: %(default)s)"
+    )
+    parser.add_argument("--endless", action="store_true", help="no end token: responses go on to the limit")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    sizes = {name: getattr(options, name) for name in ("steps", "slip_rate", "layers", "hidden_size", "seed")}
+    sizes = {
+        name: getattr(options, name) for name in ("steps", "slip_rate", "layers", "hidden_size", "positions", "endless", "seed")
+    }
     make_tiny_model(options.out, TinyModelConfig(**sizes))
 
 
