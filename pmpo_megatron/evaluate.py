@@ -225,6 +225,10 @@ def _answer(model: Model, plan: Plan, tasks: Sequence[Task], directory: Path) ->
         scorer = RewardScorer(plan.rewards, max_tokens=plan.sampling.max_tokens)
         parts.callback(scorer.close)
         run_tasks(tasks, engine, scorer, sampling=plan.sampling, max_length=limit, chunk=plan.chunk)
+        stats = scorer.pool.stats
+        failed = stats.timeouts + stats.crashes
+        if failed or stats.errors:
+            logger.warning("scored 0 because scoring took too long or crashed: %d; because of errors: %s", failed, stats.errors)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
