@@ -39,7 +39,7 @@ class TinyModelConfig:
     steps: int = 1000
     slip_rate: float = 0.45
     positions: int = 256
-    endless: bool = False  # no end token: responses go on to the limit
+    endless: bool = False  # no end token, so that responses go on to the limit; only without warm start
     seed: int = 0
 
 
@@ -80,6 +80,8 @@ def make_tiny_model(out: Path, config: TinyModelConfig) -> float:
     out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     model = make_model(config, tokenizer)
+    if config.endless:
+        tokenizer.eos_token = None
     warm_start(model, tokenizer, config)
     accuracy = 0.0
     if config.steps:

@@ -4,6 +4,7 @@ The environment must be set before vLLM is imported: the engine's core runs in t
 would hang its client), and nothing is compiled on CPU (it costs seconds at the first batch).
 """
 
+import logging
 import os
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -14,6 +15,7 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # RPC arguments are ours:
 if os.environ.get("PMPO_ROLLOUT_DEVICE", "cpu") == "cpu":
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
+logging.disable(logging.WARNING)  # what vLLM says of this machine while it is imported; the engine's own log is a file
 import vllm  # noqa: E402, F401
 import vllm.entrypoints.llm  # noqa: E402, F401
 import vllm.model_executor.model_loader.reload  # noqa: E402, F401
@@ -22,3 +24,5 @@ import vllm.v1.engine.core  # noqa: E402, F401
 if os.environ.get("PMPO_ROLLOUT_DEVICE", "cpu") == "cpu":
     import vllm.v1.attention.backends.cpu_attn  # noqa: F401
     import vllm.v1.worker.cpu_model_runner  # noqa: F401
+
+logging.disable(logging.NOTSET)
