@@ -64,7 +64,7 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: Callable[[], bo
     if config.objective.kl_coefficient:
         reference = Policy.build(config.model, None, config.parallel, state)
     store = CheckpointStore(Path(config.run.directory) / "checkpoints", config.checkpoint, policy)
-    saved = store.load_latest() if config.checkpoint.resume else None
+    saved = store.load_latest() if config.checkpoint.resume else store.set_aside()
     progress = Progress(**saved) if saved else Progress()
     if saved:
         logger.info("going on after round %d of %d", progress.round, config.run.rounds)

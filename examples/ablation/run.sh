@@ -35,7 +35,7 @@ for seed in $(seq 1 "$seeds"); do
         echo "== $variant, seed $seed of $seeds"
         "$PYTHON" -m pmpo_megatron.train --config examples/quickstart/config.yaml run.directory="$out/$variant/seed-$seed" \
             run.rounds="$rounds" run.seed="$seed" sampling.seed="$seed" "${objective[@]}" evaluation.every_rounds=5 \
-            checkpoint.every_rounds="$rounds" monitor.tensorboard=false monitor.report=false \
+            checkpoint.every_rounds="$rounds" optimizer.decay_steps=$((rounds * 4)) monitor.tensorboard=false monitor.report=false \
             monitor.progress=line "${overrides[@]}"
     done
 done

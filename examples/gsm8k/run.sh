@@ -32,7 +32,7 @@ if [ -n "$smoke" ]; then
     [ -f runs/quickstart-model/config.json ] || "$PYTHON" tools/make_tiny_model.py --out runs/quickstart-model
     [ -n "$data" ] || settings+=("data.source=arithmetic" "${own_file[@]/#/data.}")
     # The tiny model has one token for each character and 256 positions: it sees short problems only, and solves none.
-    settings+=(model.path=runs/quickstart-model run.directory=runs/gsm8k-smoke run.rounds=2 data.template=plain
+    settings+=(run.device=auto 'sampling.stop_token_ids=[]' model.path=runs/quickstart-model run.directory=runs/gsm8k-smoke run.rounds=2 data.template=plain
         data.max_prompt_tokens=200 sampling.max_tokens=40 rollout.max_model_len=256 rollout.kv_cache_gib=0.2
         batch.prompts_per_round=16 batch.steps_per_round=2 batch.max_tokens_per_micro_batch=4096 rewards.workers=2
         evaluation.data=null)

@@ -13,4 +13,6 @@ class CheckpointConfig(Section):
 
     every_rounds: int = setting(10, "rounds between checkpoints; one more at the end, and when the run is stopped", minimum=1)
     keep: int = setting(2, "newest checkpoints kept; at least 2, so that a damaged one has a predecessor", minimum=2)
-    resume: bool = setting(True, "go on from the newest whole checkpoint in the run's directory, if there is one")
+    resume: bool = setting(
+        True, "go on from the newest whole checkpoint in the run's directory; false: start anew, and move what is there aside"
+    )

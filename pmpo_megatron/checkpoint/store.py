@@ -7,6 +7,7 @@ import logging
 import queue
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ class CheckpointStore:
         barrier(self.state, "the end of a checkpoint")
         self._saved = round_index
         return True
+
+    def set_aside(self) -> None:
+        """Moves what an earlier run left in ``root`` into ``root``/earlier, for a run that starts anew in its directory."""
+        if self.state.is_main and (found := files.list_checkpoints(self.root)):
+            attic = self.root / "earlier" / time.strftime("%Y%m%d-%H%M%S")
+            attic.mkdir(parents=True)
+            for path in found:
+                path.rename(attic / path.name)
+            logger.info("%d checkpoints of an earlier run are now in %s", len(found), attic)
+        barrier(self.state, "the checkpoints of an earlier run")
 
     def load_latest(self) -> dict[str, Any] | None:
         """Restores the newest whole checkpoint and returns its progress; None if there is none.

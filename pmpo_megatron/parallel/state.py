@@ -176,14 +176,14 @@ def _choose_device(device: str | None, local_rank: int) -> torch.device:
         device = "cuda" if available else "cpu"
     if device == "cpu":
         if available:  # Megatron asks CUDA for its device wherever CUDA answers
-            raise ConfigError("device", "cpu on a machine with GPUs needs CUDA_VISIBLE_DEVICES= in the environment")
+            raise ConfigError("run.device", "cpu on a machine with GPUs needs CUDA_VISIBLE_DEVICES= in the environment")
         return torch.device("cpu")
     if device != "cuda":
-        raise ConfigError("device", f"{device!r} is not one of 'cpu', 'cuda', 'auto'")
+        raise ConfigError("run.device", f"{device!r} is not one of 'cpu', 'cuda', 'auto'")
     if not available:
-        raise ConfigError("device", "cuda, but PyTorch sees no GPU here; use cpu, or install a CUDA build of PyTorch")
+        raise ConfigError("run.device", "cuda, but PyTorch sees no GPU here; use cpu, or install a CUDA build of PyTorch")
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError("device", f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
+        raise ConfigError("run.device", f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -52,6 +52,12 @@ def _cpu_line(config: RunConfig, world_size: int) -> str:
     )
     most = max(state_bytes(shape, parallel, stage=stage, **common).total for stage in range(parallel.pipeline))
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if most > here:
+        raise ConfigError(
+            "run.device",
+            f"{config.run.device}, and there is no GPU here: on CPU each process needs {most / GIB:.1f} GiB and this machine "
+            f"has {here / GIB:.1f}; to plan for GPUs, set run.device=cuda",
+        )
     return (
         f"memory: on CPU; weights, gradients and optimizer states {most / GIB:.2f} GiB in each process, this machine has "
         f"{here / GIB:.1f} GiB"

@@ -24,6 +24,7 @@ class SamplingConfig(Section):
     top_k: int = setting(0, "keep the k likeliest tokens; 0: all. Biased like top_p", minimum=0)
     max_tokens: int = setting(3000, "response tokens at most", unit="tokens", minimum=1)
     stop: tuple[str, ...] = setting((), "texts that end a response, beside the tokenizer's end token")
+    stop_token_ids: tuple[int, ...] = setting((), "tokens that end one too, e.g. 151645, <|im_end|>, with Qwen base models")
     seed: int = setting(0, "base of the requests' seeds", minimum=0)
 
 
@@ -39,7 +40,9 @@ class RolloutConfig(Section):
     urls: tuple[str, ...] = setting(
         (), "engine server: such as http://node7:8000; rollout/server_engine.py says how to start one"
     )
-    server_attempts: int = setting(6, "engine server: attempts before a server is taken for dead; half a minute", minimum=1)
+    server_attempts: int = setting(
+        6, "engine server: attempts before a server is taken for dead, with pauses of 0.5 s, 1 s, 2 s, ...", minimum=1
+    )
     replay_from: str | None = setting(None, "engine replay: a file that record_to wrote")
     record_to: str | None = setting(None, "append every round's rollouts to this file")
     tensor_parallel: int = setting(1, "vLLM's tensor-parallel size", minimum=1)
@@ -52,8 +55,15 @@ class RolloutConfig(Section):
     gpu_memory_utilization: float = setting(0.5, "GPU: share of memory for weights and KV cache", above=0.0, maximum=1.0)
     enforce_eager: bool = setting(False, "GPU: no CUDA graphs")
     threads: int | None = setting(None, "CPU: threads of the engine; null: all cores", minimum=1)
-    start_timeout_s: float = setting(600.0, "longest wait for the engine to start", unit="s", above=0.0)
-    stall_s: float = setting(120.0, "an engine without progress for so long is killed and started again", unit="s", above=0.0)
+    start_timeout_s: float = setting(
+        600.0, "longest wait for the engine to start, or for one response of a server", unit="s", above=0.0
+    )
+    stall_s: float = setting(
+        120.0,
+        "an engine without progress for so long, also while it takes weights, is killed and started again",
+        unit="s",
+        above=0.0,
+    )
     max_restarts: int = setting(3, "restarts within one batch before the run stops", minimum=0)
 
     def validate(self) -> None:

@@ -1,4 +1,4 @@
-"""vLLM servers that somebody else started, by URL: on other nodes, or shared by runs. Token ids in, token ids out.
+"""vLLM servers that somebody else started, by URL: on other nodes, for one run at a time. Token ids in, token ids out.
 
 A server must be started with our worker extension, so that weights can be pushed into it, and with log-probs of the
 distribution that is sampled from:

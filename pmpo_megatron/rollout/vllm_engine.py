@@ -198,6 +198,7 @@ def make_requests(prompts: Sequence[Prompt], sampling: SamplingConfig, round_ind
         top_k=sampling.top_k or -1,
         max_tokens=sampling.max_tokens,
         stop=list(sampling.stop) or None,
+        stop_token_ids=list(sampling.stop_token_ids) or None,
         logprobs=0,
         include_stop_str_in_output=True,
         skip_special_tokens=True,

@@ -11,7 +11,7 @@ import torch
 from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.parallel.state import ParallelConfig
-from pmpo_megatron.planner import HARDWARE, best_layouts, hardware_here, memory_report, plan
+from pmpo_megatron.planner import HARDWARE, best_layouts, hardware_here, memory_report, model_shape, plan
 from pmpo_megatron.planner.hardware import GIB
 from pmpo_megatron.planner.memory import kinds_of_gpu
 from pmpo_megatron.planner.parameters import state_bytes
@@ -137,8 +137,11 @@ def test_the_dry_runs_report():
         memory_report(config("Qwen/Qwen2.5-72B", run={"device": "cuda"}), 8, H100)
     with pytest.raises(ConfigError, match="rollout.tensor_parallel: 8 must divide the model's 28 heads"):
         memory_report(config(run={"device": "cuda"}, rollout={"tensor_parallel": 8}), 8, H100)
-    [line] = memory_report(config(run={"device": "cpu"}), 8)
-    expected = state_bytes(plan(config(), 8, H100).shape, config().parallel, stage=0, replicas=4, dtype="float32").total
+    with pytest.raises(ConfigError, match="run.device: cpu, .* to plan for GPUs, set run.device=cuda"):
+        memory_report(config("Qwen/Qwen2.5-72B", run={"device": "cpu"}), 2)
+    small = config("Qwen/Qwen2.5-0.5B", run={"device": "cpu"})
+    [line] = memory_report(small, 8)
+    expected = state_bytes(model_shape(small.model.path), small.parallel, stage=0, replicas=4, dtype="float32").total
     assert f"{expected / GIB:.2f} GiB in each process" in line
 
 
