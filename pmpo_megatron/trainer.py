@@ -91,6 +91,7 @@ class Trainer:
         self.progress.round += 1
         self.progress.sampler = batch.sampler_state
         self.record(batch, results, mismatch)
+        self.store.poll()
         if self.store.due(self.progress.round):
             self.save()
         return any_rank(self.stop(), self.state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import random
 import shutil
 import time
@@ -16,16 +15,14 @@ import torch
 
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.config import CheckpointConfig
+from pmpo_megatron.checkpoint.save import Save, sharded_state
 from pmpo_megatron.errors import CheckpointError
 from pmpo_megatron.model.policy import Policy
-from pmpo_megatron.parallel.collectives import barrier, broadcast_object, gather_objects
-from pmpo_megatron.parallel.random_state import get_random_state, set_random_state
+from pmpo_megatron.parallel.collectives import any_rank, barrier, broadcast_object, gather_objects
+from pmpo_megatron.parallel.random_state import set_random_state
 from pmpo_megatron.parallel.state import ParallelState
 
 logger = logging.getLogger(__name__)
-
-# The only optimizer format that loads on any other layout (megatron-core 0.16 and 0.19).
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class CheckpointStore:
@@ -39,6 +36,7 @@ class CheckpointStore:
         self.root, self.config, self.policy = Path(root), config, policy
         self.state: ParallelState = policy.state
         self._saved: int | None = None
+        self._pending: Save | None = None
 
     def due(self, round_index: int) -> bool:
         return round_index % self.config.every_rounds == 0
@@ -47,34 +45,87 @@ class CheckpointStore:
         """Writes the checkpoint after ``round_index`` rounds; False if that failed, which is logged. Nothing before the
         first update of the policy.
 
+        Asynchronous: returns when the state is copied, and `poll` or `wait` publishes what a thread writes meanwhile.
+
         Args:
             progress: the run's own state, JSON; rank 0's is written.
-            required: raise instead of returning False.
+            required: write it now, and raise instead of returning False.
 
         Raises:
             CheckpointError: it could not be written and is ``required``. The checkpoints before it are intact.
         """
+        self.wait()
         if self._saved == round_index:
             return True
         if self.policy.scheduler.num_updates == 0:
             return True  # the policy is the checkpoint that it was made from, and Adam has no state yet
         final = files.checkpoint_path(self.root, round_index)
-        partial = final.with_name(final.name + files.PARTIAL)
-        problems = [p for p in gather_objects(self._attempt(partial, progress), self.state) if p]
-        if problems:
-            message = f"{final}: not saved ({problems[0]}); the checkpoints before it are intact"
-            if self.state.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                logger.error("%s", message)
-            if required:
-                raise CheckpointError(message)
-            return False
-        if self.state.is_main:
-            files.publish(partial, final)
-            files.remove_old(self.root, self.config.keep)
-        barrier(self.state, "the end of a checkpoint")
-        self._saved = round_index
+        background = self.config.asynchronous and not required
+        save = Save(self.policy, final, round_index, background=background)
+        if problem := broadcast_object(self._prepare(save, progress) if self.state.is_main else None, self.state):
+            return self._failed(save, problem, required)
+        save.start()
+        if background:
+            self._pending = save
+            return True
+        return self._complete(save, required)
+
+    def poll(self) -> None:
+        """Publishes a checkpoint that was being written in the background, if all ranks have done their part."""
+        if self._pending is not None and not any_rank(self._pending.running, self.state):
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for a checkpoint that is being written in the background, and publishes it."""
+        if self._pending is not None:
+            save, self._pending = self._pending, None
+            self._complete(save, required=False)
+
+    def _prepare(self, save: Save, progress: dict[str, Any]) -> str | None:
+        """Rank 0: an empty directory with the run's progress; what is wrong, if anything."""
+        try:
+            shutil.rmtree(save.partial, ignore_errors=True)
+            (save.partial / "megatron").mkdir(parents=True)
+            needed, free = self._size_of_newest(), shutil.disk_usage(self.root).free
+            if needed > free:
+                return f"the checkpoint before it has {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
+            (save.partial / "progress.json").write_text(json.dumps(progress))
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _size_of_newest(self) -> int:
+        return next((sum(p.stat().st_size for p in files.data_files(d)) for d in files.list_checkpoints(self.root)), 0)
+
+    def _complete(self, save: Save, required: bool) -> bool:
+        """Waits for every rank's files, and publishes them with their checksums."""
+        parts = gather_objects(save.finish(), self.state)
+        problem = next((part.problem for part in parts if part.problem), None)
+        if problem is None and self.state.is_main:
+            problem = self._publish(save, {name: entry for part in parts for name, entry in part.files.items()})
+        if problem := broadcast_object(problem, self.state):
+            return self._failed(save, problem, required)
+        self._saved = save.round_index
         return True
+
+    def _publish(self, save: Save, described: dict[str, list[int]]) -> str | None:
+        try:
+            rest = [p for p in files.data_files(save.partial) if str(p.relative_to(save.partial)) not in described]
+            files.write_manifest(save.partial, described | files.describe_files(save.partial, rest))
+            files.publish(save.partial, save.final)
+            files.remove_old(self.root, self.config.keep)
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _failed(self, save: Save, problem: str, required: bool) -> bool:
+        message = f"{save.final}: not saved ({problem}); the checkpoints before it are intact"
+        if self.state.is_main:
+            shutil.rmtree(save.partial, ignore_errors=True)
+            logger.error("%s", message)
+        if required:
+            raise CheckpointError(message)
+        return False
 
     def set_aside(self) -> None:
         """Moves what an earlier run left in ``root`` into ``root``/earlier, for a run that starts anew in its directory."""
@@ -107,33 +158,6 @@ class CheckpointStore:
             raise CheckpointError(f"{self.root}: every checkpoint is damaged; move them away to start anew")
         return None
 
-    def _attempt(self, partial: Path, progress: dict[str, Any]) -> str | None:
-        """Writes everything into ``partial``; what went wrong on this rank."""
-        try:
-            if self.state.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                (partial / "megatron").mkdir(parents=True)
-                (partial / "progress.json").write_text(json.dumps(progress))
-            problem = None
-        except OSError as error:
-            problem = str(error)
-        if problem := broadcast_object(problem, self.state):
-            return problem
-        try:
-            save_sharded(self.policy, partial / "megatron")
-            torch.save(self._random_state(), partial / f"random-{self.state.rank:05d}.pt")
-        except Exception as error:  # dist_checkpointing raises its own classes, and OSError from writer processes as strings
-            return f"rank {self.state.rank}: {type(error).__name__}: {error}"
-        barrier(self.state, "a checkpoint's files")
-        try:
-            mine = files.data_files(partial)[self.state.rank :: self.state.world_size]
-            parts = gather_objects(files.describe_files(partial, mine), self.state)
-            if self.state.is_main:
-                files.write_manifest(partial, {name: entry for part in parts for name, entry in part.items()})
-        except OSError as error:
-            return f"rank {self.state.rank}: {error}"
-        return None
-
     def _find_damage(self, directory: Path) -> str | None:
         """Every rank checks its share of the files."""
         try:
@@ -154,46 +178,11 @@ class CheckpointStore:
                 "%s: saved by %d processes, now %d: random states start anew", directory, len(saved), self.state.world_size
             )
 
-    def _random_state(self) -> dict[str, Any]:
-        return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": get_random_state()}
-
-    def _restore_random_state(self, saved: dict[str, Any]) -> None:
+    @staticmethod
+    def _restore_random_state(saved: dict[str, Any]) -> None:
         random.setstate(saved["python"])
         np.random.set_state(saved["numpy"])
         set_random_state(saved["torch"])
-
-
-def sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
-    """What dist_checkpointing saves or fills: model chunks, optimizer, schedule."""
-    metadata = dict(OPTIMIZER_FORMAT)
-    chunks = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(policy.modules)}
-    state: dict[str, Any] = dict(chunks)
-    if policy.optimizer is not None:
-        # One chunk's dictionary under the bare name "model" is what the optimizer looks for.
-        model_state = {key: value for chunk in chunks.values() for key, value in chunk.items()} if len(chunks) == 1 else chunks
-        state["optimizer"] = policy.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-        state["schedule"] = policy.scheduler.state_dict()
-    return state
-
-
-def save_sharded(policy: Policy, directory: Path) -> None:
-    """Megatron's distributed checkpoint of ``policy`` in ``directory``, which exists and is empty."""
-    from megatron.core import dist_checkpointing
-
-    _use_plain_results_queue()
-    dist_checkpointing.save(sharded_state(policy, is_loading=False), str(directory))
-
-
-def _use_plain_results_queue() -> None:
-    """Spares every rank a multiprocessing Manager, 4 to 17 s at the first save.
-
-    Megatron-Core 0.16 and 0.19 (dist_checkpointing/strategies/filesystem_async.py, _get_write_results_queue) spawn one for
-    results that, in a synchronous save, never leave the process. To be deleted when they no longer do.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
 
 
 def load_sharded(policy: Policy, directory: Path) -> None:

@@ -26,11 +26,11 @@ OPTIMIZER = OptimizerConfig(learning_rate=0.003, warmup_steps=3)
 class Run:
     """A policy on one layout that takes the same optimizer steps on every layout."""
 
-    def __init__(self, path: str, root: str, layout: dict) -> None:
+    def __init__(self, path: str, root: str, layout: dict, **checkpoint) -> None:
         self.parallel = ParallelConfig(**layout)
         self.state = initialize(self.parallel, device="cpu", seed=3)
         self.policy = Policy.build(ModelConfig(path=path, log_prob_chunk=16), OPTIMIZER, self.parallel, self.state)
-        self.store = CheckpointStore(root, CheckpointConfig(keep=2), self.policy)
+        self.store = CheckpointStore(root, CheckpointConfig(keep=2, **checkpoint), self.policy)
 
     def train(self, steps: int) -> None:
         multiple = self.parallel.pipeline * (self.parallel.virtual_pipeline or 0)
@@ -57,6 +57,22 @@ def save_and_go_on(path: str, root: str, layout: dict) -> dict:
     saved = run.weights()
     run.train(2)
     found = {"saved": saved, "weights": run.weights(), "numbers": numbers, "updates": run.policy.scheduler.num_updates}
+    shut_down()
+    return found
+
+
+def save_while_training(path: str, root: str, layout: dict) -> dict:
+    """As `save_and_go_on`, but written by a thread while the next rounds change the weights."""
+    run = Run(path, root, layout, asynchronous=True)
+    run.train(2)
+    saved = run.weights()
+    assert run.store.save(2, {"round": 2, "note": "kept"})
+    unfinished = sorted(p.name for p in Path(root).iterdir())
+    run.train(2)
+    run.store.poll()
+    run.store.wait()
+    found = {"saved": saved, "weights": run.weights(), "unfinished": unfinished}
+    found["finished"] = sorted(p.name for p in Path(root).iterdir())
     shut_down()
     return found
 

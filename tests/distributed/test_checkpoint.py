@@ -55,6 +55,19 @@ class TestResume:
         assert [rank[0]["numbers"] for rank in found] == [rank["numbers"] for rank in reference], "random states"
 
 
+@pytest.mark.parametrize("name", ["single", "tp2"])
+def test_a_checkpoint_written_in_the_background_holds_the_weights_of_its_round(name, model, tmp_path):
+    """Training goes on at once and changes the weights; what is written is the copy."""
+    world_size, layout = SAVED_ON[name]
+    root = str(tmp_path / "c")
+    reference = run_ranks(world_size, f"{WORKER}:save_while_training", model, root, layout)
+    assert reference[0]["unfinished"] == ["round-00000002.partial"] and reference[0]["finished"] == ["round-00000002"]
+    found = run_ranks(world_size, f"{WORKER}:go_on", model, root, [layout])
+    assert found[0][0]["progress"] == {"round": 2, "note": "kept"}
+    assert largest_difference(found[0][0]["loaded"], reference[0]["saved"]) == 0.0
+    assert largest_difference(found[0][0]["weights"], reference[0]["weights"]) == 0.0
+
+
 class TestIntegrity:
     def test_only_whole_checkpoints_are_kept_and_used(self, model, tmp_path):
         [found] = run_ranks(1, f"{WORKER}:retention", model, str(tmp_path / "c"))
