@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -251,9 +252,11 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
-        known = {("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
-        if (module, name) in known or module.split(".")[0] == "pathlib":
+        if (module, name) in {("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}:
             return super().find_class(module, name)
+        # By name: what pathlib imports would be reachable as an attribute of it, the operating system for one.
+        if module.split(".")[0] == "pathlib" and name in ("Path", "PosixPath", "PurePath", "PurePosixPath"):
+            return getattr(pathlib, name)
         if module.startswith("torch.distributed.checkpoint."):
             found = super().find_class(module, name)
             if isinstance(found, type) and found.__module__ == module:

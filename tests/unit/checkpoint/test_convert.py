@@ -172,11 +172,16 @@ class TestPickle:
             hf_to_megatron(pickled, tmp_path / "out", allow_pickle=True)
         assert not marker.exists()
 
-    def test_code_in_a_checkpoints_index_is_never_run(self, megatron, tmp_path):
+    @pytest.mark.parametrize("where", ["posix.system", "pathlib.os.system", "torch.os.system"])
+    def test_code_in_a_checkpoints_index_is_never_run(self, megatron, tmp_path, where):
         marker, copy = tmp_path / "ran", tmp_path / "copy"
         shutil.copytree(megatron, copy)
-        (copy / ".metadata").write_bytes(pickle.dumps(Runs(marker)))
-        with pytest.raises(CheckpointError, match="copy/.metadata: damaged: it refers to posix.system"):
+        module, _, name = where.partition(".")
+        words = [word.encode() for word in (module, name, f"touch {marker}")]
+        one, other, command = (pickle.SHORT_BINUNICODE + bytes([len(word)]) + word for word in words)
+        program = pickle.PROTO + b"\x04" + one + other + pickle.STACK_GLOBAL + command + pickle.TUPLE1 + pickle.REDUCE + b"."
+        (copy / ".metadata").write_bytes(program)
+        with pytest.raises(CheckpointError, match=f"copy/.metadata: damaged: it refers to {where}"):
             megatron_to_hf(copy, tmp_path / "out")
         assert not marker.exists()
 
