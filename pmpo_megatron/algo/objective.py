@@ -229,7 +229,13 @@ def evaluate_objective(
         progress: share of training done, in [0, 1], for scheduled p.
         sum_over_shards: all-reduce(SUM) over the ranks that share these trajectories' tokens. It is called exactly
             once, on every rank, also where T or N is 0.
+
+    Raises:
+        ConfigError: shapes that do not belong together, log-probs of less than float32's precision, or a progress beyond
+            [0, 1]. Nothing of a tensor's content is looked at, which would synchronise.
     """
+    tokens = dict(log_probs_T=log_probs_T, old_log_probs_T=old_log_probs_T, trajectory_T=trajectory_T)
+    _check_arguments(tokens | {"token_weights_T": token_weights_T}, advantages_N, weights_N, progress)
     num_trajectories = advantages_N.numel()
     advantage_N, weight_N = advantages_N.detach().double(), weights_N.detach().double()
     usable_N = advantage_N.isfinite() & weight_N.isfinite()
@@ -265,9 +271,10 @@ def evaluate_objective(
 
     # d loss / d log_ratio[t] = -c A M w[t], with w[t] = exp(p x[t]) / sum exp(p x) (section 2); clipped tokens pass none.
     share_N = torch.where(passes_N, -scale_N * torch.exp(-log_mean_N) * power_mean_N / length_N.clamp(min=1), 0.0)
-    coefficient_T = _of_token(share_N, segment_T) * torch.exp(_of_token(p_N, segment_T) * x_T) * (within_T & ~clipped_T)
+    coefficient_T = _of_token(p_N, segment_T).mul_(x_T).exp_()
+    coefficient_T.mul_(_of_token(share_N, segment_T)).mul_(within_T & ~clipped_T)
     if token_weights_T is not None:
-        coefficient_T = coefficient_T * torch.where(finite_T, token_weights_T.detach(), 0.0)
+        coefficient_T.mul_(torch.where(finite_T, token_weights_T.detach(), 0.0))
     surrogate = _Surrogate.apply(log_probs_T, coefficient_T, log_ratio_T)
 
     return ObjectiveOutput(
@@ -283,13 +290,30 @@ def evaluate_objective(
     )
 
 
+def _check_arguments(
+    tokens: dict[str, torch.Tensor | None], advantages_N: torch.Tensor, weights_N: torch.Tensor, progress: float
+) -> None:
+    """What would be broadcast or rounded silently is an error that names the argument."""
+    length = tokens["log_probs_T"].numel()
+    for name, values in tokens.items():
+        if values is not None and tuple(values.shape) != (length,):
+            raise ConfigError(name, f"has shape {tuple(values.shape)}; log_probs_T has {length} tokens in one dimension")
+        if name.endswith("log_probs_T") and values.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(name, f"is {values.dtype}, in which ratios near 1 are lost; float32 or float64 is right")
+    for name, values in (("advantages_N", advantages_N), ("weights_N", weights_N)):
+        if tuple(values.shape) != (advantages_N.numel(),):
+            raise ConfigError(name, f"has shape {tuple(values.shape)}; advantages_N has {advantages_N.numel()} trajectories")
+    if not 0 <= progress <= 1:
+        raise ConfigError("progress", f"{progress} must lie in [0, 1]: the share of training that is done")
+
+
 class _Surrogate(torch.autograd.Function):
     """sum_t coefficient[t] * log_ratio[t], whose gradient with respect to the log-probs is the coefficients."""
 
     @staticmethod
     def forward(ctx, log_probs_T: torch.Tensor, coefficient_T: torch.Tensor, log_ratio_T: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(coefficient_T.to(log_probs_T.dtype))
-        return (coefficient_T * log_ratio_T).sum().to(log_probs_T.dtype)
+        return torch.dot(coefficient_T, log_ratio_T).to(log_probs_T.dtype)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

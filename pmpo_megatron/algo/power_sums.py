@@ -154,35 +154,40 @@ def tabulate(
         segment_T: int64 [T], 1 + the trajectory of each token; 0 for tokens that belong to none (row 0 is ignored).
         clipped_T, finite_T: bool [T], counted per trajectory.
 
-    Memory beyond a few [T] vectors: the sums in the cells, N * 60 KiB for p in [0, 1].
+    Memory beyond a few [T] vectors: the sums of one moment in the cells, N * 5.5 KiB for p in [0, 1].
     """
-    rows, bands, moments = num_trajectories + 1, interval.num_bands, interval.num_moments
+    rows, bands = num_trajectories + 1, interval.num_bands
     spacing = interval.band_width / CELLS
-    cell_T = torch.round(x_T / spacing)
-    y_T = x_T - spacing * cell_T
-    index_T = (cell_T + bands * CELLS // 2).long() + segment_T * (bands * CELLS)
-    sums = x_T.new_zeros(moments + 2, rows * bands * CELLS)
-    power_T = torch.ones_like(x_T)
-    for j in range(moments):
-        sums[j].scatter_add_(0, index_T, power_T)
-        power_T.mul_(y_T)
-    sums[moments].scatter_add_(0, index_T, clipped_T.to(x_T.dtype))
-    sums[moments + 1].scatter_add_(0, index_T, (~finite_T).to(x_T.dtype))
+    cell_T = torch.round(x_T * (1 / spacing))
+    y_T = torch.sub(x_T, cell_T, alpha=spacing)
+    index_T = cell_T.long().add_(segment_T, alpha=bands * CELLS).add_(bands * CELLS // 2)
+    flags = x_T.new_zeros(2, rows)
+    flags[0].scatter_add_(0, segment_T, clipped_T.to(x_T.dtype))
+    flags[1].scatter_add_(0, segment_T, (~finite_T).to(x_T.dtype))
 
     outer_JCK, middle_CK = _conversion(interval, x_T.device)
-    count = sums[0].view(rows, bands, CELLS)
-    higher = torch.bmm(sums[1:moments].view(-1, rows * bands, CELLS), outer_JCK[1:]).sum(0).view(rows, bands, -1)
-    coefficients = higher + count @ outer_JCK[0]
-    coefficients[:, bands // 2] = higher[:, bands // 2] + count[:, bands // 2] @ middle_CK
-    return torch.cat([_moments(sums.view(moments + 2, rows, -1), interval), coefficients.view(rows, -1)], dim=1)
+    middle, weighted = slice(bands // 2, None, bands), []
+    cells = x_T.new_zeros(rows * bands, CELLS)  # of one moment after the other, so that it stays in the cache
+    power_T = torch.ones_like(x_T)
+    for j in range(interval.num_moments):
+        if j > 0:
+            cells.zero_()
+            power_T.mul_(y_T)
+        cells.view(-1).scatter_add_(0, index_T, power_T)
+        if j == 0:
+            coefficients = cells @ outer_JCK[0]
+            coefficients[middle] = cells[middle] @ middle_CK
+        else:
+            coefficients.addmm_(cells, outer_JCK[j])
+        if j < 3:
+            weighted.append(cells.view(rows, -1) @ _cell_weights(interval, x_T.device))
+    return torch.cat([_moments(flags, *weighted), coefficients.view(rows, -1)], dim=1)
 
 
-def _moments(sums: torch.Tensor, interval: OrderInterval) -> torch.Tensor:
-    """The columns in front of the bands [1 + N, MOMENTS], from the cells' sums [J + 2, 1 + N, B*C]."""
-    count, first, second = (sums[:3] @ _cell_weights(interval, sums.device)).unbind(0)
-    clipped, non_finite = sums[-2:].sum(-1)
+def _moments(flags: torch.Tensor, count: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The columns in front of the bands [1 + N, MOMENTS]: with x = c + y, sum x = sum c + sum y, and so for x^2."""
     total, squares = count[:, 1] + first[:, 0], count[:, 2] + 2 * first[:, 1] + second[:, 0]
-    return torch.stack([count[:, 0], clipped, non_finite, total, squares, count[:, 3]], dim=1)
+    return torch.stack([count[:, 0], *flags, total, squares, count[:, 3]], dim=1)
 
 
 @dataclass(frozen=True)
