@@ -21,10 +21,16 @@ QUERY_BLOCK = 1024  # rows of an explicit causal mask that exist at once
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of packed sequences, with the boundaries also on the host: no synchronisation per layer."""
+    """Megatron's description of packed sequences, with what attention needs of it: no synchronisation per layer.
+
+    ``by_length`` has, for several sequences whole on this rank, (length, positions of the tokens of all sequences of that
+    length), and ``from_lengths`` each token's place among those positions, one length after another.
+    """
 
     boundaries: tuple[int, ...] = ()
     gather_order: torch.Tensor | None = None  # int64 [T], `shards.context_order`, where context parallel
+    by_length: tuple[tuple[int, torch.Tensor], ...] = ()
+    from_lengths: torch.Tensor | None = None
 
 
 def packed_sequences(boundaries: tuple[int, ...], *, context_size: int, device: torch.device) -> PackedSequences:
@@ -32,6 +38,8 @@ def packed_sequences(boundaries: tuple[int, ...], *, context_size: int, device: 
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
     longest = max(end - start for start, end in zip(boundaries[:-1], boundaries[1:], strict=True))
     order = context_order(boundaries, size=context_size).to(device) if context_size > 1 else None
+    by_length = _positions_by_length(boundaries) if context_size == 1 and len(boundaries) > 2 else ()
+    from_lengths = torch.cat([place for _, place in by_length]).argsort().to(device) if by_length else None
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -42,6 +50,17 @@ def packed_sequences(boundaries: tuple[int, ...], *, context_size: int, device: 
         max_seqlen_kv=longest,
         boundaries=boundaries,
         gather_order=order,
+        by_length=tuple((length, place.to(device)) for length, place in by_length),
+        from_lengths=from_lengths,
+    )
+
+
+def _positions_by_length(boundaries: tuple[int, ...]) -> tuple[tuple[int, torch.Tensor], ...]:
+    starts: dict[int, list[int]] = {}
+    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+        starts.setdefault(end - start, []).append(start)
+    return tuple(
+        (length, (torch.tensor(firsts).unsqueeze(1) + torch.arange(length)).flatten()) for length, firsts in starts.items()
     )
 
 
@@ -88,7 +107,10 @@ class CoreAttention(MegatronModule):
         if self.cp_group.size() > 1:
             key, value = self._gather(key, value, order)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = torch.cat(self._attend(q, k, v, boundaries), dim=2).permute(2, 0, 1, 3)
+        if packed and packed_seq_params.by_length:
+            out = self._attend_by_length(q, k, v, packed_seq_params).permute(2, 0, 1, 3)
+        else:
+            out = torch.cat(self._attend(q, k, v, boundaries), dim=2).permute(2, 0, 1, 3)
         return out.reshape(out.shape[0], -1) if packed else out.reshape(*out.shape[:2], -1)
 
     def _gather(self, key, value, order) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,8 +122,6 @@ class CoreAttention(MegatronModule):
 
     def _attend(self, q, k, v, boundaries) -> list[torch.Tensor]:
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        if size == 1 and len(boundaries) > 2:
-            return [self._attend_by_length(q, k, v, boundaries)]
         outputs, offset = [], 0
         for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
             for first, last in context_spans(start, end, size=size, rank=rank):
@@ -110,21 +130,14 @@ class CoreAttention(MegatronModule):
                 outputs.extend(self._attend_span(queries, k[:, :, start:last], v[:, :, start:last]))
         return outputs
 
-    def _attend_by_length(self, q, k, v, boundaries) -> torch.Tensor:
+    def _attend_by_length(self, q, k, v, packed: PackedSequences) -> torch.Tensor:
         """Packed sequences of equal length go through attention together: where they are short, calls are what costs."""
-        starts: dict[int, list[int]] = {}
-        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
-            starts.setdefault(end - start, []).append(start)
-        places, outputs = [], []
-        for length, firsts in starts.items():
-            place = (torch.tensor(firsts).unsqueeze(1) + torch.arange(length)).flatten().to(q.device)
+        outputs = []
+        for length, place in packed.by_length:
             parts = (x[0].index_select(1, place).unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v))
             out = F.scaled_dot_product_attention(*parts, is_causal=True, scale=self.scale, enable_gqa=True)
-            places.append(place)
             outputs.append(out.transpose(0, 1).flatten(1, 2))
-        back = torch.empty_like(place := torch.cat(places))
-        back[place] = torch.arange(len(place), device=place.device)
-        return torch.cat(outputs, dim=1).index_select(1, back).unsqueeze(0)
+        return torch.cat(outputs, dim=1).index_select(1, packed.from_lengths).unsqueeze(0)
 
     def _attend_span(self, q, k, v) -> list[torch.Tensor]:
         """Queries that are the last ones of the keys' span: causal, aligned at the lower right."""
