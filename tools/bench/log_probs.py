@@ -53,7 +53,7 @@ def measure(arguments: argparse.Namespace, chunk: int | None, queue) -> None:
         ended = synchronised(device)
         found.append((ended - started, middle - started, ended - middle))
         sums = [log_probs_T.sum(), entropy_T.sum(), hidden_TH.grad.norm(), weight_VH.grad.norm()]
-        checks = [float(value) for value in sums]
+        checks = [float(value.detach()) for value in sums]
     total, forward, backward = min(found)
     queue.put((total, forward, backward, (peak(device) - before) / 2**20, checks))
 
