@@ -22,11 +22,17 @@ def free_port() -> int:
 
 
 def run_ranks(
-    world_size: int, function: str, *arguments: Any, timeout: float = 240.0, env: dict[str, str] | None = None
+    world_size: int,
+    function: str,
+    *arguments: Any,
+    timeout: float = 240.0,
+    env: dict[str, str] | None = None,
+    gpu: bool = False,
 ) -> list:
     """Calls ``function`` ("package.module:name") with ``arguments`` on every rank and returns what each returned.
 
     torchrun's variables are set; the function initialises the process group itself. The arguments and results are pickled.
+    Unless ``gpu``, the ranks see no GPU: the same tests run on every machine.
 
     Raises:
         AssertionError: a rank failed or did not end in time; the message has the end of every rank's output.
@@ -34,7 +40,9 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "arguments").write_bytes(pickle.dumps((function, arguments)))
         common = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(world_size))
-        common |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), GLOO_SOCKET_IFNAME="lo") | (env or {})
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        common |= dict(OMP_NUM_THREADS="1", PYTHONPATH=paths, GLOO_SOCKET_IFNAME="lo")
+        common |= ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}) | (env or {})
         processes = []
         for rank in range(world_size):
             with open(Path(directory) / f"log{rank}", "wb") as log:

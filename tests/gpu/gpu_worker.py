@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
 from pmpo_megatron.algo.objective import PRESETS
-from pmpo_megatron.model.architecture import transformer_engine_available
+from pmpo_megatron.model import architecture
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
@@ -12,12 +14,21 @@ from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from tests.distributed.parity_worker import TEMPERATURE, micro_batches
 
 
-def train(path: str, layout: dict, dtype: str) -> dict:
-    """Two steps on the parity tests' micro-batches; losses, gradient norms, and whether Transformer Engine was used."""
+def train(path: str, layout: dict, dtype: str, *, own_layers: bool = False) -> dict:
+    """Two steps on the parity tests' micro-batches; losses, gradient norms, which layers, types and backends.
+
+    Args:
+        own_layers: our layers on SDPA also where there is Transformer Engine.
+    """
+    if own_layers:
+        architecture.transformer_engine_available = lambda: False
     parallel = ParallelConfig(**layout)
     state = initialize(parallel, device="cuda")
     policy = Policy.build(
-        ModelConfig(path=path, dtype=dtype, log_prob_chunk=16), OptimizerConfig(learning_rate=1e-3), parallel, state
+        ModelConfig(path=path, dtype=dtype, log_prob_chunk=16),
+        OptimizerConfig(learning_rate=1e-3),
+        parallel,
+        state,
     )
     batches = micro_batches(state.dp_size, state.dp_rank, parallel.pipeline * (parallel.virtual_pipeline or 0))
     old = score(policy, batches, temperature=TEMPERATURE)
@@ -28,10 +39,17 @@ def train(path: str, layout: dict, dtype: str) -> dict:
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
         "applied": all(result.applied for result in results),
-        "transformer_engine": transformer_engine_available(),
+        "transformer_engine": architecture.transformer_engine_available(),
+        "backends": [dist.get_backend(group) for group in (state.dp_group, state.cp_group, state.control_group)],
+        "dtypes": sorted({str(parameter.dtype) for _, parameter in policy.named_parameters()}),
+        "main_gradients": sorted({str(parameter.main_grad.dtype) for _, parameter in policy.named_parameters()}),
     }
     if state.is_last_stage and state.cp_size == 1:
         boundaries = batches[0].cu_seqlens.tolist()
         found["log_probs"] = join_context_shards([old[0].log_probs_T.cpu()], boundaries).numpy()
     shut_down()
     return found
+
+
+def train_own_layers(path: str, layout: dict, dtype: str) -> dict:
+    return train(path, layout, dtype, own_layers=True)

@@ -1,5 +1,6 @@
 """The policy on real GPUs: bf16 and float32 against transformers, NCCL layouts against one GPU, log-probs' memory."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from pmpo_megatron.algo.objective import PRESETS, evaluate_objective
+from pmpo_megatron.model.log_probs import token_log_probs
 from tests.distributed.harness import run_ranks
 from tests.tiny_models import save_tiny_model
+from tests.unit.algo.test_objective import make_batch
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
-WORKER = "tests.gpu.gpu_worker:train"
+WORKER, SDPA = "tests.gpu.gpu_worker:train", "tests.gpu.gpu_worker:train_own_layers"
 PAIRS = {
     "tp2-sp": dict(tensor=2, sequence_parallel=True),
     "pp2": dict(pipeline=2),
@@ -31,10 +35,17 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(path):
-    return {dtype: run_ranks(1, WORKER, path, {}, dtype)[0] for dtype in ("float32", "bfloat16")}
+    return {dtype: run_ranks(1, WORKER, path, {}, dtype, gpu=True)[0] for dtype in ("float32", "bfloat16")}
 
 
-def test_log_probs_are_those_of_transformers(single, path):
+@pytest.fixture(scope="module")
+def own_layers(path):
+    """What ran without Transformer Engine, if it is there at all."""
+    return {dtype: run_ranks(1, SDPA, path, {}, dtype, gpu=True)[0] for dtype in ("float32", "bfloat16")}
+
+
+@pytest.mark.parametrize("layers", ["single", "own_layers"])
+def test_log_probs_are_those_of_transformers(layers, path, request):
     import transformers
 
     from tests.distributed.parity_worker import TEMPERATURE, micro_batches
@@ -45,22 +56,88 @@ def test_log_probs_are_those_of_transformers(single, path):
         logits = model(batch.tokens_T[None, : int(batch.cu_seqlens[1])]).logits[0] / TEMPERATURE
     expected = torch.log_softmax(logits, -1).gather(1, batch.targets_T[: len(logits), None])[:, 0].numpy()
     response = (batch.trajectory_T[: len(logits)] == 0).numpy()
+    runs = request.getfixturevalue(layers)
     for dtype, tolerance in (("float32", 2e-3), ("bfloat16", 0.2)):  # float32 products may use TF32
-        found = single[dtype]["log_probs"][: len(logits)]
+        found = runs[dtype]["log_probs"][: len(logits)]
         np.testing.assert_allclose(found[response], expected[response], atol=tolerance)
 
 
-def test_the_first_step_is_on_policy_in_bf16(single):
-    found = single["bfloat16"]
+@pytest.mark.parametrize("layers", ["single", "own_layers"])
+def test_the_first_step_is_on_policy_in_bf16(layers, request):
+    found = request.getfixturevalue(layers)["bfloat16"]
     assert found["applied"] and (found["first"]["power_mean"] == 1.0).all() and (found["first"]["p"] == 1.0).all()
+    assert found["dtypes"] == ["torch.bfloat16"] and found["main_gradients"] == ["torch.float32"]
+
+
+def test_transformer_engine_is_used_where_it_is(single, own_layers):
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("Transformer Engine is not installed")
+    assert single["float32"]["transformer_engine"] and not own_layers["float32"]["transformer_engine"]
+    for quantity in ("losses", "norms"):
+        assert single["float32"][quantity] == pytest.approx(own_layers["float32"][quantity], rel=2e-2, abs=5e-4)
+
+
+def test_nccl_on_the_gpu_and_gloo_for_the_rest(single):
+    assert single["float32"]["backends"] == ["nccl", "nccl", "gloo"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", PAIRS)
 def test_two_gpus_train_as_one(single, path, name):
-    found = run_ranks(2, WORKER, path, PAIRS[name], "float32")[0]
+    found = run_ranks(2, WORKER, path, PAIRS[name], "float32", gpu=True)[0]
     assert found["losses"] == pytest.approx(single["float32"]["losses"], rel=5e-3, abs=5e-4)
     assert found["norms"] == pytest.approx(single["float32"]["norms"], rel=2e-2)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_objective_never_waits_for_the_gpu(name):
+    """Value and gradient as on the CPU, and no operation that makes the host wait."""
+    log_probs, old, trajectory, advantages, weights = make_batch(3, std=0.5, outlier=9.0)
+    on_cpu = evaluate_objective(log_probs, old, trajectory, advantages, weights, PRESETS[name], progress=0.3)
+    expected = torch.autograd.grad(on_cpu.surrogate, log_probs)[0]
+    moved = [x.detach().cuda() for x in (log_probs, old, trajectory, advantages, weights)]
+    moved[0].requires_grad_()
+    evaluate_objective(*moved, PRESETS[name], progress=0.3)  # tables of constants are made once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = evaluate_objective(*moved, PRESETS[name], progress=0.3)
+        [gradient] = torch.autograd.grad(out.surrogate, moved[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.p_N.cpu(), on_cpu.p_N, rtol=0, atol=1e-8)
+    torch.testing.assert_close(out.loss.cpu(), on_cpu.loss, rtol=1e-9, atol=1e-9)
+
+
+def test_bf16_log_probs_accumulate_in_float32():
+    """Against float64 products of the same bf16 operands: the GPU's own path to float32 results."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 256, generator=generator).bfloat16() for n in (37, 1000))
+    targets = torch.randint(0, 990, (37,), generator=generator)
+    table = (hidden.double() @ weight[:990].double().t() / 16).log_softmax(-1)
+    expected = table.gather(1, targets[:, None])[:, 0]
+    hidden, weight = hidden.cuda().requires_grad_(), weight.cuda().requires_grad_()
+    found, entropy = token_log_probs(hidden, weight, targets.cuda(), vocab_size=990, temperature=16.0, chunk_tokens=16)
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double().cpu(), -(table.exp() * table).sum(-1), rtol=1e-5, atol=1e-5)
+    found.sum().backward()
+    onehot = torch.nn.functional.one_hot(targets, 990).double()
+    wanted = (onehot - table.exp()) @ weight[:990].detach().double().cpu() / 16
+    torch.testing.assert_close(hidden.grad.double().cpu(), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_throughput_and_memory_of_a_step():
+    """0.5e9 parameters in bf16, not a hundred times slower than such a GPU can; recomputation takes less memory."""
+    command = [sys.executable, str(ROOT / "tools/bench/step.py"), "--size", "0.5B", "--device", "cuda", "--trajectory", "2048"]
+    peaks = {}
+    for recompute in ("none", "full"):
+        done = subprocess.run([*command, "--recompute", recompute], capture_output=True, text=True, timeout=140, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+        *_, row, last = [line.split() for line in done.stdout.splitlines()]
+        assert row[0] == "step" and float(row[2]) > 3000, done.stdout
+        peaks[recompute] = float(last[-2])
+    assert peaks["full"] < 0.8 * peaks["none"], peaks
 
 
 def test_log_probs_take_an_eighth_of_the_memory_of_whole_logits():

@@ -1,0 +1,41 @@
+"""The benchmarks that also run on GPUs run here, small: their own code works, and what they print can be read."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script, *arguments):
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/bench" / script), *arguments]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_step():
+    layout = ["--processes", "2", "--context", "2"]
+    output = run("step.py", "--trajectory", "64", "--steps", "1", "--device", "cpu", *layout)
+    rows = {line.split()[0]: line.split()[1:] for line in output.splitlines()}
+    assert "512 tokens in a step" in output and "CP2" in output
+    for name in ("score", "step"):
+        seconds, rate = map(float, rows[name])
+        assert seconds > 0 and rate == pytest.approx(512 / seconds, rel=0.5)
+
+
+def test_log_probs():
+    output = run(
+        "log_probs.py", "--tokens", "512", "--vocabulary", "20000", "--hidden", "32", "--chunks", "64", "--repeats", "1"
+    )
+    [row] = [line.split() for line in output.splitlines() if line.startswith("chunk 64")]
+    assert float(row[-1]) < 1e-5 and float(row[-2].rstrip("x")) < 1, output
+
+
+def test_objective():
+    output = run("objective.py", "--tokens", "4096", "--ranks", "1", "2", "--repeats", "1")
+    assert "collectives, bisection / pmpo: 33; at least 10: met" in output

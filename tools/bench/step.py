@@ -1,0 +1,175 @@
+#!/usr/bin/env python
+"""Tokens per second of scoring and of an optimizer step (forward, objective, backward, update), and their peak memory.
+
+A checkpoint of random weights in the chosen shape is written first, or --model names one. Every process gets the same
+micro-batches of packed trajectories; the first step, which allocates, is not counted. TFLOP/s counts 6 operations for each
+parameter and token of a step, without attention and recomputation. Peak memory: of the GPU, or of the process on CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMON = dict(architectures=["Qwen2ForCausalLM"], rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=1 << 17)
+SIZES = {
+    "tiny": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
+                 vocab_size=1000, tie_word_embeddings=False),
+    "0.5B": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
+                 vocab_size=151936, tie_word_embeddings=True),
+    "1.5B": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960,
+                 vocab_size=151936, tie_word_embeddings=True),
+    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
+               vocab_size=152064, tie_word_embeddings=False),
+}  # fmt: skip
+LAYOUT = ("tensor", "pipeline", "context")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--size", choices=SIZES, default="tiny", help="shape of a model of random weights (default: %(default)s)"
+    )
+    parser.add_argument("--model", type=Path, help="Hugging Face directory in place of --size")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    parser.add_argument("--trajectory", type=int, default=1024, help="tokens of each trajectory")
+    parser.add_argument("--trajectories", type=int, default=4, help="of a micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=2, help="of a step, on each data-parallel rank")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1)
+    for name in LAYOUT:
+        parser.add_argument(f"--{name}", type=int, default=1, help=f"{name}-parallel size")
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.out:
+        return work(options)
+    with tempfile.TemporaryDirectory() as directory:
+        if options.model is None:
+            options.model = Path(directory) / "model"
+            make_model(options.model, options.size)
+        report(launch(options, Path(directory)))
+
+
+def make_model(directory: Path, size: str) -> None:
+    """Weights as an initialisation has them: matrices of std 0.02, norms of 1."""
+    from pmpo_megatron.checkpoint.convert.hugging_face import SafetensorsStream
+    from pmpo_megatron.hf.mapping import Mapping
+    from pmpo_megatron.hf.shape import shape_of
+
+    config = COMMON | SIZES[size] | {"torch_dtype": "bfloat16"}
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = Mapping(shape_of(config)).hf_shapes
+    stream = SafetensorsStream(directory, [(n, torch.bfloat16, s) for n, s in shapes.items()], shard_bytes=4 << 30)
+    for name, shape in shapes.items():
+        weights = torch.ones(shape) if "norm" in name else torch.randn(shape).mul_(0.02)
+        stream.add(name, weights.bfloat16())
+    stream.finish()
+
+
+def launch(options: argparse.Namespace, directory: Path) -> list[dict]:
+    """Runs `work` in every process; what each found."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", __file__]
+    command[-1:-1] = [f"--nproc-per-node={options.processes}"]
+    for name, value in vars(options).items():
+        if value is not None and value is not False and name != "out":
+            command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = dict(os.environ, PYTHONPATH=paths)
+    done = subprocess.run([*command, "--out", str(directory)], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return [json.loads((directory / f"rank{rank}").read_text()) for rank in range(options.processes)]
+
+
+def report(ranks: list[dict]) -> None:
+    one = ranks[0]
+    print(f"{one['layout']}, {one['dtype']}, {one['layers']}, {one['parameters'] / 1e9:.3f}e9 parameters")
+    print(f"{one['tokens']} tokens in a step; median of {len(one['step'])} steps, the slowest process's")
+    print(f"{'':>6} {'seconds':>9} {'tokens/s':>10}")
+    seconds = {name: max(statistics.median(rank[name]) for rank in ranks) for name in ("score", "step")}
+    for name, value in seconds.items():
+        print(f"{name:>6} {value:>9.3f} {one['tokens'] / value:>10.0f}")
+    rate = 6 * one["parameters"] * one["tokens"] / seconds["step"] / len(ranks) / 1e12
+    print(f"{rate:.3f} TFLOP/s for each process; peak memory {max(rank['peak'] for rank in ranks) / 2**30:.2f} GiB")
+
+
+def work(options: argparse.Namespace) -> None:
+    from pmpo_megatron.algo.objective import PRESETS
+    from pmpo_megatron.model.architecture import transformer_engine_available
+    from pmpo_megatron.model.optimizer import OptimizerConfig
+    from pmpo_megatron.model.policy import ModelConfig, Policy
+    from pmpo_megatron.model.step import optimizer_step, score
+    from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
+    from pmpo_megatron.planner.parameters import total_parameters
+
+    layout = {name: getattr(options, name) for name in LAYOUT}
+    parallel = ParallelConfig(**layout, sequence_parallel=options.sequence_parallel)
+    state = initialize(parallel, device=options.device)
+    model = ModelConfig(path=str(options.model), dtype=options.dtype, recompute=options.recompute)
+    policy = Policy.build(model, OptimizerConfig(), parallel, state)
+    batches = [micro_batch(options, policy.shape.vocab_size, index) for index in range(options.micro_batches)]
+    found = {"score": [], "step": []}
+    for _ in range(options.steps + 1):
+        old = timed(found["score"], state.device, lambda: score(policy, batches, temperature=1.0))
+        settings = dict(objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
+        result = timed(found["step"], state.device, lambda old=old, s=settings: optimizer_step(policy, batches, old, **s))
+        if not result.applied:
+            raise SystemExit(f"a step failed: {result.problem}")
+    found = {name: seconds[1:] for name, seconds in found.items()}
+    on_gpu = state.device.type == "cuda"
+    found |= {
+        "layout": state.describe(),
+        "dtype": str(model.torch_dtype(state.device)).removeprefix("torch."),
+        "layers": "Transformer Engine" if transformer_engine_available() else "own layers (SDPA)",
+        "parameters": total_parameters(policy.shape),
+        "tokens": options.trajectory * options.trajectories * options.micro_batches * state.dp_size,
+        "peak": torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+    (options.out / f"rank{state.rank}").write_text(json.dumps(found))
+    shut_down()
+
+
+def micro_batch(options: argparse.Namespace, vocabulary: int, seed: int):
+    import numpy as np
+
+    from pmpo_megatron.data.packing import make_micro_batch
+    from pmpo_megatron.types import Sample
+
+    rng, prompt = np.random.default_rng(seed), min(64, options.trajectory // 2)
+    samples = []
+    for index in range(options.trajectories):
+        ids = tuple(rng.integers(0, vocabulary, options.trajectory).tolist())
+        log_probs = np.full(len(ids) - prompt, -10.0, dtype=np.float32)
+        advantage = 1.0 if index % 2 else -1.0
+        samples.append(Sample(index, 0, ids[:prompt], ids[prompt:], log_probs, False, 0.0, advantage, 1e-3, 0))
+    return make_micro_batch(samples, 2 * options.context * options.tensor, 0)
+
+
+def timed(seconds: list[float], device: torch.device, action):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds.append(time.perf_counter() - started)
+    return result
+
+
+if __name__ == "__main__":
+    main()
