@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import queue
 import random
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,12 @@ def plan(policy: Policy, directory: Path, *, copy: bool) -> Any:
     state = sharded_state(policy, is_loading=False)
     if copy and policy.state.device.type == "cpu":
         dict_list_map_inplace(_with_copied_data, state)
-    return dist_checkpointing.save(state, str(directory), async_sharded_save=True)
+    return dist_checkpointing.save(state, str(directory), async_sharded_save=True, **_builtin_writer(dist_checkpointing.save))
+
+
+def _builtin_writer(save: Callable) -> dict[str, str]:
+    """Megatron-Core 0.19 would by default have another package write; what 0.16 always does is called ``mcore`` there."""
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
 
 
 def _with_copied_data(leaf: Any) -> Any:
