@@ -146,6 +146,9 @@ def llama_like(config: Mapping[str, Any], architecture: str, *, qkv_bias: bool, 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling): transformers 5 writes ``rope_parameters``, earlier ones ``rope_theta`` and ``rope_scaling``."""
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if share != 1.0:
+        raise MappingError(f"partial_rotary_factor is {share}; only rotary embedding of whole heads is supported")
     theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":

@@ -284,6 +284,8 @@ def test_token_weights_scale_each_tokens_gradient_only():
         ({"eps_low_ratio": 0.2}, "eps_low_ratio", "eps_low_ratio and eps_high_ratio"),
         ({"eps_low_log": None}, "eps_high_log", "eps_low_log and eps_high_log"),
         ({"eps_low_ratio": 1.2, "eps_high_ratio": 0.2}, "eps_low_ratio", "use eps_low_log"),
+        ({"kl_estimator": "k2"}, "kl_estimator", "no effect without kl_coefficient"),
+        ({"importance_cap": 5.0}, "importance_cap", "no effect with importance 'none'"),
         ({"preset": "grpo", "eps_low_log": 0.2, "eps_high_log": 0.2, "eps_low_ratio": 0.1}, "eps_high_ratio", "not"),
     ],
 )

@@ -110,6 +110,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(checkpoint):
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"hidden_size": None}, "hidden_size.* is missing"),
     ],
 )
