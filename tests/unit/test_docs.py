@@ -122,7 +122,7 @@ class TestTheExampleOfARule:
         return PowerSums.read(tabulate(x, segment_T, len(x_T), clipped_T=no, finite_T=yes, interval=interval), interval)
 
     def test_the_lines_to_change_are_there(self):
-        code = (ROOT / "pmpo_megatron/algo/objective.py").read_text().splitlines()
+        code = (ROOT / "pmpo_megatron/algo/objective_config.py").read_text().splitlines()
         [diff] = re.findall(r"^```diff\n(.*?)^```$", self.text, re.MULTILINE | re.DOTALL)
         old = [line[1:] for line in diff.splitlines() if not line.startswith("+")]
         assert len(old) == 5 and all(code.count(line) == 1 for line in old)
