@@ -1,0 +1,65 @@
+"""The gradient of an optimizer step is that of the formula: autograd through transformers and the slow objective.
+
+Layouts are compared with each other in test_parity; here is what all of them must equal.
+"""
+
+import pytest
+import torch
+
+from pmpo_megatron.hf.mapping import Mapping
+from pmpo_megatron.hf.shape import read_shape
+from tests.distributed.harness import run_ranks
+from tests.distributed.parity_worker import RESPONSES, STEPS, TEMPERATURE, micro_batches
+from tests.tiny_models import save_tiny_model
+from tests.unit.algo.reference import reference_objective
+
+
+def scores_of(model, batch):
+    """Log-probs of the targets and entropies, every sequence alone, with gradient."""
+    bounds = zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)
+    logits = torch.cat([model(batch.tokens_T[None, start:end]).logits[0] for start, end in bounds])
+    table = (logits / TEMPERATURE).log_softmax(-1)
+    return table.gather(1, batch.targets_T[:, None])[:, 0], -(table.exp() * table).sum(-1)
+
+
+def step_loss(model, batches, old, config):
+    """(what is differentiated, the loss that is reported): sections 2 to 4 of the objective, written out."""
+    whole = surrogate = 0.0
+    for batch, old_T in zip(batches, old, strict=True):
+        log_probs, entropy = scores_of(model, batch)
+        leaf, response = log_probs.detach().requires_grad_(), batch.trajectory_T >= 0
+        objective, _ = reference_objective(
+            leaf, old_T, batch.trajectory_T, batch.advantages_N, batch.weights_N, config, progress=0.5
+        )
+        [gradient] = torch.autograd.grad(objective, leaf)
+        if config.importance == "sequence":
+            for index in range(batch.num_trajectories):
+                chosen = batch.trajectory_T == index
+                gap = (old_T[chosen] - batch.rollout_log_probs_T[chosen]).mean()
+                gradient[chosen] *= min(float(gap.exp()), config.importance_cap)
+        d = (log_probs - old_T)[response]  # the reference policy is the old one here
+        penalty = config.kl_coefficient * (torch.exp(-d) - 1 + d).sum() / sum(RESPONSES)
+        penalty = penalty - config.entropy_coefficient * entropy[response].sum() / sum(RESPONSES)
+        surrogate = surrogate + (gradient * log_probs).sum() + penalty
+        whole = whole + objective.detach() + penalty.detach()
+    return surrogate, float(whole)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3-tied"])
+@pytest.mark.parametrize("number", range(len(STEPS)))
+def test_gradients_are_those_of_the_formula(number, kind, tmp_path):
+    import transformers
+
+    path = save_tiny_model(kind, tmp_path / "model")
+    [found] = run_ranks(1, "tests.distributed.gradient_worker:first_step", str(path), number)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    surrogate, loss = step_loss(model, micro_batches(1, 0, 0), found["old"], STEPS[number])
+    surrogate.backward()
+    assert found["result"].loss == pytest.approx(loss, rel=1e-5)
+    gradients, mapping = {name: parameter.grad for name, parameter in model.named_parameters()}, Mapping(read_shape(path))
+    assert mapping.hf_shapes.keys() == gradients.keys() and len(found["gradients"]) == len(mapping.entries)
+    for name, gradient in found["gradients"].items():
+        entry = mapping.entry(name)
+        expected = entry.merge([gradients[tensor] for tensor in entry.hf])
+        assert expected.abs().max() > 0
+        assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max(), name
