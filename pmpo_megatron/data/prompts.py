@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
+import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from pmpo_megatron.types import Prompt
 
 logger = logging.getLogger(__name__)
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 BOXED = "Please reason step by step, and put your final answer within \\boxed{{}}."
 TEMPLATES = {
     "plain": "{problem}",
@@ -105,9 +109,11 @@ def render(config: DataConfig, problem: str, tokenizer: Any) -> tuple[str, bool]
     if config.template == "chat":
         messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
         messages.append({"role": "user", "content": problem})
+        if not tokenizer.chat_template:
+            raise ConfigError("data.template", "chat: the model's tokenizer has no chat template; name another")
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
     template = TEMPLATES.get(config.template, config.template)
-    return template.replace("{problem}", problem).replace("{{}}", "{}"), config.template not in ("qwen-math", "r1")
+    return template.replace("{{}}", "{}").replace("{problem}", problem), config.template not in ("qwen-math", "r1")
 
 
 def read_rows(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -136,16 +142,20 @@ def _source(config: DataConfig) -> Iterable[tuple[str, dict[str, Any]]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        lines = path.open(encoding="utf-8")
+        lines = path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     with lines:
         for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number}: not UTF-8: {error}") from None
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: a {type(row).__name__}, not an object")
@@ -182,12 +192,23 @@ def _fields(config: DataConfig, where: str, row: dict[str, Any]) -> tuple[str, t
     problem, answer = row[config.problem_field], row[config.answer_field]
     if not isinstance(problem, str):
         raise DataError(f"{where}: field {config.problem_field!r} is a {type(problem).__name__}, not text")
+    if not problem.strip():
+        raise DataError(f"{where}: field {config.problem_field!r} is empty")
     answers = answer if isinstance(answer, list) else [answer]
-    if not answers or not all(isinstance(a, (str, int, float)) for a in answers):
-        raise DataError(f"{where}: field {config.answer_field!r} is neither text nor a list of texts")
+    if not answers or not all(map(_is_answer, answers)):
+        raise DataError(f"{where}: field {config.answer_field!r} is neither text, a number nor a list of them: {answer!r:.80}")
     texts = [str(a) for a in answers]
+    if any(LONE_SURROGATE.search(text) for text in (problem, *texts)):
+        raise DataError(f"{where}: a text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     if config.answer_after is not None:
         if missing := [text for text in texts if config.answer_after not in text]:
             raise DataError(f"{where}: no {config.answer_after!r} in the answer {missing[0][-80:]!r}")
         texts = [text.rpartition(config.answer_after)[2].strip() for text in texts]
     return problem, tuple(texts)
+
+
+def _is_answer(value: object) -> bool:
+    """Text that is not blank, or a finite number: nothing else can ever be a response's answer."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -9,7 +9,7 @@ import torch
 from pmpo_megatron.config import build
 from pmpo_megatron.data.arithmetic import is_held_out, make_problems
 from pmpo_megatron.data.packing import pack
-from pmpo_megatron.data.prompts import DataConfig, load_prompts
+from pmpo_megatron.data.prompts import DataConfig, load_prompts, render
 from pmpo_megatron.data.sampler import PromptSampler
 from pmpo_megatron.data.tiny_model import make_tokenizer
 from pmpo_megatron.errors import ConfigError, DataError
@@ -112,13 +112,30 @@ def test_prompts_from_json_lines(tmp_path):
         ('{"problem": "a"}', r"p.jsonl:2: no field 'answer'; it has problem"),
         ('{"problem": 3, "answer": "b"}', r"p.jsonl:2: field 'problem' is a int"),
         ('{"problem": "a", "answer": []}', r"p.jsonl:2: field 'answer'"),
+        ('{"problem": "a", "answer": ["b", ""]}', r"p.jsonl:2: field 'answer'"),
+        ('{"problem": "a", "answer": true}', r"p.jsonl:2: field 'answer'.*True"),
+        ('{"problem": "a", "answer": NaN}', r"p.jsonl:2: field 'answer'.*nan"),
+        ('{"problem": "a", "answer": [["b"]]}', r"p.jsonl:2: field 'answer'"),
+        ('{"problem": " ", "answer": "b"}', r"p.jsonl:2: field 'problem' is empty"),
+        (r'{"problem": "\ud800", "answer": "b"}', r"p.jsonl:2: .*surrogate"),
+        ("[" * 100_000, r"p.jsonl:2: not JSON"),
+        ("\udce9", r"p.jsonl:2: not UTF-8"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, words):
     path = tmp_path / "p.jsonl"
-    path.write_text('{"problem": "a", "answer": "b"}\n' + line + "\n")
+    path.write_text('{"problem": "a", "answer": "b"}\n' + line + "\n", encoding="utf-8", errors="surrogateescape")
     with pytest.raises(DataError, match=words):
         load_prompts(DataConfig(source=str(path)), make_tokenizer())
+
+
+def test_byte_order_mark_line_ends_and_unicode_separators(tmp_path):
+    row = {"problem": "1\u2028+1{{}}", "answer": 2}
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row, ensure_ascii=False).encode() + b"\r\n\r\n")
+    [prompt] = load_prompts(DataConfig(source=str(tmp_path / "p.jsonl")), make_tokenizer()).prompts
+    assert (prompt.text, prompt.answers) == ("1\u2028+1{{}}", ("2",))
+    config = DataConfig(source=str(tmp_path / "p.jsonl"), template="{{}} {problem}")
+    assert render(config, prompt.text, None)[0] == "{} 1\u2028+1{{}}"  # the template's braces alone are an escape
 
 
 def test_parquet_and_data_sets_give_the_same_prompts(tmp_path):
@@ -148,6 +165,8 @@ def test_templates():
     assert text(template="qwen-math").endswith(f"user\n{problem}<|im_end|>\n<|im_start|>assistant\n") and "boxed{}" in text(
         template="qwen-math"
     )
+    with pytest.raises(ConfigError, match="no chat template"):
+        load_prompts(DataConfig(source="arithmetic", template="chat"), make_tokenizer())
     for bad in (dict(template="nothing"), dict(system_prompt="x"), dict(split="dev"), dict(levels=(4,))):
         with pytest.raises(ConfigError):
             DataConfig(source="arithmetic", **bad)
