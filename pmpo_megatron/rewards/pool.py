@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import selectors
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pmpo_megatron.errors import PmpoError
+from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.rewards.frames import HEADER
 from pmpo_megatron.rewards.functions import find_function
 
+logger = logging.getLogger(__name__)
+
 START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
 MAX_FAILED_STARTS = 3
+MAX_KINDS_OF_ERROR = 20
+OUT_OF_RANGE = "a score outside [0, 1], clipped; NaN becomes 0"
 Answers = str | Sequence[str]
 
 
@@ -33,7 +41,7 @@ class PoolStats:
 
 
 class RewardPool:
-    """Scores responses with one function, or several, in ``workers`` processes.
+    """Scores responses with one function, or several, in ``workers`` processes. Threads may share it; their calls take turns.
 
     Args:
         functions: ``math``, ``boxed``, ``exact``, or ``package.module:name`` of a plug-in; a name, or several.
@@ -42,18 +50,22 @@ class RewardPool:
         memory_gib: address space of a worker; a response that needs more scores 0.
 
     Raises:
-        ConfigError: a function does not exist.
+        ConfigError: a function does not exist, or a number is out of range.
     """
 
     def __init__(
         self, functions: str | Sequence[str] = "math", *, workers: int = 2, timeout: float = 5.0, memory_gib: float = 4.0
     ) -> None:
         self.functions = [functions] if isinstance(functions, str) else list(functions)
+        if not self.functions:
+            raise ConfigError("rewards.functions", "is empty: name at least one")
+        if workers < 1 or not timeout > 0 or not memory_gib > 0:
+            raise ConfigError("rewards", f"workers {workers}, timeout {timeout} and memory_gib {memory_gib} must be above 0")
         for name in self.functions:
             find_function(name)
         self.timeout, self.stats = timeout, PoolStats()
-        self._memory_bytes = int(memory_gib * 2**30)
-        self._workers = [_Worker(self.functions, self._memory_bytes) for _ in range(workers)]
+        self._turn = threading.RLock()
+        self._workers = [_Worker(self.functions, int(memory_gib * 2**30), timeout) for _ in range(workers)]
 
     def __enter__(self) -> RewardPool:
         return self
@@ -62,10 +74,11 @@ class RewardPool:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers. The pool cannot be used again."""
-        for worker in self._workers:
-            worker.kill()
-        self._workers = []
+        """Ends the workers, once a call of another thread is through. The pool cannot be used again."""
+        with self._turn:
+            for worker in self._workers:
+                worker.kill()
+            self._workers = []
 
     def score(self, responses: Sequence[str], answers: Sequence[Answers]) -> list[float]:
         """A score in [0, 1] for each response, in order, by the first function.
@@ -81,11 +94,25 @@ class RewardPool:
 
         Raises:
             ValueError: the two lists differ in length.
-            PmpoError: workers do not start.
+            TypeError: a response or an answer is not text.
+            PmpoError: workers do not start, or the pool is closed.
         """
-        if len(responses) != len(answers):
-            raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
-        items = [(r, [a] if isinstance(a, str) else list(a)) for r, a in zip(responses, answers, strict=True)]
+        items = _items(responses, answers)
+        with self._turn:
+            if not self._workers:
+                raise PmpoError("this RewardPool is closed")
+            try:
+                results = self._run(items)
+            except BaseException:
+                # Interrupted: what a worker still sends would be taken for the score of an item of the next call.
+                for worker in self._workers:
+                    if worker.item is not None:
+                        worker.restart()
+                raise
+            self.stats.scored += len(items)
+        return results
+
+    def _run(self, items: list[tuple[str, list[str]]]) -> list[list[float]]:
         results: list[list[float]] = [[0.0] * len(self.functions) for _ in items]
         waiting = deque(range(len(items)))
         with selectors.DefaultSelector() as selector:
@@ -93,14 +120,13 @@ class RewardPool:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
             while waiting or any(worker.item is not None for worker in self._workers):
                 for worker in self._workers:
-                    if worker.ready and worker.item is None and waiting:
+                    if worker.ready and worker.item is None and waiting and worker.process.poll() is None:
                         self._give(worker, waiting.popleft(), items)
                 for key, _ in selector.select(timeout=self._until_next_deadline()):
                     self._receive(key.data, results, selector)
                 for worker in self._workers:
                     if time.monotonic() > worker.deadline:
                         self._replace(worker, selector, timed_out=True)
-        self.stats.scored += len(items)
         return results
 
     def _until_next_deadline(self) -> float:
@@ -108,7 +134,8 @@ class RewardPool:
 
     def _give(self, worker: _Worker, index: int, items: list) -> None:
         worker.item, worker.deadline = index, time.monotonic() + self.timeout
-        worker.send(items[index])
+        if not worker.send(items[index]):
+            worker.deadline = 0.0  # it does not read: stopped from outside, or a plug-in's thread has hold of it
 
     def _receive(self, worker: _Worker, results: list[list[float]], selector: selectors.BaseSelector) -> None:
         try:
@@ -123,10 +150,14 @@ class RewardPool:
             worker.item, worker.deadline = None, float("inf")
 
     def _clean(self, score: float | str) -> float:
-        if isinstance(score, str):
-            self.stats.errors[score] = self.stats.errors.get(score, 0) + 1
-            return 0.0
-        return min(max(score, 0.0), 1.0) if score == score else 0.0
+        error = score if isinstance(score, str) else None if 0.0 <= score <= 1.0 else OUT_OF_RANGE
+        if error is not None:
+            if error not in self.stats.errors and len(self.stats.errors) >= MAX_KINDS_OF_ERROR:
+                error = "other errors"
+            if error not in self.stats.errors:
+                logger.warning("a reward function of %s: %s (said once, counted)", ", ".join(self.functions), error)
+            self.stats.errors[error] = self.stats.errors.get(error, 0) + 1
+        return min(max(score, 0.0), 1.0) if score == score and not isinstance(score, str) else 0.0
 
     def _replace(self, worker: _Worker, selector: selectors.BaseSelector, *, timed_out: bool) -> None:
         """Kills ``worker`` and starts another in its place; the item that it held keeps its 0."""
@@ -140,23 +171,37 @@ class RewardPool:
         selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
 
 
+def _items(responses: Sequence[str], answers: Sequence[Answers]) -> list[tuple[str, list[str]]]:
+    """Responses with their lists of accepted answers; an answer of another type would be wrong without a word."""
+    if len(responses) != len(answers):
+        raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
+    items = [(r, list(a) if isinstance(a, (list, tuple)) else [a]) for r, a in zip(responses, answers, strict=True)]
+    for index, (response, accepted) in enumerate(items):
+        for kind, text in (("response", response), *(("answer", answer) for answer in accepted)):
+            if not isinstance(text, str):
+                raise TypeError(f"{kind} {index} is not text but {type(text).__name__}: {text!r:.80}")
+    return items
+
+
 class _Worker:
     """One process, what it works on, and until when."""
 
-    def __init__(self, functions: list[str], memory_bytes: int) -> None:
-        self.command = [sys.executable, "-m", "pmpo_megatron.rewards.worker", ",".join(functions), str(memory_bytes)]
+    def __init__(self, functions: list[str], memory_bytes: int, timeout: float) -> None:
+        self.timeout = timeout
+        arguments = [",".join(functions), str(memory_bytes), str(timeout)]
+        self.command = [sys.executable, "-m", "pmpo_megatron.rewards.worker", *arguments]
         self.failed_starts = 0
         self._start()
 
     def _start(self) -> None:
         # The package may be imported from a checkout that is not installed, and plug-ins from the caller's own path.
         paths = [str(Path(__file__).parents[2]), *filter(None, sys.path), os.getcwd()]
-        env = dict(os.environ, PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)), OMP_NUM_THREADS="1")
+        env = dict(os.environ, PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)), OMP_NUM_THREADS="1", PYTHONHASHSEED="0")
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, bufsize=0, start_new_session=True
         )
         os.set_blocking(self.process.stdout.fileno(), False)
-        os.set_blocking(self.process.stdin.fileno(), True)
+        os.set_blocking(self.process.stdin.fileno(), False)
         self.ready, self.item = False, None
         self.deadline = time.monotonic() + START_TIMEOUT_S
         self._buffer = b""
@@ -168,21 +213,30 @@ class _Worker:
         self._start()
 
     def kill(self) -> None:
-        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # it leads its own session: what a plug-in started goes with it
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
 
-    def send(self, item: object) -> None:
+    def send(self, item: object) -> bool:
+        """Hands ``item`` over; False if the worker did not take all of it within its time-out."""
         data = pickle.dumps(item)
+        view = memoryview(HEADER.pack(len(data)) + data)
         try:
-            # The worker reads before it works, so this waits for nothing but the pipe.
-            self.process.stdin.write(HEADER.pack(len(data)))
-            view = memoryview(data)
             while view:
-                view = view[self.process.stdin.write(view) :]
+                written = self.process.stdin.write(view)
+                view = view[written or 0 :]
+                if written is None and not self._wait_for_room():
+                    return False
         except BrokenPipeError:
             pass  # it died: the closed output says so at once
+        return True
+
+    def _wait_for_room(self) -> bool:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdin, selectors.EVENT_WRITE)
+            return bool(selector.select(timeout=max(0.0, self.deadline - time.monotonic())))
 
     def receive(self) -> object | None:
         """The next message, or None until it is complete. Raises EOFError if the process is gone."""

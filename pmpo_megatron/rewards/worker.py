@@ -10,15 +10,17 @@ import logging
 import os
 import pickle
 import resource
+import signal
 import sys
 
 from pmpo_megatron.rewards.frames import HEADER
 
 
 def main() -> None:
-    names, memory_bytes = sys.argv[1].split(","), int(sys.argv[2])
-    # Results go to a private copy of standard output, so that a function that prints cannot garble them.
-    source, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    names, memory_bytes, timeout_s = sys.argv[1].split(","), int(sys.argv[2]), float(sys.argv[3])
+    # Private copies of standard input and output, so that a function that reads or prints cannot garble the messages.
+    source, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     if memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
@@ -32,17 +34,22 @@ def main() -> None:
         import math_verify  # noqa: F401  the slow import happens before the first time-out begins
 
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
+    process = os.getpid()
     _write(results, "ready")
     while (item := _read(source)) is not None:
+        # The pool kills a slow worker; should the pool be gone, the kernel does. No handler, so nothing can hold it up.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 10)
         response, answers = item
         scores: list[float | str] = []
         for function in functions:
             try:
                 scores.append(float(function(response, answers)))
-            except (MemoryError, RecursionError):
-                scores.append(0.0)
             except Exception as error:  # math-verify and sympy raise anything; the item scores 0 and is counted
                 scores.append(f"{type(error).__name__}: {error}"[:500])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if os.getpid() != process:
+            os._exit(0)  # a function forked and both came back: one of them answers
         _write(results, scores)
 
 

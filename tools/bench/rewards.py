@@ -21,7 +21,7 @@ def main() -> None:
     with RewardPool("math", workers=options.workers, timeout=options.timeout) as pool:
         pool.score([r"\boxed{1}"] * options.workers, ["1"] * options.workers)  # workers have started
         for path in options.files:
-            answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+            answers = [json.loads(line)["answer"] for line in path.open(encoding="utf-8")]
             own, other, seconds, timeouts = measure(pool, answers)
             print(f"{path.name:24} {len(answers):8} {own:13.2%} {other:15.2%} {2 * len(answers) / seconds:11.0f} {timeouts:10}")
 

@@ -2,16 +2,23 @@
 
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.rewards import RewardConfig, RewardPool, RewardScorer
 from pmpo_megatron.rewards.extraction import boxed_answers, extract_answer
+from pmpo_megatron.rewards.pool import OUT_OF_RANGE
 
+CHILD_SLEEPS = "98.76543"  # seconds: a command line that no other process has
 DATA = Path(os.environ.get("PMPO_DATA", Path(__file__).parents[4] / "shared/data"))
 
 
@@ -31,6 +38,12 @@ def pool():
         (r"\boxed {7}", "7"),
         (r"\boxed{5} or \boxed{unclosed", "5"),
         (r"\boxed{unclosed and then \boxed{6}", "6"),
+        (r"\boxed{too long " + "x" * 2000 + r"\boxed{6} }", "6"),
+        (r"\\boxed{7}", "7"),
+        (r"} \{ \boxed{8}", "8"),
+        ("3-5", "5"),
+        ("it is -5", "-5"),
+        ("a chance of .25", ".25"),
         ("it is 12, or rather 1,234.5.", "1,234.5"),
         ("no idea", None),
         ("", None),
@@ -64,6 +77,25 @@ def test_boxes_come_in_order():
         ("", "42", 0),
         (r"\boxed{7}", ["6", "7"], 1),
         (r"\boxed{8}", ["6", "7"], 0),
+        (r"\boxed{1 1/2}", "11/2", 0),
+        (r"\boxed{1 1/2}", r"\frac32", 1),
+        (r"\boxed{1 2}", "12", 0),
+        (r"\boxed{10 000}", "10000", 1),
+        (r"\boxed{(1,234)}", "(1234)", 0),
+        (r"\boxed{(2,1)}", "1,2", 0),
+        (r"\boxed{1,2}", "(1,2)", 1),
+        (r"\boxed{2,1}", "1,2", 1),
+        (r"\boxed{x=5}", "5", 1),
+        (r"\boxed{5}", "x=5", 1),
+        (r"\boxed{m+n=25}", "25", 1),
+        (r"\boxed{\alpha=\frac{6}{4}}", "3/2", 1),
+        (r"\boxed{2+2=4}", "4", 1),
+        (r"\boxed{2+2=3}", "3", 0),
+        (r"\boxed{5=3}", "3", 0),
+        (r"\boxed{3 or 4}", "3", 0),
+        (r"\boxed{101_2}", "101_3", 0),
+        (r"\boxed{East}", "east", 1),
+        (r"\boxed{\varnothing}", r"\emptyset", 1),
     ],
 )
 def test_scores(pool, response, answer, score):
@@ -104,6 +136,14 @@ def misbehave(response, answers):
         raise RuntimeError("no")
     if response == "print":
         print("noise on standard output")
+    if response == "slow":
+        time.sleep(2)
+    if response == "fork":
+        os.fork()
+    if response == "read":
+        return float(sys.stdin.read() == "")
+    if response == "leave a child":
+        subprocess.Popen(["sleep", CHILD_SLEEPS])
     return {"nan": float("nan"), "big": 7.0}.get(response, 0.5)
 
 
@@ -113,14 +153,84 @@ def test_hung_and_dead_workers_cost_their_item_alone_and_order_is_kept():
         expected = [0.5, 0, 0.5, 0, 0, 0.5, 0, 1.0] + [0.5] * 30 + [0, 0.5]
         assert pool.score(responses, ["x"] * len(responses)) == expected
         assert (pool.stats.timeouts, pool.stats.crashes, pool.stats.scored) == (1, 2, 40)
-        assert pool.stats.errors == {"RuntimeError: no": 1}
+        assert pool.stats.errors == {"RuntimeError: no": 1, OUT_OF_RANGE: 2}
         assert pool.score([], []) == []
         with pytest.raises(ValueError, match="2 responses but 1 answers"):
             pool.score(["a", "b"], ["x"])
 
 
+def test_a_plug_in_that_forks_reads_or_leaves_children_disturbs_no_other_item():
+    with RewardPool(f"{__name__}:misbehave", workers=1, timeout=5.0) as pool:
+        responses = ["fork", "read", "fork", "read", "leave a child", "a"]
+        assert pool.score(responses, ["x"] * 6) == [0.5, 1.0, 0.5, 1.0, 0.5, 0.5]
+    assert CHILD_SLEEPS not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+def test_workers_killed_or_stopped_between_calls():
+    with RewardPool(f"{__name__}:misbehave", workers=2, timeout=2.0) as pool:
+        pool.score(["a"] * 2, ["x"] * 2)
+        for worker in pool._workers:
+            os.kill(worker.process.pid, signal.SIGKILL)
+            worker.process.wait(10)
+        assert pool.score(["a"] * 4, ["x"] * 4) == [0.5] * 4  # none had an item, so none costs one
+        for worker in pool._workers:
+            os.kill(worker.process.pid, signal.SIGSTOP)
+        started = time.monotonic()
+        scores = pool.score(["a" * 5_000_000] * 2 + ["a"] * 2, ["x"] * 4)  # more than a pipe holds
+        assert scores.count(0.5) >= 2 and scores[2:] == [0.5] * 2 and time.monotonic() - started < 2 * 2.0 + 10
+
+
+def test_an_interrupted_call_leaves_nothing_to_the_next():
+    with RewardPool(f"{__name__}:misbehave", workers=2, timeout=20.0) as pool:
+        pool.score(["a"] * 2, ["x"] * 2)
+        old = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyError("stop")))
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            with pytest.raises(KeyError):
+                pool.score(["slow", "a"], ["x"] * 2)
+        finally:
+            signal.signal(signal.SIGALRM, old)
+        assert pool.score(["big", "a", "big"], ["x"] * 3) == [1.0, 0.5, 1.0]
+
+
+def test_threads_take_turns_and_a_closed_pool_says_so():
+    results = {}
+    with RewardPool(f"{__name__}:misbehave", workers=2) as pool:
+        call = lambda text: results.__setitem__(text, pool.score([text] * 40, ["x"] * 40))  # noqa: E731
+        threads = [threading.Thread(target=call, args=(text,)) for text in ("a", "big")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for answer in (3, None, [3]):
+            with pytest.raises(TypeError, match="answer 0 is not text"):
+                pool.score(["a"], [answer])
+    assert results == {"a": [0.5] * 40, "big": [1.0] * 40}
+    pool.close()
+    with pytest.raises(PmpoError, match="closed"):
+        pool.score(["a"], ["x"])
+
+
+def test_a_hung_worker_does_not_outlive_a_killed_program():
+    program = f"""from pmpo_megatron.rewards import RewardPool
+pool = RewardPool("{__name__}:misbehave", workers=1, timeout=0.5)
+pool.score(["a"], ["x"])
+print(pool._workers[0].process.pid, flush=True)
+pool.timeout = 99
+pool.score(["hang"], ["x"])"""
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=env) as main:
+        worker = Path(f"/proc/{int(main.stdout.readline())}")
+        time.sleep(1)  # it is in the hung function
+        main.kill()
+    deadline = time.monotonic() + 30
+    while worker.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not worker.exists()
+
+
 def test_unknown_functions_are_refused_before_anything_starts():
-    for name in ("maths", "no.such.module:f", "json:nothing", "math:pi"):
+    for name in ("maths", "no.such.module:f", "json:nothing", "math:pi", "__main__:f", []):
         with pytest.raises(ConfigError, match="rewards.functions"):
             RewardPool(name)
 
@@ -135,17 +245,28 @@ def test_composition_and_overlong_penalty():
     scorer.close()
 
 
+FILES = [
+    *(f"eval/{name}" for name in ("aime24", "amc23", "math500", "minerva", "olympiadbench", "gsm8k")),
+    *(f"train/{name}" for name in ("gsm8k", "asdiv")),
+]
+
+
 @pytest.mark.skipif(not (DATA / "eval").is_dir(), reason=f"no data in {DATA}; set PMPO_DATA")
-@pytest.mark.parametrize("name", ["aime24", "amc23", "math500", "minerva", "olympiadbench", "gsm8k"])
+@pytest.mark.parametrize("name", FILES)
 def test_own_answers_are_accepted_and_others_are_not(pool, name):
-    answers = [json.loads(line)["answer"] for line in (DATA / "eval" / f"{name}.jsonl").read_text().splitlines()]
-    own = pool.score([rf"\boxed{{{a}}}" for a in answers], answers)
+    answers = [json.loads(line)["answer"] for line in (DATA / f"{name}.jsonl").open(encoding="utf-8")]
+    solution = lambda answer: rf"\boxed{{{answer if isinstance(answer, str) else ', '.join(answer)}}}"  # noqa: E731
+    own = pool.score([solution(a) for a in answers], answers)
     assert sum(own) / len(own) >= 0.99
-    if name in ("aime24", "amc23", "gsm8k"):  # other answers that are not equal as numbers
-        shifted = answers[1:] + answers[:1]
-        different = [
-            i
-            for i, (a, b) in enumerate(zip(answers, shifted, strict=True))
-            if float(a.replace(",", "")) != float(b.replace(",", ""))
-        ]
-        assert sum(pool.score([rf"\boxed{{{shifted[i]}}}" for i in different], [answers[i] for i in different])) == 0
+    shifted = answers[7:] + answers[:7]
+    pairs = [(a, b) for a, b in zip(shifted, answers, strict=True) if values(a) != values(b)]
+    wrong = [
+        p for p, score in zip(pairs, pool.score([solution(a) for a, _ in pairs], [b for _, b in pairs]), strict=True) if score
+    ]
+    assert not wrong
+
+
+def values(answer):
+    """What tells answers apart: numbers as numbers, other texts without spaces."""
+    texts = [answer] if isinstance(answer, str) else answer
+    return sorted(re.sub(r"^(-?[\d,]+)\.?0*$", lambda m: m[1].replace(",", ""), text.replace(" ", "")) for text in texts)
