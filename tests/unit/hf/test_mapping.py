@@ -69,10 +69,18 @@ def test_qkv_rows_of_a_shard_belong_to_that_ranks_heads(checkpoint):
     _, directory = checkpoint
     shape, reader = read_shape(directory), SafetensorsReader(directory)
     entry = Mapping(shape).by_megatron["decoder.layers.1.self_attention.linear_qkv.weight"]
-    q, k, v = (reader(name) for name in entry.hf)
+    q, k, v = (reader(f"model.layers.1.self_attn.{x}_proj.weight") for x in "qkv")
     d = shape.head_dim
     expected = torch.cat([q[2 * d : 4 * d], k[d : 2 * d], v[d : 2 * d]])
-    assert torch.equal(entry.shard(entry.merge([q, k, v]), 1, 2), expected)
+    assert torch.equal(entry.shard(entry.merge([reader(name) for name in entry.hf]), 1, 2), expected)
+
+
+def test_rows_of_fc1_are_half_gate_and_half_up(checkpoint):
+    _, directory = checkpoint
+    shape, reader = read_shape(directory), SafetensorsReader(directory)
+    entry = Mapping(shape).by_megatron["decoder.layers.0.mlp.linear_fc1.weight"]
+    gate, up = (reader(f"model.layers.0.mlp.{x}_proj.weight").chunk(2)[1] for x in ("gate", "up"))
+    assert torch.equal(entry.shard(entry.merge([reader(name) for name in entry.hf]), 1, 2), torch.cat([gate, up]))
 
 
 def test_writer_writes_what_transformers_reads(checkpoint, tmp_path):
