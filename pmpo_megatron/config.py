@@ -173,6 +173,11 @@ def build(section: type[SectionT], values: Mapping[str, Any] | None) -> SectionT
         arguments[key] = value
     for name, item in fields.items():
         if name not in arguments and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            if kind := _section_type(hints[name]):  # a required section has a required field, which says more
+                try:
+                    build(kind, {})
+                except ConfigError as error:
+                    raise error.within(name) from None
             raise ConfigError(name, f"is required ({item.metadata.get('help', '')})")
     return section(**arguments)
 
@@ -199,7 +204,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(str(path), f"is not valid YAML: {error}") from None
+        raise ConfigError(str(path), f"is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict | None):
         raise ConfigError(str(path), "must hold a mapping of sections")
     return values or {}
@@ -238,7 +243,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         try:
             target[key] = yaml.safe_load(text) if text else ""
         except yaml.YAMLError as error:
-            raise ConfigError(path, f"{text!r} is not valid YAML: {error}") from None
+            raise ConfigError(path, f"{text!r} is not valid YAML: {' '.join(str(error).split())}") from None
     return result
 
 

@@ -55,7 +55,19 @@ def rank_environment() -> tuple[int, int]:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     elif missing:
         raise ConfigError("environment", f"{', '.join(missing)} not set; start with torchrun, or without any of {names}")
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return _number("RANK"), world_size_of_environment()
+
+
+def world_size_of_environment() -> int:
+    """torchrun's number of processes; 1 without torchrun."""
+    return _number("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ConfigError("environment", f"{name}={os.environ[name]!r} is not a number; torchrun sets it") from None
 
 
 def set_up_logging(rank: int) -> None:
@@ -80,7 +92,7 @@ def quiet_libraries() -> None:
 
 def run_command(command: Callable[[], int | None]) -> int:
     """``command()`` with errors turned into messages: a user's mistake gets one line, a defect its traceback."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(rank) if (rank := os.environ.get("RANK", "0")).isdigit() else 0
     try:
         return command() or 0
     except ConfigError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 
 from pmpo_megatron.data.prompts import DataConfig, read_rows
@@ -27,13 +28,15 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
     Raises:
         PmpoError: something is wrong; the message names the field and what would be right.
     """
+    if world_size < 1:
+        raise ConfigError("--world-size", f"{world_size} must be at least 1")
     data_parallel = _in_section("parallel", lambda: config.parallel.data_parallel_size(world_size))
     shape = model_shape(config.model.path) if dry_run else read_shape(config.model.path)
     check_layout(shape, config.parallel)
     _check_lengths(config, shape)
     _check_objective(config)
     for name in config.rewards.functions:
-        _in_section("rewards", lambda name=name: find_function(name))
+        find_function(name)
     lines = [_describe_model(config, shape), _describe_layout(config, world_size, data_parallel), _describe_batch(config)]
     lines.append(_check_data("data", config.data))
     if config.evaluation.data is not None:
@@ -42,7 +45,19 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("rollout.engine", "vllm is not installed; see the README for the requirements")
+    if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("monitor.wandb_project", "needs the package wandb, which is not installed: pip install wandb")
+    _check_directory(Path(config.run.directory))
     return lines + memory_report(config, world_size)
+
+
+def _check_directory(directory: Path) -> None:
+    """Whether a run may write there; makes nothing."""
+    present = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not present.is_dir():
+        raise ConfigError("run.directory", f"{directory}: {present} is a file, not a directory")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise ConfigError("run.directory", f"{directory}: {present} cannot be written to")
 
 
 def _in_section(section: str, call):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from pmpo_megatron.config import apply_overrides, build, describe, read_yaml, to_plain
-from pmpo_megatron.launch import StopRequest, quiet_libraries, rank_environment, run_command, set_up_logging
+from pmpo_megatron.launch import (
+    StopRequest,
+    quiet_libraries,
+    rank_environment,
+    run_command,
+    set_up_logging,
+    world_size_of_environment,
+)
 from pmpo_megatron.run_checks import check_run
 from pmpo_megatron.run_config import RunConfig
 
@@ -58,7 +64,7 @@ def command(options: argparse.Namespace) -> int:
         return 0
     config = load_config(options)
     if options.dry_run:
-        world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = options.world_size if options.world_size is not None else world_size_of_environment()
         for line in check_run(config, world_size, dry_run=True):
             print(line)
         print("dry run: nothing wrong found")
