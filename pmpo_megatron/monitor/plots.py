@@ -80,7 +80,8 @@ def ess_against_clipping(runs: Runs) -> str | None:
     generator = np.random.default_rng(0)
     with figure() as (drawn, axes):
         for index, run in enumerate(runs):
-            clip, ess = _per_trajectory(run, "clip_fraction", "ess")
+            clip, ess, length = _per_trajectory(run, "clip_fraction", "ess", "length")
+            ess = ess / np.maximum(length, 1)
             chosen = generator.permutation(len(clip))[: MAX_POINTS // len(runs)]
             axes.plot(clip[chosen], ess[chosen], "o", color=color(index), markersize=3, alpha=0.35, mec="none", label=run.label)
         axes.set_xlabel("clipped tokens / tokens")

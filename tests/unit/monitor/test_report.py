@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pmpo_megatron.errors import DataError
-from pmpo_megatron.monitor import Distribution, MonitorConfig, RunLog, write_report
+from pmpo_megatron.monitor import Distribution, MonitorConfig, RunLog, plots, write_report
 from pmpo_megatron.monitor.plots import moving_mean
 from pmpo_megatron.monitor.read import read_run
 
@@ -36,7 +36,7 @@ def make_run(directory, *, preset="pmpo", steps=5):
                 "time/push_to_engine_s": 0.5,
                 "time/total_s": 4.0,
             },
-            trajectories={"p": p, "ess": 1 - clip, "clip_fraction": clip, "length": np.arange(8)},
+            trajectories={"p": p, "ess": (1 - clip) * 8, "clip_fraction": clip, "length": [8] * 8},
             rollouts=[{"prompt": "is 1 < 2 & 3?", "response": "<script>alert(1)</script>", "reward": 1.0}],
         )
     log.log(steps, {"eval/arithmetic_mean": 0.95, "eval/arithmetic_length_mean": 9.0})
@@ -76,6 +76,13 @@ def test_one_run(tmp_path):
     assert "push to engine" in text and "Entropy" not in text, "what was not measured has no empty plot"
     assert "prefers-color-scheme: dark" in text and "var(--series-1)" in text
     assert "#0a0b0" not in text and "#0a0c0" not in text, "stand-in colours are all replaced"
+
+
+def test_effective_sample_size_is_drawn_as_a_share_of_the_tokens(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_finish", lambda _, axes, *rest, **names: drawn.append(axes.lines[0].get_xydata().copy()))
+    plots.ess_against_clipping([read_run(make_run(tmp_path / "first"))])
+    np.testing.assert_allclose(drawn[0][:, 1], 1 - drawn[0][:, 0], rtol=1e-3)
 
 
 def test_every_picture_is_well_formed_and_ids_do_not_clash(tmp_path):
