@@ -127,7 +127,7 @@ def optimizer_step(
 
     def loss(item: Inputs, output: torch.Tensor) -> tuple[torch.Tensor, _MicroResult]:
         terms = _evaluate(item, output, objective, progress=progress, step_tokens=step_tokens, state=state)
-        return terms.surrogate * scale, terms.detached()
+        return terms.surrogate * scale, terms.detached()  # a tensor of its own: Megatron scales it in place
 
     policy.zero_gradients()
     with naming_ranks("an optimizer step"):
@@ -155,8 +155,7 @@ class _MicroResult:
 
     def detached(self) -> _MicroResult:
         kl = None if self.kl is None else self.kl.detach()
-        # The clone matters: Megatron scales the returned loss in place.
-        return _MicroResult(self.surrogate.detach().clone(), self.output, self.entropy.detach(), kl, self.penalty.detach())
+        return _MicroResult(self.surrogate.detach(), self.output, self.entropy.detach(), kl, self.penalty.detach())
 
 
 def _evaluate(

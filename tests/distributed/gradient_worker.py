@@ -11,13 +11,15 @@ from pmpo_megatron.model.step import TokenScores, optimizer_step, score
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from tests.distributed.parity_worker import STEPS, TEMPERATURE, TYPICAL, micro_batches, recording
 
+OPTIMIZER = OptimizerConfig(learning_rate=0.02, epsilon=0.05, weight_decay=0.1, clip_grad=0.25)
+
 
 def first_step(path: str, number: int) -> dict:
-    """Gradients of `STEPS`[number] as the first step, the old log-probs that it was given, and its result."""
+    """`STEPS`[number] as the first step: gradients, weights before and after, the old log-probs it was given, its result."""
     parallel = ParallelConfig()
     state = initialize(parallel, device="cpu")
-    policy = Policy.build(ModelConfig(path=path, log_prob_chunk=13), OptimizerConfig(learning_rate=0.02), parallel, state)
-    batches, stale, gradients = micro_batches(1, 0, 0), [], []
+    policy = Policy.build(ModelConfig(path=path, log_prob_chunk=13), OPTIMIZER, parallel, state)
+    batches, stale, gradients, before = micro_batches(1, 0, 0), [], [], values_of(policy)
     for batch, scores in zip(batches, score(policy, batches, temperature=TEMPERATURE), strict=True):
         shift = torch.where(batch.trajectory_T >= 0, batch.rollout_log_probs_T - TYPICAL, 0.0)
         stale.append(TokenScores(scores.log_probs_T + shift, scores.entropy_T))
@@ -26,5 +28,11 @@ def first_step(path: str, number: int) -> dict:
         policy, batches, stale, objective=STEPS[number], progress=0.5, temperature=TEMPERATURE,
         reference_log_probs=stale if STEPS[number].kl_coefficient else None,
     )  # fmt: skip
+    after = values_of(policy)
     shut_down()
-    return {"gradients": gradients[0], "old": [scores.log_probs_T for scores in stale], "result": result}
+    weights = {"before": before, "after": after}
+    return weights | {"gradients": gradients[0], "old": [scores.log_probs_T for scores in stale], "result": result}
+
+
+def values_of(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}

@@ -8,6 +8,7 @@ import torch
 
 from pmpo_megatron.hf.mapping import Mapping
 from pmpo_megatron.hf.shape import read_shape
+from tests.distributed.gradient_worker import OPTIMIZER
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity_worker import RESPONSES, STEPS, TEMPERATURE, micro_batches
 from tests.tiny_models import save_tiny_model
@@ -63,3 +64,18 @@ def test_gradients_are_those_of_the_formula(number, kind, tmp_path):
         expected = entry.merge([gradients[tensor] for tensor in entry.hf])
         assert expected.abs().max() > 0
         assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max(), name
+    check_update(found)
+
+
+def check_update(found):
+    """AdamW on the gradient clipped by its whole norm; norms and biases do not decay."""
+    norm = torch.sqrt(sum((gradient.double() ** 2).sum() for gradient in found["gradients"].values()))
+    assert found["result"].grad_norm == pytest.approx(float(norm), rel=1e-5) and norm > 2 * OPTIMIZER.clip_grad
+    for name, gradient in found["gradients"].items():
+        weight = found["before"][name].clone().requires_grad_()
+        weight.grad = gradient * OPTIMIZER.clip_grad / norm
+        decay = OPTIMIZER.weight_decay if weight.dim() > 1 else 0.0
+        betas = (OPTIMIZER.beta1, OPTIMIZER.beta2)
+        torch.optim.AdamW([weight], lr=OPTIMIZER.learning_rate, betas=betas, eps=OPTIMIZER.epsilon, weight_decay=decay).step()
+        difference = (found["after"][name] - weight.detach()).abs().max()
+        assert difference <= 1e-4 * (weight.detach() - found["before"][name]).abs().max(), name
