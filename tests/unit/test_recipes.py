@@ -3,6 +3,7 @@
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_the_papers_setting(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_launch_script_dry_runs_without_gpus_and_weights(name):
     nodes, script = RECIPES[name]
-    done = run_script([*script, "--dry-run", "run.rounds=7"])
+    done = run_script([*script, "--dry-run", "run.rounds=7"], PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     assert f"layout: {8 * nodes} processes" in done.stdout and "batch: 7 rounds" in done.stdout
     assert "\nfits, with" in done.stdout
