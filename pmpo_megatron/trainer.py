@@ -18,7 +18,7 @@ from pmpo_megatron.mini_batches import split_into_steps, weigh
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.model.step import StepResult, TokenScores, optimizer_step, score
 from pmpo_megatron.monitor import Metric, PhaseTimer, RunLog
-from pmpo_megatron.parallel.collectives import any_rank, broadcast_object
+from pmpo_megatron.parallel.collectives import any_rank
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.round_metrics import measure_mismatch, step_metrics, trajectory_record
 from pmpo_megatron.run_config import RunConfig
@@ -106,11 +106,8 @@ class Trainer:
         if not ahead:
             self.push_weights()
             self.evaluate()
-        batch = None
         with self.timer.phase("rollouts"):
-            if self.collector is not None:
-                batch = self.collector.collect(self.progress.round, stop=self.stop)
-            batch = broadcast_object(batch, self.state)
+            batch = self.bridge.attend(lambda: self.collector.collect(self.progress.round, stop=self.stop))
         if batch is None:
             return None
         if self.config.round.asynchronous and self.progress.round + 1 < self.config.run.rounds:
@@ -177,14 +174,14 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out accuracy with the weights that the engine holds, where one is due before this round."""
-        done, last = self.progress.round, self.config.run.rounds
-        if done == self.progress.evaluated or (done % self.config.evaluation.every_rounds and done != last):
+        done, last, config = self.progress.round, self.config.run.rounds, self.config.evaluation
+        if config.data is None or done == self.progress.evaluated or (done % config.every_rounds and done != last):
             return
         self.progress.evaluated = done
         with self.timer.phase("evaluation"):
-            if self.evaluator is not None:
-                self.log.log(done, self.evaluator.evaluate(done))
-            broadcast_object(None, self.state)  # the others wait here, not in a collective of the next phase
+            found = self.bridge.attend(lambda: self.evaluator.evaluate(done))
+        if self.log is not None:
+            self.log.log(done, found)
 
     def record(self, batch: RoundBatch, results: list[StepResult], mismatch: dict[str, Metric]) -> None:
         """Metrics of a finished round, on rank 0."""

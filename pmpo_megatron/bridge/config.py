@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pmpo_megatron.config import Section, setting
+from pmpo_megatron.errors import ConfigError
+
+ON_GPU = ("cuda_ipc", "nccl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,13 +15,42 @@ class BridgeConfig(Section):
     """How weights travel to the rollout engine, and how it is checked that they arrived."""
 
     transport: str = setting(
-        "shared_memory", "shared memory of the host, or files in a directory both sides see", choices=("shared_memory", "disk")
+        "auto",
+        "shared_memory: of the host; cuda_ipc: GPU memory of the host, also where trainer and engine share GPUs; nccl: to GPUs "
+        "that are the engine's alone; gloo: over the network from CPUs; disk: files that both sides see. auto: for an engine "
+        "started here cuda_ipc on GPUs and shared_memory on CPU, for servers nccl on GPUs and gloo on CPU",
+        choices=("auto", "shared_memory", "cuda_ipc", "nccl", "gloo", "disk"),
+    )
+    bucket_mib: float = setting(
+        256.0, "tensors sent together; both ends hold two buckets, and a larger tensor makes them larger", unit="MiB", above=0.0
+    )
+    timeout_s: float = setting(300.0, "longest wait of either end for the other's part of a bucket", unit="s", above=0.0)
+    address: str | None = setting(
+        None, "name or address of rank 0's host for servers' workers, which connect to it; null: its host name"
     )
     directory: str | None = setting(
-        None, "where the files of the transport are put; null: /dev/shm, or the temporary directory"
+        None, "transports shared_memory, disk: where their files are put; null: /dev/shm, or the temporary directory"
     )
     verify: str = setting(
         "full",
         "fingerprint of every received tensor: of all its bytes, of a sample, or none",
         choices=("full", "sample", "off"),
     )
+
+
+def choose_transport(transport: str, *, device: str, same_host: bool) -> str:
+    """The transport that ``transport`` means for a trainer on ``device`` (cpu, cuda) and an engine on the same host or not.
+
+    Raises:
+        ConfigError: it cannot work there.
+    """
+    if transport == "auto":
+        here, there = ("cuda_ipc", "nccl") if device == "cuda" else ("shared_memory", "gloo")
+        return here if same_host else there
+    if transport in ON_GPU and device != "cuda":
+        raise ConfigError("bridge.transport", f"{transport} needs a trainer on GPUs; on CPU use shared_memory, gloo or disk")
+    if transport == "cuda_ipc" and not same_host:
+        raise ConfigError("bridge.transport", "cuda_ipc cannot reach servers; use nccl, gloo or disk")
+    if transport == "nccl" and same_host:
+        raise ConfigError("bridge.transport", "nccl cannot reach an engine that shares its GPU with the trainer; use cuda_ipc")
+    return transport

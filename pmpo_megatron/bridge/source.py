@@ -12,16 +12,21 @@ from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.parallel.collectives import gather_objects, gather_tensor
 from pmpo_megatron.parallel.liveness import naming_ranks
 
+CPU = torch.device("cpu")
+
 
 class WeightSource:
     """Streams a policy's weights. Collective: every rank iterates, in step.
 
     Each parameter is gathered over its tensor-parallel group on the pipeline stage that owns it, by the first data- and
     context-parallel replica, and sent to rank 0.
+
+    Args:
+        device: of the tensors on rank 0: the policy's own, or the CPU.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy, self.state = policy, policy.state
+    def __init__(self, policy: Policy, device: torch.device = CPU) -> None:
+        self.policy, self.state, self.device = policy, policy.state, device
         self.parameters = {local_name(name): parameter for name, parameter in policy.named_parameters()}
         mine = (self.state.dp_rank, self.state.cp_rank, self.state.tp_rank, set(self.parameters))
         ranks = gather_objects(mine, self.state)
@@ -33,8 +38,12 @@ class WeightSource:
             for entry in policy.mapping.entries
         }
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.parameters.values())).dtype
+
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor on CPU) on rank 0; nothing on other ranks, which take part until the end all the same."""
+        """(name, tensor on ``device``) on rank 0; nothing on other ranks, which take part until the end all the same."""
         first_replica = self.state.dp_rank == self.state.cp_rank == 0
         for entry in self.policy.mapping.entries:
             owner = self.owner[entry.megatron]
@@ -43,18 +52,18 @@ class WeightSource:
                 shard = self.parameters[entry.megatron].detach()
                 pieces = [shard] if entry.tensor_parallel_dim is None else gather_tensor(shard, self.state.tp_group)
                 if self.state.rank == owner:
-                    whole = entry.unshard(pieces).cpu()
+                    whole = entry.unshard(pieces).to(self.device)
             if owner != 0:
                 whole = self._send_to_main(entry, whole, owner)
             if self.state.rank == 0:
                 yield from zip(entry.hf, entry.split(whole), strict=True)
 
     def _send_to_main(self, entry, whole: torch.Tensor | None, owner: int) -> torch.Tensor | None:
+        group = self.state.control_group if self.device.type == "cpu" else self.state.world_group
         with naming_ranks(f"sending {entry.megatron} to rank 0"):
             if self.state.rank == owner:
-                dist.send(whole.contiguous(), 0, group=self.state.control_group)
+                dist.send(whole.contiguous(), 0, group=group)
             elif self.state.rank == 0:
-                dtype = next(iter(self.parameters.values())).dtype
-                whole = torch.empty(entry.full_shape, dtype=dtype)
-                dist.recv(whole, owner, group=self.state.control_group)
+                whole = torch.empty(entry.full_shape, dtype=self.dtype, device=self.device)
+                dist.recv(whole, owner, group=group)
         return whole

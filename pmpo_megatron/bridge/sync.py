@@ -1,29 +1,37 @@
-"""Pushing a policy's weights into the rollout engine: streamed, atomic to the engine, verified."""
+"""Pushing a policy's weights into the rollout engine: streamed, atomic to the engine, verified; again if it was restarted."""
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
+import socket
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from pmpo_megatron.bridge.config import BridgeConfig
+from pmpo_megatron.bridge.buckets import bucket_bytes, plan_buckets, tensors_in
+from pmpo_megatron.bridge.channel import Sender
+from pmpo_megatron.bridge.config import ON_GPU, BridgeConfig, choose_transport
 from pmpo_megatron.bridge.fingerprint import fingerprint
 from pmpo_megatron.bridge.source import WeightSource
-from pmpo_megatron.errors import WeightSyncError
+from pmpo_megatron.errors import RolloutError, WeightSyncError
 from pmpo_megatron.hf.safetensors import SafetensorsWriter
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.parallel.collectives import broadcast_object
 from pmpo_megatron.rollout.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
-ALIGNMENT = 64
+T = TypeVar("T")
+ATTEMPTS = 2  # an engine that dies while it takes weights is started again, once
+POLL_S = 0.05
+Stream = Iterator[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,20 +48,23 @@ class PushReport:
 class WeightBridge:
     """Keeps an engine's weights those of a policy. Every rank has one; the engine exists on rank 0, None elsewhere.
 
-    The bytes of the newest update stay where the engine read them, so that an engine that was started again gets them
-    from rank 0 alone, without the other ranks.
+    Weights are streamed from all ranks, so an engine that was started again in the middle of a batch needs all ranks to get
+    them: whatever generates runs inside `attend`, where they stand by.
     """
 
     def __init__(self, policy: Policy, engine: RolloutEngine | None, config: BridgeConfig) -> None:
         self.policy, self.engine, self.config = policy, engine, config
-        self.active = broadcast_object(engine is not None and engine.holds_weights, policy.state)
-        self.source = WeightSource(policy) if self.active else None
-        self._manifest: dict[str, Any] | None = None
-        self._fingerprints: dict[str, int] = {}
-        self._directory: Path | None = None
-        self._buffer: torch.Tensor | None = None
+        about = (engine.holds_weights, engine.same_host) if engine is not None else None
+        self.active, same_host = broadcast_object(about, policy.state)
+        self.version: int | None = None  # nothing was pushed yet
+        self._wanted, self._sent, self._closed = threading.Event(), threading.Event(), False
+        self._outbox = _Outbox(engine, policy, config) if engine is not None else None
+        if self.active:
+            device = policy.state.device
+            self.transport = choose_transport(config.transport, device=device.type, same_host=same_host)
+            self.source = WeightSource(policy, device if self.transport in ON_GPU else torch.device("cpu"))
         if engine is not None:
-            engine.on_restart = self._restore
+            engine.on_restart = self._ask_for_weights
 
     def push(self, version: int) -> PushReport:
         """Brings the engine to this policy's weights and calls them ``version``. Collective.
@@ -62,115 +73,207 @@ class WeightBridge:
             WeightSyncError: on every rank: what arrived is not what was sent, or the engine failed; names tensor and
                 the engine's rank. The engine refuses to generate until a later push succeeds.
         """
-        started = time.monotonic()
+        self.version, started = version, time.monotonic()
         if not self.active:
             if self.engine is not None:
                 self.engine.version = version
             return PushReport(version, 0.0, 0, 0, "off")
-        error, report = None, None
-        stream = iter(self.source)
-        if self.engine is None:
-            for _ in stream:
-                raise AssertionError("only rank 0 receives tensors")
-        else:
-            self.engine.mark_broken("an update is under way")
-            try:
-                self._write(stream, version)
-                self._deliver()
-                self.engine.version = version
-                self.engine.mark_broken(None)
-            except WeightSyncError as failure:
-                error = str(failure)
-                self.engine.mark_broken(error)
-                for _ in stream:  # the other ranks are still sending
-                    pass
-            report = PushReport(version, time.monotonic() - started, self._bytes, len(self._fingerprints), self.config.verify)
-        error, report = broadcast_object((error, report), self.policy.state)
+        for attempt in range(1, ATTEMPTS + 1):
+            outcome = self._push_once(version, last=attempt == ATTEMPTS)
+            error, again = broadcast_object(outcome, self.policy.state)
+            if not again:
+                break
         if error is not None:
             raise WeightSyncError(error)
-        return report
+        shapes = self.policy.mapping.hf_shapes.values()
+        size = sum(torch.Size(shape).numel() for shape in shapes) * self.source.dtype.itemsize
+        return PushReport(version, time.monotonic() - started, size, len(shapes), self.config.verify)
+
+    def attend(self, work: Callable[[], T]) -> T:
+        """What ``work`` of rank 0 returned, on every rank; meanwhile an engine that asks for weights gets them. Collective.
+
+        Args:
+            work: generates; it is called on rank 0 only, in a thread of its own.
+        """
+        state = self.policy.state
+        if not state.is_main:
+            while (message := broadcast_object(None, state))[0] == "push":
+                self.push(self.version)
+            return message[1]
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="attended")
+        future = thread.submit(work)
+        thread.shutdown(wait=False)
+        while not future.done():
+            if self._wanted.wait(POLL_S):
+                broadcast_object(("push", None), state)
+                self.push(self.version)
+                self._wanted.clear()
+                self._sent.set()
+        value = future.result()
+        broadcast_object(("done", value), state)
+        return value
 
     def close(self) -> None:
-        """Removes the files of the transport."""
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = self._buffer = None
+        """Gives the transport's memory and files back."""
+        self._closed = True
+        self._sent.set()
+        if self._outbox is not None:
+            self._outbox.close()
 
-    @property
-    def _bytes(self) -> int:
-        return self._manifest["bytes"] if self._manifest else 0
-
-    def _write(self, stream, version: int) -> None:
-        """Puts the tensors where the engine reads them, noting their fingerprints before anything can go wrong."""
-        if self._directory is None:
-            root = self.config.directory or ("/dev/shm" if self.config.transport == "shared_memory" else None)
-            self._directory = Path(tempfile.mkdtemp(prefix="pmpo-weights-", dir=root))
-        self._fingerprints = {}
-        expected = {name: list(shape) for name, shape in self.policy.mapping.hf_shapes.items()}
-        common = {"version": version, "expected": expected}
-        common |= {"transport": self.config.transport, "verify": self.config.verify}
-        try:
-            write = self._write_buffer if self.config.transport == "shared_memory" else self._write_files
-            self._manifest = common | write(stream)
-        except OSError as error:
-            raise WeightSyncError(f"{self._directory}: cannot hold the weights: {error}") from None
-
-    def _write_buffer(self, stream) -> dict[str, Any]:
-        path = self._directory / "weights"
-        dtype = next(iter(self.source.parameters.values())).dtype
-        offsets, size = {}, 0
-        for name, shape in self.policy.mapping.hf_shapes.items():
-            offsets[name] = size
-            size += -(-torch.Size(shape).numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        if self._buffer is None:
-            with path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)  # a full /dev/shm says so here, not by SIGBUS later
-            # Mapped once: mapping anew costs a page fault for every 4 KiB, more than the copy.
-            self._buffer = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-        buffer = self._buffer
-        tensors = []
-        for name, tensor in stream:
-            self._fingerprints[name] = fingerprint(tensor, self.config.verify)
-            data = tensor.contiguous().view(-1).view(torch.uint8)
-            buffer[offsets[name] : offsets[name] + data.numel()] = data
-            tensors.append(
-                {
-                    "name": name,
-                    "dtype": str(tensor.dtype).removeprefix("torch."),
-                    "shape": list(tensor.shape),
-                    "offset": offsets[name],
-                }
-            )
-        return {"path": str(path), "bytes": size, "tensors": tensors}
-
-    def _write_files(self, stream) -> dict[str, Any]:
-        for old in self._directory.glob("*.safetensors*"):
-            old.unlink()
-        writer, size, tensors = SafetensorsWriter(self._directory), 0, []
-        for name, tensor in stream:
-            self._fingerprints[name] = fingerprint(tensor, self.config.verify)
-            size += tensor.numel() * tensor.element_size()
-            tensors.append({"name": name, "shape": list(tensor.shape)})
-            writer.add(name, tensor)
-        writer.finish()
-        files = sorted(str(path) for path in self._directory.glob("*.safetensors"))
-        return {"files": files, "bytes": size, "tensors": tensors}
-
-    def _deliver(self) -> None:
-        """Has every worker load what was written, compares fingerprints, and drops what was cached under old weights."""
-        for answer in self.engine.collective_rpc("pmpo_receive_weights", self._manifest):
-            who = f"rollout worker {answer['rank']}"
-            if answer["problem"]:
-                raise WeightSyncError(f"{who}: {answer['problem']}")
-            for name, sent in self._fingerprints.items():
-                if answer["fingerprints"].get(name) != sent:
-                    raise WeightSyncError(f"{who}: {name} is not what was sent (its fingerprint differs)")
-        self.engine.reset_prefix_cache()
-
-    def _restore(self, engine: RolloutEngine) -> None:
-        """Gives an engine that was started again the newest weights."""
-        if self._manifest is None:
+    def _ask_for_weights(self, engine: RolloutEngine) -> None:
+        """Called by the thread that generates, after the engine was started again: waits until it has the newest weights."""
+        if not self.active or self.version is None:
             return
         engine.mark_broken("it was started again and has the weights of its checkpoint")
-        self._deliver()
-        engine.mark_broken(None)
+        self._sent.clear()
+        self._wanted.set()
+        self._sent.wait()
+        if self._closed:
+            raise RolloutError("the run ended before the engine, which was started again, got its weights")
+
+    def _push_once(self, version: int, *, last: bool) -> tuple[str | None, bool]:
+        """(what went wrong, whether to try again) on rank 0; every rank takes part in the stream until its end."""
+        stream = iter(self.source)
+        if self._outbox is None:
+            for _ in stream:
+                raise AssertionError("only rank 0 receives tensors")
+            return None, False
+        self.engine.mark_broken("an update is under way")
+        error, again = None, False
+        try:
+            self._outbox.deliver(stream, self.transport, self.source, version)
+            self.engine.version = version
+            self.engine.mark_broken(None)
+        except (WeightSyncError, RolloutError) as failure:
+            error, again = str(failure), isinstance(failure, RolloutError) and not last
+            self.engine.mark_broken(error)
+            self._outbox.close()
+            for _ in stream:  # the other ranks are still sending
+                pass
+        if again:
+            logger.warning("the engine failed while it took weights: %s; starting it again", error)
+            again = self._revive()
+        return error, again
+
+    def _revive(self) -> bool:
+        try:
+            self.engine.revive()
+        except RolloutError as failure:
+            logger.error("%s", failure)
+            return False
+        return True
+
+
+class _Outbox:
+    """Rank 0's part of an update: tensors into buckets or files, the call that has the workers take them, what they answer."""
+
+    def __init__(self, engine: RolloutEngine, policy: Policy, config: BridgeConfig) -> None:
+        self.engine, self.config, self.shapes = engine, config, policy.mapping.hf_shapes
+        self.device = policy.state.device
+        self._sender: Sender | None = None
+        self._directory: Path | None = None
+
+    def deliver(self, stream: Stream, transport: str, source: WeightSource, version: int) -> None:
+        """Has every worker load the tensors of ``stream``, compares fingerprints, and drops what old weights left in caches.
+
+        Raises:
+            WeightSyncError: what arrived is not what was sent, or there is no room for what is sent.
+            RolloutError: the engine died or does not answer.
+        """
+        buckets = plan_buckets(self.shapes, source.dtype, int(self.config.bucket_mib * 2**20))
+        expected = {name: list(shape) for name, shape in self.shapes.items()}
+        manifest = {"version": version, "verify": self.config.verify, "expected": expected, "buckets": buckets}
+        try:
+            if transport == "disk":
+                sent, files = self._write_files(stream)
+                answers = self._call(manifest | {"channel": None, "files": files})
+            else:
+                sent, answers = self._stream(stream, transport, manifest)
+        except OSError as error:
+            raise WeightSyncError(f"no room for the weights on their way to the engine: {error}") from None
+        for answer in answers:
+            self._check(answer, sent)
+        self.engine.reset_prefix_cache()
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+
+    def _call(self, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+        return self.engine.collective_rpc("pmpo_receive_weights", manifest)
+
+    def _check(self, answer: dict[str, Any], sent: dict[str, int]) -> None:
+        who = f"rollout worker {answer['rank']}"
+        if answer["problem"]:
+            raise WeightSyncError(f"{who}: {answer['problem']}")
+        for name, value in sent.items():
+            if answer["fingerprints"].get(name) != value:
+                raise WeightSyncError(f"{who}: {name} is not what was sent (its fingerprint differs)")
+
+    def _stream(self, stream: Stream, transport: str, manifest: dict[str, Any]) -> tuple[dict[str, int], list[dict[str, Any]]]:
+        """(fingerprints of what was sent, the workers' answers). The call runs in a thread while buckets are filled here."""
+        sender = self._ready_sender(transport, max(map(bucket_bytes, manifest["buckets"])))
+        manifest = manifest | {"channel": sender.description()}
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights") as thread:
+            call = thread.submit(self._call, manifest)
+            try:
+                sent = self._send(stream, sender, manifest["buckets"], call)
+            except BaseException as error:
+                sender.give_up()
+                problem = self._why_given_up(call)
+                if isinstance(error, WeightSyncError) and problem is not None:
+                    raise WeightSyncError(problem) from None
+                raise
+            answers = call.result()
+        sender.finish()
+        return sent, answers
+
+    @staticmethod
+    def _why_given_up(call: Future) -> str | None:
+        """What the workers say, who end because of `Sender.give_up`; the first that failed by itself comes first."""
+        problems = [f"rollout worker {answer['rank']}: {answer['problem']}" for answer in call.result() if answer["problem"]]
+        return min(problems, key=lambda text: "the trainer gave up" in text, default=None)
+
+    def _send(self, stream: Stream, sender: Sender, buckets: list, call: Future) -> dict[str, int]:
+        sent: dict[str, int] = {}
+        for bucket in buckets:
+            memory = sender.slot(call.done)
+            for name, target in tensors_in(bucket, memory):
+                found, tensor = next(stream)
+                assert found == name, f"{found} comes where {name} is due"
+                sent[name] = fingerprint(tensor, self.config.verify)
+                target.copy_(tensor)
+            sender.send(bucket_bytes(bucket))
+        assert next(stream, None) is None, "not every tensor was sent"
+        return sent
+
+    def _ready_sender(self, transport: str, slot_bytes: int) -> Sender:
+        """The channel that all present workers know, or a new one."""
+        workers = self.engine.collective_rpc("pmpo_describe")
+        if self._sender is not None and {worker["channel"] for worker in workers} != {self._sender.identity}:
+            self.close()
+        if self._sender is None:
+            self._sender = Sender(
+                transport, slot_bytes=slot_bytes, workers=len(workers), device=self.device, timeout_s=self.config.timeout_s,
+                address=self._address(), directory=self.config.directory,
+            )  # fmt: skip
+        return self._sender
+
+    def _address(self) -> str | None:
+        return None if self.engine.on_loopback else self.config.address or socket.gethostname()
+
+    def _write_files(self, stream: Stream) -> tuple[dict[str, int], list[str]]:
+        if self._directory is None:
+            self._directory = Path(tempfile.mkdtemp(prefix="pmpo-weights-", dir=self.config.directory))
+        for old in self._directory.glob("*.safetensors*"):
+            old.unlink()
+        writer, sent = SafetensorsWriter(self._directory), {}
+        for name, tensor in stream:
+            sent[name] = fingerprint(tensor, self.config.verify)
+            writer.add(name, tensor)
+        writer.finish()
+        return sent, sorted(str(path) for path in self._directory.glob("*.safetensors"))

@@ -1,27 +1,32 @@
 """The receiving end: methods that every vLLM worker gets (``worker_extension_cls``), tensor-parallel or not.
 
-One call does a whole update - check, load, finish - so no token is ever sampled between its parts. vLLM's own start,
-update and finish calls leave the engine free to run in between, which kills it (vLLM 0.32).
+One call does a whole update - check, receive, load, finish - so no token is ever sampled between its parts. vLLM's own
+start, update and finish calls leave the engine free to run in between, which kills it (vLLM 0.32).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from pmpo_megatron.bridge.buckets import bucket_bytes, tensors_in
+from pmpo_megatron.bridge.channel import Receiver
 from pmpo_megatron.bridge.fingerprint import fingerprint
 
 
 class WeightReceiver:
-    """Mixed into vLLM's worker: ``self.model_runner``, ``self.model_config`` and ``self.rank`` are the worker's."""
+    """Mixed into vLLM's worker, whose are ``self.model_runner``, ``model_config``, ``device`` and ``rank``."""
+
+    pmpo_receiver: Receiver | None = None
 
     def pmpo_describe(self) -> dict[str, Any]:
         """What the other side has to know before it relies on this worker."""
         return {
             "rank": self.rank,
             "version": getattr(self, "pmpo_version", 0),
+            "channel": self.pmpo_receiver.identity if self.pmpo_receiver is not None else None,
             "logprobs_mode": self.model_config.logprobs_mode,
         }
 
@@ -37,40 +42,51 @@ class WeightReceiver:
         found: dict[str, int] = {}
         self.pmpo_version = -1
         try:
-            self._reload(manifest, found)
+            self._pmpo_reload(manifest, found)
             self.pmpo_version = manifest["version"]
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
+            if manifest["channel"] is not None and self.pmpo_receiver is not None:
+                self.pmpo_receiver.fail()
         return {"rank": self.rank, "problem": problem, "touched": True, "fingerprints": found}
 
-    def _reload(self, manifest: dict[str, Any], found: dict[str, int]) -> None:
+    def _pmpo_reload(self, manifest: dict[str, Any], found: dict[str, int]) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         model = self.model_runner.model
+        tensors = read_files(manifest["files"]) if manifest["channel"] is None else self._pmpo_receive(manifest)
         initialize_layerwise_reload(model)
         try:
-            model.load_weights(_noting(received_tensors(manifest, self._mapped), found, manifest["verify"]))
+            model.load_weights(_noting(tensors, found, manifest["verify"]))
         finally:
             finalize_layerwise_reload(model, self.model_config)
         _pack_output_layer(model)
 
-    def _mapped(self, path: str, size: int) -> torch.Tensor:
-        """The file's bytes. Mapped once: mapping anew costs a page fault for every 4 KiB, more than reading them."""
-        known = getattr(self, "pmpo_mapping", None)
-        if known is None or known[0] != (path, size):
-            self.pmpo_mapping = ((path, size), torch.from_file(path, shared=True, size=size, dtype=torch.uint8))
-        return self.pmpo_mapping[1]
+    def _pmpo_receive(self, manifest: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor) of everything in ``manifest``: views of a bucket, which goes on when all are used."""
+        channel = manifest["channel"]
+        if self.pmpo_receiver is None or self.pmpo_receiver.identity != channel["identity"]:
+            if self.pmpo_receiver is not None:
+                self.pmpo_receiver.close()
+            self.pmpo_receiver = Receiver(channel, self.device)
+        self.pmpo_receiver.begin(channel["update"])
+        for number, bucket in enumerate(manifest["buckets"]):
+            memory = self.pmpo_receiver.receive(number, bucket_bytes(bucket))
+            yield from tensors_in(bucket, memory)
+            keep_what_waits(self.model_runner.model, memory)
+            self.pmpo_receiver.taken(number)
 
 
 def check_manifest(manifest: dict[str, Any]) -> str | None:
     """What is missing, extra or misshapen in ``manifest``, against the model's own list of tensors."""
     expected = {name: tuple(shape) for name, shape in manifest["expected"].items()}
-    given = {tensor["name"]: tuple(tensor["shape"]) for tensor in manifest["tensors"]}
+    tensors = [tensor for bucket in manifest["buckets"] for tensor in bucket]
+    given = {tensor["name"]: tuple(tensor["shape"]) for tensor in tensors}
     if missing := sorted(expected.keys() - given.keys()):
         return f"missing: {', '.join(missing[:4])}"
     if extra := sorted(given.keys() - expected.keys()):
         return f"not in the model: {', '.join(extra[:4])}"
-    if len(manifest["tensors"]) != len(given):
+    if len(tensors) != len(given):
         return "a tensor comes twice"
     for name, shape in given.items():
         if shape != expected[name]:
@@ -78,23 +94,31 @@ def check_manifest(manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def received_tensors(
-    manifest: dict[str, Any], mapped: Callable[[str, int], torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor) of everything in ``manifest``, mapped from its file, not copied."""
-    if manifest["transport"] == "disk":
-        from safetensors import safe_open
+def read_files(paths: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, tensor) of everything in safetensors files."""
+    from safetensors import safe_open
 
-        for path in manifest["files"]:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    yield name, file.get_tensor(name)
-        return
-    buffer = mapped(manifest["path"], manifest["bytes"])
-    for tensor in manifest["tensors"]:
-        dtype = getattr(torch, tensor["dtype"])
-        size = torch.Size(tensor["shape"]).numel() * dtype.itemsize
-        yield tensor["name"], buffer[tensor["offset"] : tensor["offset"] + size].view(dtype).view(tensor["shape"])
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
+def keep_what_waits(model: torch.nn.Module, memory: torch.Tensor) -> None:
+    """Copies what vLLM has been given in ``memory`` and not yet loaded, because the bucket's memory is used again.
+
+    vLLM 0.32 (reload/layerwise.py) holds on to tensors until all of a module have come; of modules with padding, until the end.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    place = memory.untyped_storage().data_ptr()
+    calls = [call for module in model.modules() for _, call in get_layerwise_info(module).loaded_weights]
+    for call in calls:
+        for name, value in call.arguments.items():
+            if not isinstance(value, torch.Tensor) or value.is_meta:
+                continue
+            if value.untyped_storage().data_ptr() == place:
+                call.arguments[name] = value.clone()
 
 
 def _noting(

@@ -83,10 +83,13 @@ class RolloutEngine(Protocol):
 
     ``version`` counts weight updates. ``holds_weights`` says whether there are any to update. ``on_restart`` is called,
     with the engine, after a crashed one was started again, and has to bring its weights up to date before any token is sampled.
+    ``same_host``: started by this process, beside it; ``on_loopback``: its workers reach this process at 127.0.0.1.
     """
 
     version: int
     holds_weights: bool
+    same_host: bool
+    on_loopback: bool
     on_restart: Callable[[Any], None] | None
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
@@ -104,6 +107,13 @@ class RolloutEngine(Protocol):
 
     def mark_broken(self, reason: str | None) -> None:
         """Refuses to generate, because the weights are not whole, until called with None."""
+
+    def revive(self) -> None:
+        """Ends the engine and starts another, with the weights of its checkpoint; `on_restart` is not called.
+
+        Raises:
+            RolloutError: it does not start, or is not ours to start.
+        """
 
     def close(self) -> None:
         """Ends the engine's processes."""

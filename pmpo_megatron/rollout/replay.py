@@ -54,6 +54,7 @@ class ReplayEngine:
     """Gives back recorded rollouts by round and prompt. It holds no weights: an update changes its version only."""
 
     holds_weights = False
+    same_host = on_loopback = True
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.version = Path(path), 0
@@ -91,6 +92,9 @@ class ReplayEngine:
 
     def mark_broken(self, reason: str | None) -> None:
         """Nothing can break."""
+
+    def revive(self) -> None:
+        """Nothing to start."""
 
     def close(self) -> None:
         """Nothing to end."""

@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
@@ -23,6 +24,7 @@ from pmpo_megatron.rollout.vllm_engine import make_requests
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
 
 logger = logging.getLogger(__name__)
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FIRST_PAUSE_S = 0.5  # between attempts; doubles
 
 
@@ -34,10 +36,12 @@ class ServerEngine:
     """
 
     holds_weights = True
+    same_host = False
 
     def __init__(self, config: RolloutConfig) -> None:
         self.config, self.version, self.broken = config, 0, None
         self.urls = [url.rstrip("/") for url in config.urls]
+        self.on_loopback = all(urlsplit(url).hostname in LOOPBACK for url in self.urls)
         self.on_restart: Callable[[ServerEngine], None] | None = None
         for url, workers in zip(self.urls, asyncio.run(self._everywhere("pmpo_describe", ())), strict=True):
             for worker in workers:
@@ -66,6 +70,9 @@ class ServerEngine:
 
     def mark_broken(self, reason: str | None) -> None:
         self.broken = reason
+
+    def revive(self) -> None:
+        raise RolloutError("servers are not started by the trainer; start them again and give the same command")
 
     def close(self) -> None:
         """The servers go on: they are not ours."""

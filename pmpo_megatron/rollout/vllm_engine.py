@@ -36,6 +36,7 @@ class VLLMEngine:
     """`RolloutEngine` on a vLLM that this process starts. See `engine.RolloutEngine` for the methods."""
 
     holds_weights = True
+    same_host = on_loopback = True
 
     def __init__(self, config: RolloutConfig, *, model_path: str, device: str, worker_extension: str | None) -> None:
         self.config, self.version = config, 0
@@ -69,7 +70,9 @@ class VLLMEngine:
                 logger.warning(
                     "%s; starting it again, %d of %d responses are missing", error, len(requests) - len(finished), len(requests)
                 )
-                self.restart()
+                self.revive()
+                if self.on_restart is not None:
+                    self.on_restart(self)
         return self._groups(prompts, sampling, round_index, finished)
 
     def collective_rpc(self, method: str, *arguments: Any) -> list[Any]:
@@ -85,12 +88,9 @@ class VLLMEngine:
     def mark_broken(self, reason: str | None) -> None:
         self.broken = reason
 
-    def restart(self) -> None:
-        """Kills the engine, starts another, and has its weights brought up to date."""
+    def revive(self) -> None:
         self._kill()
         self._start()
-        if self.on_restart is not None:
-            self.on_restart(self)
 
     def close(self) -> None:
         self._kill()
@@ -104,7 +104,7 @@ class VLLMEngine:
         self._send(("generate", (requests,)))
 
         def keep(outputs: list[tuple]) -> None:
-            finished.update({output[0]: output for output in outputs})
+            finished.update({output[0]: (*output[1:], self.version) for output in outputs})
 
         self._wait_for("value", self.config.stall_s, "the rollout engine", on_finished=keep)
 
@@ -113,10 +113,10 @@ class VLLMEngine:
         for position, prompt in enumerate(prompts):
             rollouts = []
             for sample in range(sampling.samples_per_prompt):
-                _, token_ids, log_probs, text, reason = finished[f"{position}/{sample}"]
+                token_ids, log_probs, text, reason, version = finished[f"{position}/{sample}"]
                 seed = request_seed(sampling, round_index, prompt.index, sample)
                 log_probs = np.array(log_probs, dtype=np.float32)
-                rollouts.append(Rollout(tuple(token_ids), log_probs, text, reason, self.version, seed))
+                rollouts.append(Rollout(tuple(token_ids), log_probs, text, reason, version, seed))
             groups.append(RolloutGroup(prompt, tuple(rollouts)))
         return groups
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 
 from pmpo_megatron.algo.objective import PRESETS
+from pmpo_megatron.bridge.buckets import plan_buckets
 from pmpo_megatron.bridge.config import BridgeConfig
+from pmpo_megatron.bridge.media import SharedFile
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.data.packing import pack
 from pmpo_megatron.data.tiny_model import make_tokenizer
@@ -23,6 +27,7 @@ from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig, make_eng
 from pmpo_megatron.types import Prompt, Sample
 from tests.tiny_models import save_tiny_model
 
+SMALL = 0.06  # MiB: several buckets, and tensors that are larger than one
 EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
 GREEDY = SamplingConfig(samples_per_prompt=1, temperature=0.0, max_tokens=12)
 
@@ -115,8 +120,9 @@ def update_and_compare(path: str, layout: dict, engine_settings: dict, bridge_se
         target = Path(directory) / "exported"
         export(bridge, path, target)
         if engine is not None:
-            engine.restart()
-            found["restarted"] = answers(engine)
+            os.kill(engine.process_id, signal.SIGKILL)
+        found["restarted"] = bridge.attend(lambda: answers(engine))
+        if engine is not None:
             engine.close()
             parts.pop_all()
             bridge.close()
@@ -128,34 +134,32 @@ def update_and_compare(path: str, layout: dict, engine_settings: dict, bridge_se
 
 
 def corrupt_and_recover(path: str) -> dict:
-    """Messages of updates that go wrong in transit, of a generation after one, and answers after a good update."""
+    """Messages of updates that go wrong in transit, of a generation after one, and answers after good updates.
+
+    The engine dies in the middle of the last update.
+    """
     parallel = ParallelConfig()
     state = initialize(parallel, device="cpu")
     policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.02), parallel, state)
     engine = engine_for(path)
-    bridge = WeightBridge(policy, engine, BridgeConfig())
+    bridge = WeightBridge(policy, engine, BridgeConfig(bucket_mib=SMALL))
     train(policy, parallel)
-    real, found = engine.collective_rpc, {}
+    real, send, found = engine.collective_rpc, SharedFile.move, {}
 
-    def flip_a_bit(method, *arguments):
-        if method == "pmpo_receive_weights":
-            with open(arguments[0]["path"], "r+b") as file:
-                entry = next(t for t in arguments[0]["tensors"] if t["name"].endswith("layers.1.mlp.down_proj.weight"))
-                file.seek(entry["offset"] + 40)
-                byte = file.read(1)
-                file.seek(-1, 1)
-                file.write(bytes([byte[0] ^ 4]))
-        return real(method, *arguments)
+    def flip_a_bit(medium, number, size):
+        if number == 3:
+            medium.slot(number)[40] ^= 4  # of the bucket's first tensor
+        send(medium, number, size)
 
     def leave_one_out(method, *arguments):
         if method == "pmpo_receive_weights":
-            arguments = (arguments[0] | {"tensors": arguments[0]["tensors"][:-1]},)
+            buckets = arguments[0]["buckets"]
+            arguments = (arguments[0] | {"buckets": [*buckets[:-1], buckets[-1][:-1]]},)
         return real(method, *arguments)
 
-    for name, wrong in (("flipped", flip_a_bit), ("left_out", leave_one_out)):
-        engine.collective_rpc = wrong
-        with contextlib.suppress(WeightSyncError):
-            bridge.push(1)
+    for name in ("flipped", "left_out"):
+        SharedFile.move = flip_a_bit if name == "flipped" else send
+        engine.collective_rpc = leave_one_out if name == "left_out" else real
         try:
             bridge.push(1)
         except WeightSyncError as error:
@@ -166,29 +170,41 @@ def corrupt_and_recover(path: str) -> dict:
             found[f"{name}, generate"] = str(error)
     engine.collective_rpc = real
     bridge.push(2)
+    found["third"] = plan_buckets(policy.mapping.hf_shapes, bridge.source.dtype, int(SMALL * 2**20))[3][0]["name"]
     found["answers"], found["version"] = answers(engine), engine.version
+    first = engine.process_id
+
+    def kill(medium, number, size):
+        send(medium, number, size)
+        if number == 3 and engine.process_id == first:
+            os.kill(first, signal.SIGKILL)
+
+    SharedFile.move = kill
+    bridge.push(3)
+    found["killed"], found["killed, version"] = answers(engine), engine.version
+    assert engine.process_id != first
     engine.close()
     bridge.close()
     shut_down()
     return found
 
 
-def update_servers(path: str, urls: list[str], directory: str) -> dict:
+def update_servers(path: str, urls: list[str], directory: str, bridge_settings: dict, learning_rate: float) -> dict:
     """Answers of servers before and after an update, and of servers that say that they hold older weights."""
     state = initialize(ParallelConfig(), device="cpu")
-    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.02), ParallelConfig(), state)
+    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=learning_rate), ParallelConfig(), state)
     engine = make_engine(
         RolloutConfig(engine="server", urls=tuple(urls)), model_path=path, device="cpu", worker_extension=EXTENSION
     )
     found = {"before": answers(engine)}
-    bridge = WeightBridge(policy, engine, BridgeConfig(transport="disk", directory=directory))
+    bridge = WeightBridge(policy, engine, BridgeConfig(**bridge_settings))
     train(policy, ParallelConfig())
     bridge.push(4)
     found["after"] = answers(engine)
     real, calls = engine.on_restart, []
     engine.on_restart = lambda engine: (calls.append(engine.version), real(engine))
     engine.version = 5  # as if the servers, which say 4, had been started again since
-    found["again"], found["restored"] = answers(engine), calls
+    found["again"], found["restored"] = bridge.attend(lambda: answers(engine)), calls
     export(bridge, path, Path(directory) / "exported")
     bridge.close()
     fresh = engine_for(str(Path(directory) / "exported"))

@@ -59,8 +59,12 @@ def test_a_server_gives_the_responses_that_an_engine_here_gives(path, url):
         here.close()
 
 
-def test_weights_reach_a_server_and_one_that_was_started_again_gets_them_anew(path, url, tmp_path):
-    [found] = run_ranks(1, "tests.integration.engine_worker:update_servers", path, [url], str(tmp_path), timeout=250)
+# The second case finds the weights of the first in the server.
+@pytest.mark.parametrize("transport, learning_rate", [("auto", 0.02), ("disk", 0.03)])
+def test_weights_reach_a_server_and_one_that_was_started_again_gets_them_anew(path, url, tmp_path, transport, learning_rate):
+    bridge = dict(transport=transport, directory=str(tmp_path))
+    worker = "tests.integration.engine_worker:update_servers"
+    [found] = run_ranks(1, worker, path, [url], str(tmp_path), bridge, learning_rate, timeout=250)
     assert [ids for ids, _ in found["before"]] != [ids for ids, _ in found["after"]]
     same(found["after"], found["fresh"], tolerance=1e-5)
     same(found["again"], found["fresh"], tolerance=1e-5)

@@ -1,0 +1,193 @@
+"""What carries a bucket's bytes from rank 0 to the rollout workers: memory that both see, or a broadcast.
+
+Each medium has two slots, so that one bucket is filled while the one before it is read. `channel` decides who may touch
+which slot when; here bytes only move. The sender's half is made by `open_medium`, a worker's by `join_medium`.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+SLOTS = 2
+LOOPBACK = "127.0.0.1"
+
+
+class Medium(Protocol):
+    """One end: ``slot`` n is the memory of bucket n, uint8, and ``move`` n takes its first ``size`` bytes across."""
+
+    def connect(self) -> None:
+        """Called by every end before the first bucket of every update, when all are there."""
+
+    def slot(self, number: int) -> torch.Tensor: ...
+
+    def move(self, number: int, size: int) -> None: ...
+
+    def description(self) -> dict[str, Any]:
+        """What a worker needs to join; JSON."""
+
+    def close(self) -> None: ...
+
+
+def open_medium(kind: str, *, slot_bytes: int, workers: int, store: dist.Store, device: torch.device, timeout_s: float,
+                directory: str | None, loopback: bool) -> Medium:  # fmt: skip
+    """Rank 0's end.
+
+    Raises:
+        OSError: there is no room for the slots.
+    """
+    if kind == "shared_memory":
+        return SharedFile.create(slot_bytes, directory)
+    if kind == "cuda_ipc":
+        return SharedGpuMemory.create(slot_bytes, device)
+    return Broadcast(kind, slot_bytes=slot_bytes, rank=0, size=workers + 1, store=store, device=device, timeout_s=timeout_s,
+                     loopback=loopback)  # fmt: skip
+
+
+def join_medium(description: dict[str, Any], *, rank: int, store: dist.Store, device: torch.device) -> Medium:
+    """A worker's end. ``rank`` counts workers from 1."""
+    kind, values = description["kind"], {key: value for key, value in description.items() if key != "kind"}
+    if kind == "shared_memory":
+        return SharedFile(**values)
+    if kind == "cuda_ipc":
+        return SharedGpuMemory.join(device=device, **values)
+    return Broadcast(kind, rank=rank, store=store, device=device, **values)
+
+
+class _Slots:
+    """Memory of two slots in one piece."""
+
+    memory: torch.Tensor
+    slot_bytes: int
+
+    def connect(self) -> None:
+        """Shared memory needs no connection."""
+
+    def slot(self, number: int) -> torch.Tensor:
+        start = number % SLOTS * self.slot_bytes
+        return self.memory[start : start + self.slot_bytes]
+
+
+class SharedFile(_Slots):
+    """A file in the host's memory that both ends map, once: mapping costs a page fault for every 4 KiB, more than copying."""
+
+    def __init__(self, path: str, slot_bytes: int) -> None:
+        self.path, self.slot_bytes = Path(path), slot_bytes
+        self.memory = torch.from_file(path, shared=True, size=SLOTS * slot_bytes, dtype=torch.uint8)
+
+    @staticmethod
+    def create(slot_bytes: int, directory: str | None) -> SharedFile:
+        descriptor, path = tempfile.mkstemp(prefix="pmpo-weights-", dir=directory or "/dev/shm")
+        try:
+            os.posix_fallocate(descriptor, 0, SLOTS * slot_bytes)  # a full /dev/shm says so here, not by SIGBUS later
+        except OSError:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(descriptor)
+        return SharedFile(path, slot_bytes)
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": "shared_memory", "path": str(self.path), "slot_bytes": self.slot_bytes}
+
+    def move(self, number: int, size: int) -> None:
+        """Both ends see the same bytes."""
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class SharedGpuMemory(_Slots):
+    """Memory of rank 0's GPU, opened by the workers through CUDA IPC; over NVLink where their GPU is another one."""
+
+    def __init__(self, memory: torch.Tensor, slot_bytes: int) -> None:
+        self.memory, self.slot_bytes = memory, slot_bytes
+
+    @staticmethod
+    def create(slot_bytes: int, device: torch.device) -> SharedGpuMemory:
+        return SharedGpuMemory(torch.empty(SLOTS * slot_bytes, dtype=torch.uint8, device=device), slot_bytes)
+
+    def description(self) -> dict[str, Any]:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        handle = base64.b64encode(pickle.dumps(reduce_tensor(self.memory)[1])).decode()
+        return {"kind": "cuda_ipc", "handle": handle, "slot_bytes": self.slot_bytes}
+
+    @staticmethod
+    def join(*, handle: str, slot_bytes: int, device: torch.device) -> SharedGpuMemory:
+        from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+        arguments = list(pickle.loads(base64.b64decode(handle)))
+        arguments[6] = device.index  # the memory is opened from this worker's GPU (vLLM 0.32, ipc_engine.py, does the same)
+        return SharedGpuMemory(rebuild_cuda_tensor(*arguments), slot_bytes)
+
+    def move(self, number: int, size: int) -> None:
+        torch.cuda.synchronize()  # the copies into the slot are done before anybody hears of it
+
+    def close(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+
+class Broadcast(_Slots):
+    """A process group of rank 0 and all workers, apart from the trainer's and the engine's own: NCCL, or gloo on CPU."""
+
+    def __init__(self, kind: str, *, slot_bytes: int, rank: int, size: int, store: dist.Store, device: torch.device,
+                 timeout_s: float, loopback: bool) -> None:  # fmt: skip
+        self.kind, self.slot_bytes, self.rank = kind, slot_bytes, rank
+        self.settings = {"slot_bytes": slot_bytes, "size": size, "timeout_s": timeout_s, "loopback": loopback}
+        where = device if kind == "nccl" else torch.device("cpu")
+        self.memory = torch.empty(SLOTS * slot_bytes, dtype=torch.uint8, device=where)
+        self._store, self._group = dist.PrefixStore("broadcast", store), None
+        self._works: dict[int, Any] = {}
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": self.kind, **self.settings}
+
+    def connect(self) -> None:
+        if self._group is None:
+            self._group = self._make_group()
+            self._broadcast(1).wait()  # NCCL connects in its first collective, which all ends enter here
+
+    def slot(self, number: int) -> torch.Tensor:
+        if (work := self._works.pop(number % SLOTS, None)) is not None:
+            work.wait()  # the bucket before in this slot has left
+        return super().slot(number)
+
+    def move(self, number: int, size: int) -> None:
+        work = self._broadcast(size, number)
+        if self.rank == 0:
+            self._works[number % SLOTS] = work
+        else:
+            work.wait()
+
+    def close(self) -> None:
+        self._group, self._works = None, {}
+
+    def _broadcast(self, size: int, number: int = 0) -> Any:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        return self._group.broadcast([super().slot(number)[:size]], options)
+
+    def _make_group(self) -> Any:
+        rank, size, timeout = self.rank, self.settings["size"], timedelta(seconds=self.settings["timeout_s"])
+        if self.kind == "nccl":
+            from torch.distributed.distributed_c10d import ProcessGroupNCCL
+
+            options = ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            return ProcessGroupNCCL(self._store, rank, size, options)
+        from torch.distributed.distributed_c10d import ProcessGroupGloo
+
+        if not self.settings["loopback"]:
+            return ProcessGroupGloo(self._store, rank, size, timeout=timeout)  # GLOO_SOCKET_IFNAME, or the host's name
+        options = ProcessGroupGloo._Options()
+        options._timeout, options._devices = timeout, [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+        return ProcessGroupGloo(self._store, rank, size, options)

@@ -1,0 +1,153 @@
+"""What weights travel by: transports, buckets, fingerprints, and a channel whose ends come late, fail or go away."""
+
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmpo_megatron.bridge.buckets import ALIGNMENT, bucket_bytes, plan_buckets, tensors_in
+from pmpo_megatron.bridge.channel import Receiver, Sender
+from pmpo_megatron.bridge.config import choose_transport
+from pmpo_megatron.bridge.fingerprint import FACTOR, fingerprint, weighted_sum
+from pmpo_megatron.errors import ConfigError, WeightSyncError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "device, same_host, expected",
+    [("cpu", True, "shared_memory"), ("cuda", True, "cuda_ipc"), ("cpu", False, "gloo"), ("cuda", False, "nccl")],
+)
+def test_the_transport_that_auto_means(device, same_host, expected):
+    assert choose_transport("auto", device=device, same_host=same_host) == expected
+    assert choose_transport("disk", device=device, same_host=same_host) == "disk"
+
+
+@pytest.mark.parametrize(
+    "transport, device, same_host, words",
+    [
+        ("nccl", "cpu", False, "needs a trainer on GPUs"),
+        ("cuda_ipc", "cpu", True, "needs a trainer on GPUs"),
+        ("cuda_ipc", "cuda", False, "cannot reach servers"),
+        ("nccl", "cuda", True, "shares its GPU"),
+    ],
+)
+def test_transports_that_cannot_work_are_refused(transport, device, same_host, words):
+    with pytest.raises(ConfigError, match=words):
+        choose_transport(transport, device=device, same_host=same_host)
+
+
+@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=30), st.integers(1, 5000))
+def test_buckets_hold_every_tensor_once_in_order_and_stay_below_the_limit(shapes, limit):
+    named = {f"t{i}": shape for i, shape in enumerate(shapes)}
+    buckets = plan_buckets(named, torch.bfloat16, limit)
+    assert [tensor["name"] for bucket in buckets for tensor in bucket] == list(named)
+    for bucket in buckets:
+        assert bucket_bytes(bucket) <= limit or len(bucket) == 1
+        memory = torch.zeros(bucket_bytes(bucket), dtype=torch.uint8)
+        for number, (_, tensor) in enumerate(tensors_in(bucket, memory), 1):
+            tensor.fill_(number)
+        for number, (name, tensor) in enumerate(tensors_in(bucket, memory), 1):
+            assert list(tensor.shape) == named[name] and bool((tensor == number).all()), "tensors do not overlap"
+            assert tensor.data_ptr() % ALIGNMENT == memory.data_ptr() % ALIGNMENT
+
+
+@pytest.mark.parametrize("mode", ["full", "sample"])
+def test_a_fingerprint_changes_with_any_bit_it_looks_at(mode):
+    tensor = torch.arange(100_000, dtype=torch.float32)
+    before = fingerprint(tensor, mode)
+    assert before == fingerprint(tensor.clone(), mode) != 0 and fingerprint(tensor, "off") == 0
+    for place in (0, 99_999) if mode == "sample" else (0, 17, 54_321, 99_999):
+        changed = tensor.clone()
+        changed.view(torch.int32)[place] ^= 1
+        assert fingerprint(changed, mode) != before
+    assert fingerprint(tensor[:-1], mode) != before
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 1000])
+def test_the_sum_for_gpus_is_its_formula(size, monkeypatch):
+    monkeypatch.setattr("pmpo_megatron.bridge.fingerprint.PIECE", 5)
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    raw = bytes(data.tolist()) + b"\0" * (-size % 8)
+    words = [int.from_bytes(raw[i : i + 8], "little", signed=True) for i in range(0, len(raw), 8)]
+    assert weighted_sum(data, seed=9) == sum((word + 9) * (2 * i + 1) * FACTOR for i, word in enumerate(words)) % 2**64
+
+
+class Worker(threading.Thread):
+    """Takes ``count`` buckets of one byte; ``at`` its number of the bucket it calls ``trouble`` before."""
+
+    def __init__(self, description, count, *, at=None, trouble=None):
+        super().__init__(daemon=True)
+        self.description, self.count, self.at, self.trouble = description, count, at, trouble
+        self.received, self.error = [], None
+        self.start()
+
+    def run(self):
+        try:
+            receiver = Receiver(self.description, CPU)
+            receiver.begin(self.description["update"])
+            for number in range(self.count):
+                if number == self.at:
+                    self.trouble(receiver)
+                self.received.append(int(receiver.receive(number, 1)[0]))
+                receiver.taken(number)
+        except Exception as error:
+            self.error = error
+
+
+def send(sender, count, gone=lambda: False):
+    for number in range(count):
+        sender.slot(gone)[0] = number
+        sender.send(1)
+
+
+def open_sender(kind, *, workers=2, timeout_s=30.0):
+    return Sender(kind, slot_bytes=64, workers=workers, device=CPU, timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+def test_every_worker_gets_every_bucket_also_one_that_is_slow(kind):
+    sender = open_sender(kind)
+    description = sender.description()
+    workers = [Worker(description, 7), Worker(description, 7, at=2, trouble=lambda receiver: time.sleep(0.5))]
+    send(sender, 7)
+    for worker in workers:
+        worker.join(timeout=20)
+        assert worker.error is None and worker.received == list(range(7))
+    sender.finish()
+    sender.close()
+
+
+def fail(receiver):
+    receiver.fail()
+    raise RuntimeError("bad tensor")
+
+
+def test_a_worker_that_fails_ends_the_update_for_all_at_once():
+    sender = open_sender("shared_memory")
+    description = sender.description()
+    bad, good = Worker(description, 9, at=3, trouble=fail), Worker(description, 9)
+    with pytest.raises(WeightSyncError, match="gave up before bucket"):
+        send(sender, 9)
+    sender.give_up()
+    good.join(timeout=10)
+    assert "the trainer gave up" in str(good.error) and "bad tensor" in str(bad.error)
+
+
+def test_workers_that_do_not_come_are_counted_and_waits_are_bounded():
+    sender = open_sender("shared_memory", timeout_s=1.5)
+    alone = Worker(sender.description(), 3)
+    with pytest.raises(WeightSyncError, match="1 of 2 rollout workers came to bucket 0 in 1.5 s"):
+        send(sender, 3)
+    alone.join(timeout=10)
+    assert "did not send bucket 0 within 1.5 s" in str(alone.error)
+    with pytest.raises(WeightSyncError, match="gave up before bucket 0"):
+        send(sender, 3, gone=lambda: True)
+
+
+def test_memory_that_is_not_there_is_an_error_at_once():
+    with pytest.raises(OSError):
+        Sender("shared_memory", slot_bytes=1 << 50, workers=1, device=CPU, timeout_s=1.0)
