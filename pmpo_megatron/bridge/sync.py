@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pmpo_megatron.bridge.buckets import bucket_bytes, plan_buckets, tensors_in
+from pmpo_megatron.bridge.buckets import bucket_bytes, pieces_in, plan_buckets
 from pmpo_megatron.bridge.channel import Sender
 from pmpo_megatron.bridge.config import ON_GPU, BridgeConfig, choose_transport
 from pmpo_megatron.bridge.fingerprint import fingerprint
@@ -36,10 +36,15 @@ Stream = Iterator[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class PushReport:
-    """What an update moved, and whether every tensor's fingerprint was compared."""
+    """What an update moved, and whether every tensor's fingerprint was compared.
+
+    ``waited_s`` of ``seconds`` is what the slowest of the engine's workers waited for weights; the rest of the time it loaded
+    them, which no transport makes shorter.
+    """
 
     version: int
     seconds: float
+    waited_s: float
     bytes: int
     tensors: int
     verify: str
@@ -77,17 +82,17 @@ class WeightBridge:
         if not self.active:
             if self.engine is not None:
                 self.engine.version = version
-            return PushReport(version, 0.0, 0, 0, "off")
+            return PushReport(version, 0.0, 0.0, 0, 0, "off")
         for attempt in range(1, ATTEMPTS + 1):
             outcome = self._push_once(version, last=attempt == ATTEMPTS)
-            error, again = broadcast_object(outcome, self.policy.state)
+            error, again, waited_s = broadcast_object(outcome, self.policy.state)
             if not again:
                 break
         if error is not None:
             raise WeightSyncError(error)
         shapes = self.policy.mapping.hf_shapes.values()
         size = sum(torch.Size(shape).numel() for shape in shapes) * self.source.dtype.itemsize
-        return PushReport(version, time.monotonic() - started, size, len(shapes), self.config.verify)
+        return PushReport(version, time.monotonic() - started, waited_s, size, len(shapes), self.config.verify)
 
     def attend(self, work: Callable[[], T]) -> T:
         """What ``work`` of rank 0 returned, on every rank; meanwhile an engine that asks for weights gets them. Collective.
@@ -131,17 +136,17 @@ class WeightBridge:
         if self._closed:
             raise RolloutError("the run ended before the engine, which was started again, got its weights")
 
-    def _push_once(self, version: int, *, last: bool) -> tuple[str | None, bool]:
-        """(what went wrong, whether to try again) on rank 0; every rank takes part in the stream until its end."""
+    def _push_once(self, version: int, *, last: bool) -> tuple[str | None, bool, float]:
+        """(what went wrong, whether to try again, `PushReport.waited_s`) on rank 0; every rank joins the stream to its end."""
         stream = iter(self.source)
         if self._outbox is None:
             for _ in stream:
                 raise AssertionError("only rank 0 receives tensors")
-            return None, False
+            return None, False, 0.0
         self.engine.mark_broken("an update is under way")
-        error, again = None, False
+        error, again, waited_s = None, False, 0.0
         try:
-            self._outbox.deliver(stream, self.transport, self.source, version)
+            waited_s = self._outbox.deliver(stream, self.transport, self.source, version)
             self.engine.version = version
             self.engine.mark_broken(None)
         except (WeightSyncError, RolloutError) as failure:
@@ -153,7 +158,7 @@ class WeightBridge:
         if again:
             logger.warning("the engine failed while it took weights: %s; starting it again", error)
             again = self._revive()
-        return error, again
+        return error, again, waited_s
 
     def _revive(self) -> bool:
         try:
@@ -173,8 +178,11 @@ class _Outbox:
         self._sender: Sender | None = None
         self._directory: Path | None = None
 
-    def deliver(self, stream: Stream, transport: str, source: WeightSource, version: int) -> None:
+    def deliver(self, stream: Stream, transport: str, source: WeightSource, version: int) -> float:
         """Has every worker load the tensors of ``stream``, compares fingerprints, and drops what old weights left in caches.
+
+        Returns:
+            seconds that the slowest worker waited for tensors.
 
         Raises:
             WeightSyncError: what arrived is not what was sent, or there is no room for what is sent.
@@ -194,6 +202,7 @@ class _Outbox:
         for answer in answers:
             self._check(answer, sent)
         self.engine.reset_prefix_cache()
+        return max(answer["waited_s"] for answer in answers)
 
     def close(self) -> None:
         if self._sender is not None:
@@ -242,11 +251,13 @@ class _Outbox:
         sent: dict[str, int] = {}
         for bucket in buckets:
             memory = sender.slot(call.done)
-            for name, target in tensors_in(bucket, memory):
-                found, tensor = next(stream)
-                assert found == name, f"{found} comes where {name} is due"
-                sent[name] = fingerprint(tensor, self.config.verify)
-                target.copy_(tensor)
+            for piece, target in pieces_in(bucket, memory):
+                start, end = piece["rows"]
+                if start == 0:
+                    name, tensor = next(stream)
+                    assert name == piece["name"], f"{name} comes where {piece['name']} is due"
+                    sent[name] = fingerprint(tensor, self.config.verify)
+                target.copy_(tensor[start:end])
             sender.send(bucket_bytes(bucket))
         assert next(stream, None) is None, "not every tensor was sent"
         return sent

@@ -6,12 +6,13 @@ start, update and finish calls leave the engine free to run in between, which ki
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from pmpo_megatron.bridge.buckets import bucket_bytes, tensors_in
+from pmpo_megatron.bridge.buckets import Piece, bucket_bytes, covered, pieces_in, whole_tensors
 from pmpo_megatron.bridge.channel import Receiver
 from pmpo_megatron.bridge.fingerprint import fingerprint
 
@@ -31,16 +32,17 @@ class WeightReceiver:
         }
 
     def pmpo_receive_weights(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Loads the tensors of ``manifest`` into the model; returns rank and fingerprints, or what is wrong.
+        """Loads the tensors of ``manifest`` into the model; returns rank, fingerprints and how long it waited for buckets, or
+        what is wrong.
 
         Nothing is touched unless names, shapes and count are those of the whole model. After a failure in the middle
         the model holds a mixture, and ``touched`` says so.
         """
         problem = check_manifest(manifest)
         if problem:
-            return {"rank": self.rank, "problem": problem, "touched": False, "fingerprints": {}}
+            return {"rank": self.rank, "problem": problem, "touched": False, "fingerprints": {}, "waited_s": 0.0}
         found: dict[str, int] = {}
-        self.pmpo_version = -1
+        self.pmpo_version, self.pmpo_waited_s = -1, 0.0
         try:
             self._pmpo_reload(manifest, found)
             self.pmpo_version = manifest["version"]
@@ -48,13 +50,15 @@ class WeightReceiver:
             problem = f"{type(error).__name__}: {error}"
             if manifest["channel"] is not None and self.pmpo_receiver is not None:
                 self.pmpo_receiver.fail()
-        return {"rank": self.rank, "problem": problem, "touched": True, "fingerprints": found}
+        waited = self.pmpo_waited_s
+        return {"rank": self.rank, "problem": problem, "touched": True, "fingerprints": found, "waited_s": waited}
 
     def _pmpo_reload(self, manifest: dict[str, Any], found: dict[str, int]) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         model = self.model_runner.model
-        tensors = read_files(manifest["files"]) if manifest["channel"] is None else self._pmpo_receive(manifest)
+        in_files = manifest["channel"] is None
+        tensors = read_files(manifest["files"]) if in_files else whole_tensors(self._pmpo_receive(manifest))
         initialize_layerwise_reload(model)
         try:
             model.load_weights(_noting(tensors, found, manifest["verify"]))
@@ -62,8 +66,8 @@ class WeightReceiver:
             finalize_layerwise_reload(model, self.model_config)
         _pack_output_layer(model)
 
-    def _pmpo_receive(self, manifest: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, tensor) of everything in ``manifest``: views of a bucket, which goes on when all are used."""
+    def _pmpo_receive(self, manifest: dict[str, Any]) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """Everything in ``manifest``: views of a bucket, whose memory is given back when all of them are used."""
         channel = manifest["channel"]
         if self.pmpo_receiver is None or self.pmpo_receiver.identity != channel["identity"]:
             if self.pmpo_receiver is not None:
@@ -71,8 +75,10 @@ class WeightReceiver:
             self.pmpo_receiver = Receiver(channel, self.device)
         self.pmpo_receiver.begin(channel["update"])
         for number, bucket in enumerate(manifest["buckets"]):
+            began = time.monotonic()
             memory = self.pmpo_receiver.receive(number, bucket_bytes(bucket))
-            yield from tensors_in(bucket, memory)
+            self.pmpo_waited_s += time.monotonic() - began
+            yield from pieces_in(bucket, memory)
             keep_what_waits(self.model_runner.model, memory)
             self.pmpo_receiver.taken(number)
 
@@ -80,14 +86,13 @@ class WeightReceiver:
 def check_manifest(manifest: dict[str, Any]) -> str | None:
     """What is missing, extra or misshapen in ``manifest``, against the model's own list of tensors."""
     expected = {name: tuple(shape) for name, shape in manifest["expected"].items()}
-    tensors = [tensor for bucket in manifest["buckets"] for tensor in bucket]
-    given = {tensor["name"]: tuple(tensor["shape"]) for tensor in tensors}
+    given, incomplete = covered(manifest["buckets"])
     if missing := sorted(expected.keys() - given.keys()):
         return f"missing: {', '.join(missing[:4])}"
     if extra := sorted(given.keys() - expected.keys()):
         return f"not in the model: {', '.join(extra[:4])}"
-    if len(tensors) != len(given):
-        return "a tensor comes twice"
+    if incomplete:
+        return f"not every row comes once: {', '.join(incomplete[:4])}"
     for name, shape in given.items():
         if shape != expected[name]:
             return f"{name}: shape {shape} instead of {expected[name]}"

@@ -42,19 +42,15 @@ def make_checkpoint(directory: Path, dtype: str, layers: int) -> None:
     make_tokenizer().save_pretrained(directory)
 
 
-def seconds(call, repeats: int) -> float:
-    """Median of ``repeats`` after one that warms up."""
+def copy_time(size: int, repeats: int) -> float:
+    """Median, after one that warms up."""
+    source, target = (torch.ones(size // 8, dtype=torch.int64) for _ in range(2))
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        call()
+        target.copy_(source)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
-
-
-def copy_time(size: int, repeats: int) -> float:
-    source, target = (torch.ones(size // 8, dtype=torch.int64) for _ in range(2))
-    return seconds(lambda: target.copy_(source), repeats)
 
 
 def main() -> None:
@@ -77,25 +73,30 @@ def main() -> None:
             "bridge, every byte verified": dict(verify="full"),
             "bridge, samples verified": dict(verify="sample"),
             "bridge, not verified": dict(verify="off"),
+            "bridge over gloo, every byte": dict(transport="gloo"),
             "export to disk and reload": dict(transport="disk", verify="off", directory=directory),
         }.items():
             bridge = WeightBridge(policy, engine, BridgeConfig(**settings))
-            rows.append((name, seconds(lambda bridge=bridge: bridge.push(1), options.repeats)))
-            size = bridge.push(1).bytes
+            reports = [bridge.push(1) for _ in range(options.repeats + 2)][2:]  # the first ones grow vLLM's memory
+            rows.append(
+                (name, *(statistics.median(values) for values in zip(*((r.seconds, r.waited_s) for r in reports), strict=True)))
+            )
+            size = reports[0].bytes
             bridge.close()
-        rows.append(("plain copy of the bytes", copy_time(size, options.repeats)))
+        rows.append(("plain copy of the bytes", copy_time(size, options.repeats), 0.0))
         engine.close()
     shut_down()
     report(rows, size, options)
 
 
-def report(rows: list[tuple[str, float]], size: int, options: argparse.Namespace) -> None:
-    found = dict(rows)
-    bridge, disk, copy = (found[rows[i][0]] for i in (0, 3, 4))
+def report(rows: list[tuple[str, float, float]], size: int, options: argparse.Namespace) -> None:
+    (_, bridge, waited), (_, disk, _), (_, copy, _) = rows[0], rows[-2], rows[-1]
     print(f"\n{size / 1e9:.2f} GB, {options.dtype}, vLLM TP{options.tensor_parallel}, {os.cpu_count()} cores")
-    for name, value in rows:
-        print(f"{name:32} {value:8.3f} s {size / value / 1e9:8.2f} GB/s")
+    for name, value, idle in rows:
+        note = f"  of it {idle:.3f} s waiting for weights, else loading them" if idle else ""
+        print(f"{name:32} {value:8.3f} s {size / value / 1e9:8.2f} GB/s{note}")
     print(f"disk / bridge: {disk / bridge:.1f} (aim: at least 5), bridge / copy: {bridge / copy:.1f} (aim: at most 3)")
+    print(f"what the engine waits for weights / copy: {waited / copy:.1f}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmpo_megatron.bridge.buckets import ALIGNMENT, bucket_bytes, plan_buckets, tensors_in
+from pmpo_megatron.bridge.buckets import ALIGNMENT, bucket_bytes, covered, pieces_in, plan_buckets, whole_tensors
 from pmpo_megatron.bridge.channel import Receiver, Sender
 from pmpo_megatron.bridge.config import choose_transport
 from pmpo_megatron.bridge.fingerprint import FACTOR, fingerprint, weighted_sum
@@ -41,18 +41,26 @@ def test_transports_that_cannot_work_are_refused(transport, device, same_host, w
 
 
 @given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=30), st.integers(1, 5000))
-def test_buckets_hold_every_tensor_once_in_order_and_stay_below_the_limit(shapes, limit):
+def test_buckets_stay_below_the_limit_and_every_tensor_comes_out_whole_and_in_order(shapes, limit):
     named = {f"t{i}": shape for i, shape in enumerate(shapes)}
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in named.items()}
     buckets = plan_buckets(named, torch.bfloat16, limit)
-    assert [tensor["name"] for bucket in buckets for tensor in bucket] == list(named)
+    sent = []
     for bucket in buckets:
-        assert bucket_bytes(bucket) <= limit or len(bucket) == 1
+        one_row = len(bucket) == 1 and bucket[0]["rows"][1] - bucket[0]["rows"][0] == 1
+        assert 0 < bucket_bytes(bucket) <= limit or one_row
         memory = torch.zeros(bucket_bytes(bucket), dtype=torch.uint8)
-        for number, (_, tensor) in enumerate(tensors_in(bucket, memory), 1):
-            tensor.fill_(number)
-        for number, (name, tensor) in enumerate(tensors_in(bucket, memory), 1):
-            assert list(tensor.shape) == named[name] and bool((tensor == number).all()), "tensors do not overlap"
-            assert tensor.data_ptr() % ALIGNMENT == memory.data_ptr() % ALIGNMENT
+        for piece, rows in pieces_in(bucket, memory):
+            rows.copy_(tensors[piece["name"]][slice(*piece["rows"])])
+            assert rows.data_ptr() % ALIGNMENT == memory.data_ptr() % ALIGNMENT
+        sent += pieces_in(bucket, memory)
+    received = list(whole_tensors(sent))
+    assert [name for name, _ in received] == list(named)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in received)
+    assert covered(buckets) == ({name: tuple(shape) for name, shape in named.items()}, [])
+    if len(sent) > 1:
+        assert covered([bucket for bucket in buckets if bucket is not buckets[0]]) != covered(buckets)
+        assert covered([*buckets, buckets[0]])[1], "rows that come twice"
 
 
 @pytest.mark.parametrize("mode", ["full", "sample"])
