@@ -28,13 +28,13 @@ class Hardware:
     network_bytes_per_s: float
     gpus_per_node: int = 8
     reserved_gib: float = 3.0  # a trainer's CUDA context, NCCL's buffers, libraries
-    engine_context_gib: float = 1.0  # of a rollout engine on the same GPU: its CUDA context, outside its share
+    engine_context_gib: float = 1.0  # of a rollout engine on the same GPU, outside its share: its context, buckets of weights
     fragmentation: float = 0.05  # share of the activations lost between allocations
     matmul_efficiency: float = 0.45  # share of the peak that training's matrix products reach
     decode_memory_efficiency: float = 0.6  # share of the memory's rate that decoding reaches
     decode_overhead_s: float = 0.004  # of each decoding step: scheduling and sampling
     link_efficiency: float = 0.75
-    host_bytes_per_s: float = 1.5e9  # weights through shared memory or between hosts over gloo: CPU copies and checksums
+    host_bytes_per_s: float = 1.5e9  # weights into vLLM: measured through shared memory on CPU; CUDA IPC is not measured yet
 
     def link(self, span: int) -> float:
         """Bytes per second and GPU between neighbours in a group that reaches over ``span`` consecutive ranks."""

@@ -227,7 +227,7 @@ def _generation(config, shape, load: Load, engine: EngineBytes | None, hardware:
 
 
 def _round_time(config, shape, hardware, step: StepTime, generation: GenerationTime | None) -> RoundTime:
-    """Weights go through host memory into vLLM; those of other pipeline stages are sent to rank 0's host first."""
+    """Weights go from rank 0 into vLLM; those of other pipeline stages are sent to rank 0 first."""
     bytes_moved = 2 * total_parameters(shape) * (2 - 1 / config.parallel.pipeline)
     passes = 2 if config.objective.kl_coefficient else 1
     steps = config.batch.steps_per_round
