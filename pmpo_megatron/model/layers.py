@@ -16,7 +16,7 @@ from torch import nn
 
 from pmpo_megatron.parallel.shards import context_order, context_spans
 
-QUERY_BLOCK = 1024  # rows of an explicit causal mask that exist at once
+QUERY_BLOCK = 512  # rows of an explicit causal mask that exist at once
 
 
 @dataclass
@@ -147,11 +147,32 @@ class CoreAttention(MegatronModule):
         for begin in range(0, q.shape[2], QUERY_BLOCK):
             end = min(begin + QUERY_BLOCK, q.shape[2])
             reach = earlier + end
-            mask = torch.ones(end - begin, reach, dtype=torch.bool, device=q.device).tril(earlier + begin)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, begin:end], k[:, :, :reach], v[:, :, :reach],
-                    attn_mask=mask, scale=self.scale, enable_gqa=True,
-                )
-            )  # fmt: skip
+            mask = _causal_mask(end - begin, reach, q)
+            with _rebuilt_in_backward(mask):
+                outputs.append(
+                    F.scaled_dot_product_attention(
+                        q[:, :, begin:end], k[:, :, :reach], v[:, :, :reach],
+                        attn_mask=mask, scale=self.scale, enable_gqa=True,
+                    )
+                )  # fmt: skip
         return outputs
+
+
+def _causal_mask(rows: int, reach: int, like: torch.Tensor) -> torch.Tensor:
+    """[rows, reach], added to attention scores: 0, and -inf on what lies after each of the last ``rows`` positions."""
+    return torch.full((rows, reach), float("-inf"), dtype=like.dtype, device=like.device).triu(reach - rows + 1)
+
+
+def _rebuilt_in_backward(mask: torch.Tensor):
+    """Autograd keeps the mask's size instead of the mask: the masks of a trajectory grow with the square of its length."""
+    rows, reach = mask.shape
+    address, like = mask.data_ptr(), mask.new_empty(0)
+
+    def pack(saved: torch.Tensor):
+        is_mask = saved.data_ptr() == address and saved.shape[-2:] == (rows, reach)
+        return saved.shape if is_mask else saved
+
+    def unpack(kept):
+        return _causal_mask(rows, reach, like).expand(kept) if isinstance(kept, torch.Size) else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import weakref
 
 import pytest
 import torch
@@ -83,6 +84,31 @@ def test_packed_grouped_causal_attention(layers, size):
 def test_long_spans_go_in_blocks_of_queries(layers, monkeypatch):
     monkeypatch.setattr(layers, "QUERY_BLOCK", 3)
     test_packed_grouped_causal_attention(layers, 2)
+
+
+def test_no_mask_outlives_the_forward_pass_and_gradients_are_right(layers, monkeypatch):
+    """Masks that autograd keeps would make memory grow with the square of a trajectory's length."""
+    masks, make = [], layers._causal_mask
+
+    def remembered(*arguments):
+        masks.append(weakref.ref(mask := make(*arguments)))
+        return mask
+
+    monkeypatch.setattr(layers, "_causal_mask", remembered)
+    monkeypatch.setattr(layers, "QUERY_BLOCK", 4)
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(24, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2))
+    wanted = torch.randn(12, 32, generator=generator)
+    mine = context_indices((0, 24), size=2, rank=0)
+    attention = attention_of(layers, 2, 0)
+    attention._gather = lambda key, value, order: (k.unsqueeze(1), v.unsqueeze(1))
+    packed = layers.packed_sequences((0, 24), context_size=2, device=torch.device("cpu"))
+    found = attention(q[mine], k[mine], v[mine], packed_seq_params=packed)
+    assert len(masks) > 1 and all(mask() is None for mask in masks)
+    grads = torch.autograd.grad((found * wanted).sum(), (q, k, v))
+    expected = torch.autograd.grad((textbook(q, k, v, (0, 24))[mine] * wanted).sum(), (q, k, v))
+    for grad, right in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-5)
 
 
 def test_neighbours_in_the_packing_do_not_leak(layers):
