@@ -11,6 +11,7 @@ import pytest
 from pmpo_megatron.config import build, read_yaml
 from pmpo_megatron.planner import HARDWARE, plan
 from pmpo_megatron.run_config import RunConfig
+from tests.distributed.harness import free_port
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -166,3 +167,93 @@ def test_slurms_warning_asks_the_trainer_to_save(stub, tmp_path):
     done = run_script(["qwen2.5-math-7b/slurm.sh"], PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=python, **job)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     assert (tmp_path / "asked").read_text() == "-USR1 -f [p]mpo_megatron.train --config\n"
+
+
+SRUN = """
+while [[ "$1" == --* ]]; do
+    case "$1" in --nodes=*) nodes="${1#*=}" ;; --nodelist=*) list="${1#*=}" ;; --output=*) exec > "${1#*=}" 2>&1 ;; esac
+    shift
+done
+echo "srun on ${list:-all}"
+[ "${nodes:-}" != 1 ] || { export SLURM_NODEID=0; exec "$@"; }
+for SLURM_NODEID in $(seq 0 $((${nodes:-$SLURM_JOB_NUM_NODES} - 1))); do export SLURM_NODEID; "$@"; done
+"""
+HEALTHY = """
+import http.server, os, threading
+for number in range(2):
+    server = http.server.HTTPServer(("", int(os.environ["ROLLOUT_PORT"]) + number), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever).start()
+"""
+SERVER = f"""
+case "$*" in
+    *serve.py*--dry-run*) exec {sys.executable} "$@" ;;
+    *serve.py*) echo "$*" > served; [ -z "$BROKEN" ] || exit 3; mkdir health; exec {sys.executable} -c '{HEALTHY}' ;;
+    *) echo "$NODE_RANK $NNODES: $*" ;;
+esac
+"""  # stands in for the interpreter: the servers' commands are the real ones, servers answer, the trainer does not run
+
+
+@pytest.fixture
+def job(stub, tmp_path):
+    """Runs a recipe's slurm.sh as a job of three nodes, the last of which is this machine; returns what it did."""
+
+    def run(script, *arguments, **variables):
+        stub("scontrol", 'echo "node7"; echo "node8"; echo "localhost"')
+        stub("srun", SRUN)
+        for name in ("examples", "pmpo_megatron", "tools"):
+            if not (tmp_path / name).exists():
+                (tmp_path / name).symlink_to(ROOT / name)
+        environment = dict(SLURM_JOB_ID="5", SLURM_JOB_NUM_NODES="3", SLURM_JOB_NODELIST="x", ROLLOUT_PORT=str(free_port()))
+        environment |= dict(
+            PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=stub("python", f"cd {tmp_path}\n{SERVER}"), BROKEN=""
+        )
+        command = ["bash", f"examples/{script}", *arguments]
+        environment = os.environ | environment | variables
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60), environment
+
+    return run
+
+
+@pytest.mark.parametrize("recipe", ("qwen2.5-math-7b", "llama-3.3-70b", "long_context"))
+def test_slurm_runs_servers_on_nodes_of_their_own(job, tmp_path, recipe):
+    done, environment = job(f"{recipe}/slurm.sh", "run.rounds=2", ROLLOUT_NODES="1")
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    port = environment["ROLLOUT_PORT"]
+    size = load(next(name for name in RECIPES if name.startswith(recipe))).rollout.tensor_parallel
+    ports = [int(port) + number for number in range(8 // size)]
+    assert "--serve" not in done.stdout and f"--port {port}" in (tmp_path / "served").read_text()
+    assert "srun on localhost" in (tmp_path / "vllm-5.log").read_text() and "srun on node7,node8" in done.stdout
+    urls = ",".join(f"http://localhost:{port}" for port in ports)
+    for rank in (0, 1):
+        assert f"{rank} 2: -m torch.distributed.run --nnodes 2 --node-rank {rank} --master-addr node7" in done.stdout
+    overrides = f"rollout.engine=server rollout.urls=[{urls}] bridge.address=node7 run.rounds=2"
+    assert done.stdout.count(overrides) == 2
+    with pytest.raises(subprocess.CalledProcessError):  # and the server has ended
+        subprocess.run(["curl", "--silent", f"http://localhost:{port}/health/"], check=True, timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (dict(BROKEN="1"), "the vLLM servers ended before http://localhost:"),
+        (dict(ROLLOUT_TIMEOUT_S="0"), "/health within 0 s (ROLLOUT_TIMEOUT_S); see vllm-5.log"),
+        (dict(ROLLOUT_NODES="3"), "ROLLOUT_NODES=3 leaves no node to train"),
+        (dict(GPUS_PER_NODE="5"), "must divide the machine's 5 GPUs"),
+    ],
+)
+def test_slurm_says_why_servers_do_not_start(job, variables, message):
+    done, _ = job("qwen2.5-14b/slurm.sh", **({"ROLLOUT_NODES": "1"} | variables))
+    assert done.returncode != 0 and message in done.stderr and "torch.distributed.run" not in done.stdout
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_launch_script_shows_the_servers_commands(name):
+    done = run_script([*RECIPES[name][1], "--serve", "--dry-run"], SERVE_ARGS="--port 7000 -- --swap-space 1")
+    assert done.returncode == 0, done.stderr
+    rollout, lines = load(name).rollout, done.stdout.splitlines()
+    assert len(lines) == 8 // rollout.tensor_parallel
+    gpus = ",".join(str(gpu) for gpu in range(8 - rollout.tensor_parallel, 8))
+    assert lines[-1].startswith(f"{7000 + len(lines) - 1} VLLM_SERVER_DEV_MODE=1 CUDA_VISIBLE_DEVICES={gpus} ")
+    needed = f"--tensor-parallel-size {rollout.tensor_parallel} --max-num-seqs {rollout.max_num_seqs} "
+    assert needed + "--logprobs-mode processed_logprobs" in lines[-1] and lines[-1].endswith("--swap-space 1")
+    assert "--gpu-memory-utilization 0.9" in lines[-1] and "kv-cache" not in lines[-1]
