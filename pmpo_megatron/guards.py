@@ -19,13 +19,14 @@ from pmpo_megatron.types import MicroBatch
 logger = logging.getLogger(__name__)
 
 
-def check_step(result: StepResult, skipped_in_a_row: int, config: GuardConfig, name: str) -> None:
-    """Warns about a skipped step.
+def check_step(result: StepResult, skipped_in_a_row: int, config: GuardConfig, name: str, state: ParallelState) -> None:
+    """Warns, on rank 0, about a skipped step.
 
     Raises:
         NonFiniteError: it is one too many in a row.
     """
-    logger.warning("%s: skipped, weights unchanged: %s", name, result.problem)
+    if state.is_main:
+        logger.warning("%s: skipped, weights unchanged: %s", name, result.problem)
     if skipped_in_a_row >= config.max_skipped_steps:
         raise NonFiniteError(f"{skipped_in_a_row} optimizer steps in a row were not finite; the last, {name}: {result.problem}")
 
@@ -63,8 +64,10 @@ def _plain(record: MicroBatch | TokenScores) -> dict:
     return {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in fields.items()}
 
 
-def check_mismatch(metrics: dict[str, Metric], config: GuardConfig, round_index: int) -> dict[str, Metric]:
-    """``metrics`` as they came; warns where the engine's log-probs differ much from the trainer's.
+def check_mismatch(
+    metrics: dict[str, Metric], config: GuardConfig, round_index: int, state: ParallelState
+) -> dict[str, Metric]:
+    """``metrics`` as they came; warns, on rank 0, where the engine's log-probs differ much from the trainer's.
 
     Raises:
         MismatchError: they differ by more than ``mismatch_stop``.
@@ -73,6 +76,6 @@ def check_mismatch(metrics: dict[str, Metric], config: GuardConfig, round_index:
     text = f"round {round_index}: log-probs of trainer and rollout engine differ by {mean:.3g} nats on average"
     if config.mismatch_stop is not None and not mean <= config.mismatch_stop:
         raise MismatchError(f"{text}, above guards.mismatch_stop = {config.mismatch_stop:g}; weights, dtype or template differ")
-    if not mean <= config.mismatch_warn:
+    if state.is_main and not mean <= config.mismatch_warn:
         logger.warning("%s, above guards.mismatch_warn = %g", text, config.mismatch_warn)
     return metrics

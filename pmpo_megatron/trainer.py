@@ -82,9 +82,8 @@ class Trainer:
         with self.timer.phase("old_log_probs"):
             old = [score(self.policy, micro_batches, temperature=self.temperature) for micro_batches in steps]
             reference = [self.score_reference(micro_batches) for micro_batches in steps]
-        mismatch = check_mismatch(
-            measure_mismatch(steps, old, self.config.objective.log_bounds, self.state), self.config.guards, batch.round_index
-        )
+        measured = measure_mismatch(steps, old, self.config.objective.log_bounds, self.state)
+        mismatch = check_mismatch(measured, self.config.guards, batch.round_index, self.state)
         with self.timer.phase("train"):
             results = [self.step(index, *inputs) for index, inputs in enumerate(zip(steps, old, reference, strict=True))]
         self.progress.policy_version += 1
@@ -161,7 +160,7 @@ class Trainer:
         if not result.applied:
             name = f"round-{self.progress.round:08d}-step-{index:03d}"
             dump_step(Path(self.config.run.directory) / "skipped", name, micro_batches, old, reference, result, self.state)
-            check_step(result, self.progress.skipped_in_a_row, self.config.guards, name)
+            check_step(result, self.progress.skipped_in_a_row, self.config.guards, name, self.state)
         return result
 
     def push_weights(self) -> None:
