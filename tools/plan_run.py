@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from pmpo_megatron.config import apply_overrides, build, read_yaml
-from pmpo_megatron.errors import PmpoError
+from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.planner import HARDWARE, best_layouts, hardware_here, hardware_named, plan
 from pmpo_megatron.planner.text import layout_text
 from pmpo_megatron.run_config import RunConfig
@@ -47,12 +47,25 @@ def proposals(options: argparse.Namespace, config: RunConfig, hardware) -> list[
     ]
 
 
+def check(options: argparse.Namespace) -> None:
+    for name, least in (("world_size", 1), ("sequence_length", 1), ("proposals", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')}", f"{value} must be at least {least}")
+
+
 def main() -> int:
     options = parse()
     try:
+        check(options)
         hardware = hardware_named(options.hardware) if options.hardware else hardware_here()
         config = build(RunConfig, apply_overrides(read_yaml(options.config), options.overrides))
-        found = plan(config, options.world_size, hardware, sequence=options.sequence_length)
+        try:
+            found = plan(config, options.world_size, hardware, sequence=options.sequence_length)
+        except ConfigError as error:
+            if error.field.startswith("parallel."):  # not this layout; which ones, then?
+                print("\n".join(proposals(options, config, hardware)))
+            raise
         print("\n".join([*found.lines(), *proposals(options, config, hardware)]))
     except PmpoError as error:
         print(f"error: {error}", file=sys.stderr)

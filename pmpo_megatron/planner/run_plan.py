@@ -8,7 +8,7 @@ from math import ceil
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.parallel.shards import sequence_multiple
-from pmpo_megatron.planner.activations import ActivationModel, activation_bytes
+from pmpo_megatron.planner.activations import ActivationBytes, ActivationModel, activation_bytes
 from pmpo_megatron.planner.engine import EngineBytes, GenerationTime, engine_bytes, engine_problems, generation_time
 from pmpo_megatron.planner.hardware import GIB, Hardware
 from pmpo_megatron.planner.known_models import model_shape
@@ -18,6 +18,7 @@ from pmpo_megatron.planner.text import plan_lines
 from pmpo_megatron.planner.timing import StepTime, TrainingCost, Work
 from pmpo_megatron.run_config import RunConfig
 
+RECOMPUTE = ("none", "selective", "full")
 FILL = 0.95  # of a micro-batch's budget, which packing reaches
 
 
@@ -47,8 +48,10 @@ class Load:
         parallel, budget = config.parallel, config.batch.max_tokens_per_micro_batch
         trajectories = config.batch.prompts_per_round * config.sampling.samples_per_prompt // config.batch.steps_per_round
         limit = config.data.max_prompt_tokens + config.sampling.max_tokens
+        if sequence is not None and not 0 < sequence <= limit:
+            raise ConfigError("sequence length", f"a mean of {sequence:g} tokens; the longest trajectory has {limit}")
         longest = _round_up(limit, sequence_multiple(parallel))
-        mean = min(float(limit), sequence or limit / 2)
+        mean = sequence or limit / 2
         response = mean * config.sampling.max_tokens / limit
         multiple = parallel.pipeline if parallel.virtual_pipeline else 1
         mine = ceil(trajectories / data_parallel)
@@ -85,7 +88,8 @@ class Plan:
 
     Attributes:
         gpus: every kind of GPU in the run; the first is of rank 0.
-        engine: on each of vLLM's GPUs; None for recorded rollouts.
+        recompute: bytes of activations on the fullest GPU with each kind of recomputation, the rest as configured.
+        engine: on each of vLLM's GPUs; None where rollouts are recorded ones, or come from servers.
         problems: why the run cannot work as it is configured; empty if it fits.
         notes: what is worth changing all the same.
     """
@@ -96,6 +100,7 @@ class Plan:
     shape: ModelShape
     load: Load
     gpus: tuple[GpuMemory, ...]
+    recompute: dict[str, float]
     engine: EngineBytes | None
     generation: GenerationTime | None
     step: StepTime
@@ -151,6 +156,7 @@ def plan(
         shape=shape,
         load=load,
         gpus=gpus,
+        recompute=_activations_by_recompute(config, shape, load, min(gpus, key=lambda gpu: gpu.spare).stage),
         engine=engine,
         generation=generation,
         step=step,
@@ -181,22 +187,14 @@ def _training_cost(config, world_size, hardware, shape, gpus) -> TrainingCost:
 
 def _gpus(config, world_size, hardware, shape, load: Load, engine: EngineBytes | None) -> tuple[GpuMemory, ...]:
     parallel, dtype = config.parallel, config.model.dtype.replace("auto", "bfloat16")
-    item = {"bfloat16": 2, "float32": 4}[dtype]
     replicas = world_size // (parallel.tensor * parallel.pipeline)
-    model = ActivationModel(shape, parallel, config.model.recompute, item)
     common = dict(replicas=replicas, dtype=dtype, distributed=config.optimizer.distributed)
     engine_size = config.rollout.tensor_parallel if engine is not None else 0
     asks = config.rollout.gpu_memory_utilization * hardware.memory_gib * GIB
     found = []
     for stage, shared in kinds_of_gpu(parallel, world_size=world_size, engine_size=engine_size):
         reference = state_bytes(shape, parallel, stage=stage, trained=False, **common).total
-        activations = activation_bytes(
-            model,
-            tokens=load.full_tokens,
-            stage=stage,
-            micro_batches=load.most_micro_batches,
-            chunk=config.model.log_prob_chunk,
-        )
+        activations = _activations(config, shape, load, stage, config.model.recompute)
         found.append(
             GpuMemory(
                 stage=stage,
@@ -209,6 +207,21 @@ def _gpus(config, world_size, hardware, shape, load: Load, engine: EngineBytes |
             )
         )
     return tuple(found)
+
+
+def _activations(config, shape, load: Load, stage: int, recompute: str) -> ActivationBytes:
+    item = 4 if config.model.dtype == "float32" else 2
+    return activation_bytes(
+        ActivationModel(shape, config.parallel, recompute, item),
+        tokens=load.full_tokens,
+        stage=stage,
+        micro_batches=load.most_micro_batches,
+        chunk=config.model.log_prob_chunk,
+    )
+
+
+def _activations_by_recompute(config, shape, load: Load, stage: int) -> dict[str, float]:
+    return {mode: _activations(config, shape, load, stage, mode).total for mode in RECOMPUTE}
 
 
 def _generation(config, shape, load: Load, engine: EngineBytes | None, hardware: Hardware) -> GenerationTime | None:
@@ -280,6 +293,8 @@ def _notes(config, load: Load, data_parallel: int) -> list[str]:
             "rollout.kv_cache_gib is not set: vLLM then measures what is free while the trainer allocates on the same GPU, "
             "and may find less than its share; set it"
         )
+    if config.rollout.engine == "server":
+        notes.append("rollouts come from servers: their memory and time, and the time to send them weights, are not counted")
     if config.parallel.tensor > 1 and not config.parallel.sequence_parallel:
         notes.append("parallel.sequence_parallel is off: with it activations outside matrix products are split too, at no cost")
     return notes

@@ -13,10 +13,9 @@ from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.planner.hardware import GIB, Hardware
 from pmpo_megatron.planner.known_models import model_shape
-from pmpo_megatron.planner.run_plan import Plan, plan
+from pmpo_megatron.planner.run_plan import RECOMPUTE, Plan, plan
 from pmpo_megatron.run_config import RunConfig
 
-RECOMPUTE = ("none", "selective", "full")
 MARGIN_GIB = 2.0  # that a proposal leaves on the fullest GPU: activations are estimates
 LEAST_PIECE = 1024  # tokens of a sequence on a context-parallel rank, below which splitting it cannot pay
 BUDGET_UNIT = 1024

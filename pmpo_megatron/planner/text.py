@@ -31,6 +31,7 @@ def plan_lines(found: Plan) -> list[str]:
         f"plan: {found.config.model.path} ({size:.2f} billion parameters) on {found.world_size} x {found.hardware.name}",
         f"layout: {layout_text(found.config, found.world_size)}",
         *memory_table(found),
+        _recompute_line(found),
     ]
     lines += _engine_lines(found) + [_communication_line(found), *_time_lines(found)]
     lines += [f"note: {note}" for note in found.notes] + [f"problem: {problem}" for problem in found.problems]
@@ -41,6 +42,11 @@ def memory_table(found: Plan) -> list[str]:
     rows = [["GiB on the fullest GPU of", *COLUMNS]]
     rows += [[gpu.name, *gpu.row()] for gpu in _without_repetition(found)]
     return _table(rows)
+
+
+def _recompute_line(found: Plan) -> str:
+    parts = ", ".join(f"{mode} {amount / GIB:.1f}" for mode, amount in found.recompute.items())
+    return f"activations and log-probs on the fullest GPU, GiB, by model.recompute: {parts}"
 
 
 def _without_repetition(found: Plan) -> list[GpuMemory]:
@@ -61,7 +67,8 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 def _engine_lines(found: Plan) -> list[str]:
     engine, rollout = found.engine, found.config.rollout
     if engine is None:
-        return ["rollouts: recorded ones"]
+        servers = len(rollout.urls)
+        return [f"rollouts: from {servers} server{'s' * (servers > 1)}" if servers else "rollouts: recorded ones"]
     last = rollout.tensor_parallel - 1
     where = f"GPUs 0-{last}" if last else "GPU 0"
     lines = [

@@ -94,6 +94,20 @@ def test_layouts_that_cannot_exist_are_errors():
         plan(config(parallel={"tensor": 8}), 8, H100)
 
 
+def test_every_kind_of_recomputation_is_shown_as_it_would_be():
+    found = plan(config(), 8, H100)
+    for mode, amount in found.recompute.items():
+        assert amount == plan(config(model={"recompute": mode}), 8, H100).fullest.activations.total
+        assert f"{mode} {amount / GIB:.1f}" in "\n".join(found.lines())
+    assert found.recompute["none"] > found.recompute["selective"] > found.recompute["full"]
+
+
+def test_servers_are_not_counted_and_the_plan_says_so():
+    found = plan(config(rollout={"engine": "server", "urls": ["http://a:8000", "http://b:8000"]}), 8, H100)
+    assert found.round.rollouts == 0 and found.fits and not any(gpu.engine for gpu in found.gpus)
+    assert "rollouts: from 2 servers" in found.lines() and any("are not counted" in note for note in found.notes)
+
+
 def test_asynchronous_rounds_take_the_longer_of_both():
     one, other = plan(config(), 8, H100).round, plan(config(round={"asynchronous": True}), 8, H100).round
     assert one.seconds == one.rollouts + one.training + one.weights
@@ -179,3 +193,23 @@ def test_the_command(run_tool):
     assert run_tool("--hardware", "a100-80gb", "--proposals", "0")[0] == 1
     code, _, err = run_tool("model.path=/nowhere")
     assert code == 2 and "error: model.path: /nowhere has no config.json" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size", "0"], "--world-size: 0 must be at least 1"),
+        (["--sequence-length", "-5"], "--sequence-length: -5 must be at least 1"),
+        (["--sequence-length", "9999"], "a mean of 9999 tokens; the longest trajectory has 4024"),
+        (["--proposals", "-1"], "--proposals: -1 must be at least 0"),
+    ],
+)
+def test_bad_arguments_are_one_line(run_tool, arguments, message):
+    code, out, err = run_tool(*arguments)
+    assert code == 2 and message in err and err.count("\n") == 1 and not out
+
+
+def test_a_layout_that_cannot_be_comes_with_proposals_that_can(run_tool):
+    code, out, err = run_tool("--hardware", "h100-80gb", "--world-size", "16", "parallel.pipeline=3", "--proposals", "1")
+    assert code == 2 and "must divide the 16 processes" in err
+    assert out.startswith("proposals, fastest training first:") and " DP" in out
