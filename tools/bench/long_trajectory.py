@@ -1,16 +1,18 @@
 """Cost per token as trajectories grow: one trajectory of 1k to 64k tokens, a tiny model on CPU, context parallelism 1 and 2.
 
-Every length runs in fresh processes, so that peak memory is its own. Columns, in microseconds for each token: decoder
-(forward), log-probs (forward), objective, and the whole optimizer step (forward, objective, backward, update); attention's
-share grows with the length, everything else should stay flat. Memory: the largest process's peak above its start.
+Every length runs in fresh processes. The parts of an optimizer step, in microseconds of the slowest process for each token of
+the trajectory: attention (the core alone: forward, again in recomputation, backward), forward (the rest of the decoder),
+log-probs (output layer, forward), objective (p and the surrogate), backward (all of it but attention). Attention's share grows
+with the length; everything else should stay flat. Memory: what the largest process held at most during each part, above what
+it held before the step.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PHASES = ("decoder", "log_probs", "objective", "step")
+PARTS = ("attention", "forward", "log_probs", "objective", "backward")
+MEMORY = PARTS[1:]
+REPEATED_UP_TO = 8192  # tokens: shorter steps are run three times, and each part's fastest counts
 
 
 def main() -> None:
@@ -33,15 +37,25 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         make_model(Path(directory) / "model")
-        print(f"{'tokens':>7} {'CP':>3} " + " ".join(f"{phase:>10}" for phase in PHASES) + f" {'peak MiB':>9}", flush=True)
-        for length in options.lengths:
-            for context in options.context:
-                row = measure(Path(directory), length, context)
-                rows.append(row)
-                numbers = " ".join(f"{row[phase] / length * 1e6:10.1f}" for phase in PHASES)
-                print(f"{length:7d} {context:3d} {numbers} {row['peak'] / 2**20:9.0f}", flush=True)
+        print(f"{'':11} microseconds / token{'':46} peak MiB")
+        print(f"{'tokens':>7} {'CP':>3} " + " ".join(f"{name:>9}" for name in (*PARTS, "flat part", *MEMORY)), flush=True)
+        for context in options.context:
+            for length in options.lengths:
+                rows.append(row := measure(Path(directory), length, context))
+                times = " ".join(f"{us:9.1f}" for us in (*per_token(row).values(), flat_part(row)))
+                peaks = " ".join(f"{row[f'{part} bytes'] / 2**20:9.1f}" for part in MEMORY)
+                print(f"{length:7d} {context:3d} {times} {peaks}", flush=True)
     if options.plot:
         plot(rows, options.plot)
+
+
+def per_token(row: dict) -> dict[str, float]:
+    return {part: row[part] / row["length"] * 1e6 for part in PARTS}
+
+
+def flat_part(row: dict) -> float:
+    """Microseconds per token of everything but attention."""
+    return sum(us for part, us in per_token(row).items() if part != "attention")
 
 
 def make_model(directory: Path) -> None:
@@ -65,8 +79,6 @@ def measure(directory: Path, length: int, context: int) -> dict:
 
 
 def work(model: str, length: int, context: int, out: str) -> None:
-    import torch
-
     from pmpo_megatron.algo.objective import PRESETS
     from pmpo_megatron.model.optimizer import OptimizerConfig
     from pmpo_megatron.model.policy import ModelConfig, Policy
@@ -79,19 +91,93 @@ def work(model: str, length: int, context: int, out: str) -> None:
     warm, batch = [one_trajectory(512)], [one_trajectory(length)]
     settings = dict(objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
     optimizer_step(policy, warm, score(policy, warm, temperature=1.0), **settings)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    spent = {"decoder": 0.0, "log_probs": 0.0}
-    hooks = timers(policy.modules[0], spent)
     old = score(policy, batch, temperature=1.0)
-    for hook in hooks:
-        hook()
-    started = time.perf_counter()
-    optimizer_step(policy, batch, old, **settings)
-    spent["step"] = time.perf_counter() - started
-    spent["objective"] = time_objective(length, torch)
-    spent["peak"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    Path(f"{out}{state.rank}").write_text(json.dumps(spent))
+    meter = Meter()
+    instrument(policy.modules[0], meter)
+    found = []
+    for _ in range(3 if length <= REPEATED_UP_TO else 1):
+        meter.start()
+        optimizer_step(policy, batch, old, **settings)
+        found.append(meter.result())
+    best = {name: (max if name.endswith("bytes") else min)(result[name] for result in found) for name in found[0]}
+    Path(f"{out}{state.rank}").write_text(json.dumps(best))
     shut_down()
+
+
+class Meter:
+    """Seconds and peak memory of the parts of a step. A part lasts until the next begins; attention lies inside others."""
+
+    def start(self) -> None:
+        self.seconds = dict.fromkeys((*PARTS, "update"), 0.0)
+        self.peaks = dict.fromkeys((*MEMORY, "update"), 0)
+        self.inside = dict.fromkeys(self.seconds, 0.0)  # attention's seconds within the part
+        give_back_freed_memory()
+        self.part, self.since, self.before = None, 0.0, memory("VmRSS")
+
+    def begin(self, part: str | None) -> None:
+        now = time.perf_counter()
+        if self.part is not None:
+            self.seconds[self.part] += now - self.since
+            self.peaks[self.part] = max(self.peaks[self.part], memory("VmHWM") - self.before)
+        give_back_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        self.part, self.since = part, time.perf_counter()
+
+    def add_attention(self, seconds: float) -> None:
+        self.seconds["attention"] += seconds
+        self.inside[self.part] += seconds
+
+    def result(self) -> dict[str, float]:
+        self.begin(None)
+        seconds = {part: self.seconds[part] - self.inside[part] for part in PARTS}
+        return seconds | {f"{part} bytes": self.peaks[part] for part in MEMORY}
+
+
+def give_back_freed_memory() -> None:
+    """To the system, so that what a process holds is what lives in it."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def instrument(module, meter: Meter) -> None:
+    """Parts begin where the decoder, the output layer, the objective, and the optimizer's update are called."""
+    from pmpo_megatron.model import step
+
+    def first(part: str, function, *, after: str | None = None):
+        def timed(*args, **kwargs):
+            meter.begin(part)
+            result = function(*args, **kwargs)
+            if after:
+                meter.begin(after)
+            return result
+
+        return timed
+
+    module.decoder.forward = first("forward", module.decoder.forward)
+    module.output_layer.forward = first("log_probs", module.output_layer.forward)
+    step.evaluate_objective = first("objective", step.evaluate_objective, after="backward")
+    step._collect = first("update", step._collect)
+    for layer in module.decoder.layers:
+        time_attention(layer.self_attention.core_attention, meter)
+
+
+def time_attention(attention, meter: Meter) -> None:
+    started = {}
+
+    def begin(*_) -> None:
+        started["at"] = time.perf_counter()
+
+    def end(*_) -> None:
+        meter.add_attention(time.perf_counter() - started["at"])
+
+    attention.register_forward_pre_hook(begin)
+    attention.register_forward_hook(end)
+    attention.register_full_backward_pre_hook(begin)
+    attention.register_full_backward_hook(end)
 
 
 def one_trajectory(length: int):
@@ -107,52 +193,26 @@ def one_trajectory(length: int):
     return make_micro_batch([sample], 16, 0)
 
 
-def timers(module, spent: dict[str, float]) -> list:
-    """Adds the time in the decoder and in the output layer (log-probs) to ``spent``; returns what undoes it."""
-    undo = []
-    for part, name in ((module.decoder, "decoder"), (module.output_layer, "log_probs")):
-        original = part.forward
-
-        def timed(*args, original=original, name=name, **kwargs):
-            started = time.perf_counter()
-            result = original(*args, **kwargs)
-            spent[name] += time.perf_counter() - started
-            return result
-
-        part.forward = timed
-        undo.append(lambda part=part, original=original: setattr(part, "forward", original))
-    return undo
-
-
-def time_objective(length: int, torch) -> float:
-    from pmpo_megatron.algo.objective import PRESETS, evaluate_objective
-
-    log_probs = torch.randn(length, requires_grad=True)
-    inputs = (torch.randn(length), torch.zeros(length, dtype=torch.int64), torch.ones(1), torch.ones(1), PRESETS["pmpo"])
-    started = time.perf_counter()
-    evaluate_objective(log_probs, *inputs).surrogate.backward()
-    return time.perf_counter() - started
-
-
 def plot(rows: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.rcParams["svg.hashsalt"] = "long_trajectory"
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for context, style in zip(sorted({row["context"] for row in rows}), ("-", "--", ":"), strict=False):
         chosen = [row for row in rows if row["context"] == context]
         lengths = [row["length"] for row in chosen]
-        for index, phase in enumerate(PHASES):
-            values = [row[phase] / row["length"] * 1e6 for row in chosen]
-            left.plot(lengths, values, style, color=f"C{index}", marker="o", markersize=3, label=f"{phase}, CP {context}")
-        right.plot(
-            lengths, [row["peak"] / 2**20 for row in chosen], style, color="k", marker="o", markersize=3, label=f"CP {context}"
-        )
+        for index, part in enumerate(PARTS):
+            label = f"{part.replace('_', '-')}, CP {context}"
+            line = dict(linestyle=style, color=f"C{index}", marker="o", markersize=3, label=label)
+            left.plot(lengths, [per_token(row)[part] for row in chosen], **line)
+            if part in MEMORY:
+                right.plot(lengths, [row[f"{part} bytes"] / 2**20 for row in chosen], **line)
     for axes, label in ((left, "microseconds / token"), (right, "peak MiB of a process")):
         axes.set(xscale="log", yscale="log", xlabel="tokens of the trajectory", ylabel=label)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=6)
     figure.savefig(path, metadata={"Date": None})
 
 
