@@ -35,6 +35,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("--gpus", type=int, default=8, help="of this machine; 0: one server on the CPU (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all, for a trainer on another "
+        "host. Whoever reaches a server controls it (default: %(default)s)")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000, help="of the first server (default: %(default)s)")
     parser.add_argument("--memory", type=float, default=0.9, help="share of each GPU's memory (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print a line `PORT COMMAND` for each server; start nothing")
@@ -56,7 +58,7 @@ def commands(options: argparse.Namespace, more: list[str]) -> list[tuple[int, li
     cache = config.rollout.kv_cache_gib if device == "cpu" else None  # on a GPU it was chosen beside a trainer
     rollout = replace(config.rollout, gpu_memory_utilization=options.memory, kv_cache_gib=cache)
     settings = engine_settings(rollout, model_path=config.model.path, device=device, worker_extension=RECEIVER)
-    flags = ["--enable-scale-out", "--host", "0.0.0.0"]
+    flags = ["--enable-scale-out", "--host", options.host]
     for name, value in settings.items():
         if value is not False:
             flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])

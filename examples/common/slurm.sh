@@ -55,7 +55,7 @@ start_servers() {
     local port="${ROLLOUT_PORT:-8000}" list host each
     local -a urls=() ports nodes=("${hosts[@]:NNODES}")
     [ "$NNODES" -gt 0 ] || { echo "error: ROLLOUT_NODES=$ROLLOUT_NODES leaves no node to train" >&2; exit 2; }
-    export SERVE_ARGS="--port $port ${SERVE_ARGS:-}"
+    export SERVE_ARGS="--host 0.0.0.0 --port $port ${SERVE_ARGS:-}"
     list="$(bash "$@" --serve --dry-run)" || exit 2
     mapfile -t ports < <(cut -d' ' -f1 <<<"$list")
     for host in "${nodes[@]}"; do

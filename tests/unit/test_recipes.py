@@ -221,7 +221,7 @@ def test_slurm_runs_servers_on_nodes_of_their_own(job, tmp_path, recipe):
     port = environment["ROLLOUT_PORT"]
     size = load(next(name for name in RECIPES if name.startswith(recipe))).rollout.tensor_parallel
     ports = [int(port) + number for number in range(8 // size)]
-    assert "--serve" not in done.stdout and f"--port {port}" in (tmp_path / "served").read_text()
+    assert "--serve" not in done.stdout and f"--host 0.0.0.0 --port {port}" in (tmp_path / "served").read_text()
     assert "srun on localhost" in (tmp_path / "vllm-5.log").read_text() and "srun on node7,node8" in done.stdout
     urls = ",".join(f"http://localhost:{port}" for port in ports)
     for rank in (0, 1):
@@ -248,7 +248,8 @@ def test_slurm_says_why_servers_do_not_start(job, variables, message):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_launch_script_shows_the_servers_commands(name):
-    done = run_script([*RECIPES[name][1], "--serve", "--dry-run"], SERVE_ARGS="--port 7000 -- --swap-space 1")
+    options = dict(SERVE_ARGS="--port 7000 -- --swap-space 1", PYTHON=sys.executable)
+    done = run_script([*RECIPES[name][1], "--serve", "--dry-run"], **options)
     assert done.returncode == 0, done.stderr
     rollout, lines = load(name).rollout, done.stdout.splitlines()
     assert len(lines) == 8 // rollout.tensor_parallel
@@ -257,3 +258,4 @@ def test_the_launch_script_shows_the_servers_commands(name):
     needed = f"--tensor-parallel-size {rollout.tensor_parallel} --max-num-seqs {rollout.max_num_seqs} "
     assert needed + "--logprobs-mode processed_logprobs" in lines[-1] and lines[-1].endswith("--swap-space 1")
     assert "--gpu-memory-utilization 0.9" in lines[-1] and "kv-cache" not in lines[-1]
+    assert "--host 127.0.0.1" in lines[-1], "unless told otherwise"
