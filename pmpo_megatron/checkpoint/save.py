@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from pmpo_megatron.checkpoint import files
+from pmpo_megatron.errors import RankFailure
 from pmpo_megatron.model.policy import Policy
+from pmpo_megatron.parallel.liveness import naming_ranks
 from pmpo_megatron.parallel.random_state import get_random_state
 
 # The only optimizer format that loads on any other layout (megatron-core 0.16 and 0.19).
@@ -52,11 +54,14 @@ class Save:
         """Plans who writes what, copies the state to this rank's memory, and writes it, or begins to."""
         rank = self.policy.state.rank
         try:
-            self._request = plan(self.policy, self.partial / "megatron", copy=self.background)
+            with naming_ranks("planning a checkpoint"):
+                self._request = plan(self.policy, self.partial / "megatron", copy=self.background)
             torch.save(random_states(), self.partial / f"random-{rank:05d}.pt")
             arguments = list(self._request.async_fn_args)
             if self._request.preload_fn is not None:
                 arguments[1] = self._request.preload_fn()  # from the GPU to this process's memory
+        except RankFailure:
+            raise
         except Exception as error:  # dist_checkpointing raises classes of its own, and what its writers raised
             self._part.problem = f"rank {rank}: {type(error).__name__}: {error}"
             return
@@ -71,10 +76,11 @@ class Save:
         if self._thread is not None:
             self._thread.join()
         try:
-            for finalize in self._request.finalize_fns if self._request is not None else ():
-                finalize()
+            with naming_ranks("finishing a checkpoint"):
+                for finalize in self._request.finalize_fns if self._request is not None else ():
+                    finalize()
         except BaseException as error:  # DCP's CheckpointException is no Exception
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, (KeyboardInterrupt, RankFailure)):
                 raise
             self._part.problem = self._part.problem or f"rank {self.policy.state.rank}: {type(error).__name__}: {error}"
         return self._part

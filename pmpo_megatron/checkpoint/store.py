@@ -19,10 +19,12 @@ from pmpo_megatron.checkpoint.save import Save, sharded_state
 from pmpo_megatron.errors import CheckpointError
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.parallel.collectives import any_rank, barrier, broadcast_object, gather_objects
+from pmpo_megatron.parallel.liveness import naming_ranks
 from pmpo_megatron.parallel.random_state import set_random_state
 from pmpo_megatron.parallel.state import ParallelState
 
 logger = logging.getLogger(__name__)
+FULL_BYTES = 16 * 2**20  # left free, with the unfinished checkpoint still there: the disk was the reason
 
 
 class CheckpointStore:
@@ -103,6 +105,8 @@ class CheckpointStore:
         problem = next((part.problem for part in parts if part.problem), None)
         if problem is None and self.state.is_main:
             problem = self._publish(save, {name: entry for part in parts for name, entry in part.files.items()})
+        if problem is not None and self.state.is_main:
+            problem = self._explain(problem)
         if problem := broadcast_object(problem, self.state):
             return self._failed(save, problem, required)
         self._saved = save.round_index
@@ -118,8 +122,16 @@ class CheckpointStore:
             return str(error)
         return None
 
+    def _explain(self, problem: str) -> str:
+        """``problem`` in one line; PyTorch's writer does not say that the disk is full, so we look."""
+        lines = [line for line in problem.splitlines() if line.strip(" )")]
+        free = shutil.disk_usage(self.root).free
+        full = f"the disk is full, {free / 2**20:.0f} MiB are free: " if free < FULL_BYTES else ""
+        return full + " ... ".join(dict.fromkeys((lines[0], lines[-1])))
+
     def _failed(self, save: Save, problem: str, required: bool) -> bool:
-        message = f"{save.final}: not saved ({problem}); the checkpoints before it are intact"
+        before = "the checkpoints before it are intact" if files.list_checkpoints(self.root) else "there is none before it"
+        message = f"{save.final}: not saved ({problem}); {before}"
         if self.state.is_main:
             shutil.rmtree(save.partial, ignore_errors=True)
             logger.error("%s", message)
@@ -196,7 +208,8 @@ def load_sharded(policy: Policy, directory: Path) -> None:
 
     problems = (KeyError, ValueError, dist_checkpointing.core.CheckpointingException, CheckpointException)
     try:
-        loaded = dist_checkpointing.load(sharded_state(policy, is_loading=True), str(directory))
+        with naming_ranks("reading a checkpoint"):
+            loaded = dist_checkpointing.load(sharded_state(policy, is_loading=True), str(directory))
     except problems as error:
         raise CheckpointError(f"{directory}: does not fit this model: {error}") from error
     for index, module in enumerate(policy.modules):

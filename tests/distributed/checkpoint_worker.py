@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from pmpo_megatron.algo.objective import PRESETS
 from pmpo_megatron.bridge.source import WeightSource
+from pmpo_megatron.checkpoint import save
 from pmpo_megatron.checkpoint.config import CheckpointConfig
 from pmpo_megatron.checkpoint.store import CheckpointStore
 from pmpo_megatron.errors import CheckpointError
@@ -122,6 +124,15 @@ def retention(path: str, root: str) -> dict:
         error = str(failure)
     shut_down()
     return {"names": names, "second": second, "error": error}
+
+
+def stopped_while_saving(path: str, root: str) -> None:
+    """Rank 1 is stopped where Megatron plans the checkpoint, in collectives of its own."""
+    run = Run(path, root, {"stall_s": 3.0, "heartbeat_s": 0.5})
+    run.train(1)
+    if run.state.rank == 1:
+        save.plan = lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP)
+    run.store.save(1, {"round": 1}, required=True)
 
 
 def full_disk(path: str, root: str) -> dict:

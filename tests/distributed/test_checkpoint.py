@@ -89,3 +89,8 @@ def test_loading_does_not_need_the_random_states_file_of_every_rank(model, tmp_p
     run_ranks(1, f"{WORKER}:save_and_go_on", model, root, {})
     found = run_ranks(2, f"{WORKER}:go_on", model, root, [{}])
     assert torch.is_tensor(next(iter(found[0][0]["weights"].values())))
+
+
+def test_a_rank_that_stalls_while_saving_is_named(model, tmp_path):
+    with pytest.raises(AssertionError, match=r"in planning a checkpoint: rank 1 \(.*\) gave no sign of life for 3 s"):
+        run_ranks(2, f"{WORKER}:stopped_while_saving", model, str(tmp_path), timeout=60)
