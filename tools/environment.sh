@@ -32,7 +32,7 @@ prepare_environment() {
         esac
     done
     python="$(choose_python "$requested")" ||
-        fail "Python 3.11, 3.12 or 3.13 is needed; ${requested:-python3} is $("${requested:-python3}" -V 2>&1 || echo absent). Name one with --python PATH."
+        fail "Python 3.11, 3.12 or 3.13 is needed; ${requested:-python3} is $({ "${requested:-python3}" -V || echo absent; } 2>/dev/null | head -n 1). Name one with --python PATH."
     venv="$PROJECT_ROOT/.venv"
     [ -z "$requested" ] || venv="$PROJECT_ROOT/.venv-py$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
     files="$PROJECT_ROOT/requirements/cpu.txt${dev:+ $PROJECT_ROOT/requirements/dev.txt}"
