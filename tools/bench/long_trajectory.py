@@ -199,7 +199,7 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams["svg.hashsalt"] = "long_trajectory"
+    pyplot.rcParams.update({"svg.hashsalt": "long_trajectory", "svg.fonttype": "none"})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for context, style in zip(sorted({row["context"] for row in rows}), ("-", "--", ":"), strict=False):
         chosen = [row for row in rows if row["context"] == context]
