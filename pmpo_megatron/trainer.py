@@ -109,12 +109,12 @@ class Trainer:
             batch = self.bridge.attend(lambda: self.collector.collect(self.progress.round, stop=self.stop))
         if batch is None:
             return None
-        if self.config.round.asynchronous and self.progress.round + 1 < self.config.run.rounds:
-            if ahead:
-                self.push_weights()
-                self.evaluate()
-            if self.collector is not None:
-                self.collector.start(self.progress.round + 1)
+        if ahead:
+            self.push_weights()
+            self.evaluate()
+        further = self.progress.round + 1 < self.config.run.rounds
+        if self.config.round.asynchronous and further and self.collector is not None:
+            self.collector.start(self.progress.round + 1)
         return batch
 
     def pack(self, batch: RoundBatch) -> list[list[MicroBatch]]:

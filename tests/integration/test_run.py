@@ -139,6 +139,7 @@ def test_two_processes(name, model, tmp_path):
     text = runs.train(model, directory, *LAYOUTS[name], "run.rounds=3", processes=2)
     rounds = [row for row in runs.metrics(directory) if "reward/mean" in row]
     assert len(rounds) == 3 and "report.html" in text
+    assert [row["step"] for row in runs.metrics(directory) if "eval/accuracy_mean" in row] == [0, 2, 3]
     stale = "asynchronous" in name
     assert [row["rollout/staleness"] for row in rounds] == ([0, 1, 1] if stale else [0, 0, 0])
     assert all(row["mismatch/mean_abs"] < 1e-4 for row in rounds if not row["rollout/staleness"])
