@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -59,9 +59,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A variant against the reference in one quantity. ``p_value`` is corrected for the number of comparisons."""
+    """A variant against the reference in one quantity. ``p_value`` is corrected for the number of comparisons.
+
+    ``seeds`` is the smaller number of theirs.
+    """
 
     name: str
+    seeds: int
     difference: float
     low: float
     high: float
@@ -71,12 +75,12 @@ class Verdict:
     def differs(self) -> bool:
         return self.p_value < 1 - CONFIDENCE
 
-    def sentence(self, reference: str, quantity: str, seeds: int) -> str:
+    def sentence(self, reference: str, quantity: str) -> str:
         interval = f"{self.difference:+.3f}, {CONFIDENCE:.0%} interval [{self.low:+.3f}, {self.high:+.3f}]"
         if self.differs:
             word = "better" if self.difference > 0 else "worse"
             return f"{self.name}: {word} than {reference} in {quantity} ({interval}; p = {self.p_value:.2g})"
-        return f"{self.name}: not told apart from {reference} in {quantity} by {seeds} seeds ({interval})"
+        return f"{self.name}: not told apart from {reference} in {quantity} by {self.seeds} seeds ({interval})"
 
 
 def read_variants(root: Path) -> list[Variant]:
@@ -112,15 +116,16 @@ def compare(values: dict[str, np.ndarray], reference: str) -> list[Verdict]:
     """Welch's t-test of every other entry of ``values`` against ``reference``, Holm-corrected; none with one seed."""
     base, verdicts = values[reference], []
     for name, other in values.items():
-        if name == reference or min(len(base), len(other)) < 2:
+        seeds = min(len(base), len(other))
+        if name == reference or seeds < 2:
             continue
         difference = float(other.mean() - base.mean())
         if other.std() == base.std() == 0:
-            verdicts.append(Verdict(name, difference, difference, difference, float(difference == 0)))
+            verdicts.append(Verdict(name, seeds, difference, difference, difference, float(difference == 0)))
             continue
         test = stats.ttest_ind(other, base, equal_var=False)
         low, high = test.confidence_interval(CONFIDENCE)
-        verdicts.append(Verdict(name, difference, float(low), float(high), float(test.pvalue)))
+        verdicts.append(Verdict(name, seeds, difference, float(low), float(high), float(test.pvalue)))
     return _holm(verdicts)
 
 
@@ -129,7 +134,7 @@ def _holm(verdicts: list[Verdict]) -> list[Verdict]:
     for rank, verdict in enumerate(sorted(verdicts, key=lambda v: v.p_value)):
         largest = max(largest, min(1.0, verdict.p_value * (len(verdicts) - rank)))
         corrected[verdict.name] = largest
-    return [Verdict(v.name, v.difference, v.low, v.high, corrected[v.name]) for v in verdicts]
+    return [replace(v, p_value=corrected[v.name]) for v in verdicts]
 
 
 def write_comparison(root: Path, out: Path, *, reference: str, title: str) -> list[str]:
@@ -141,22 +146,16 @@ def write_comparison(root: Path, out: Path, *, reference: str, title: str) -> li
     variants = read_variants(root)
     if reference not in [variant.name for variant in variants]:
         raise DataError(f"{root}: has no variant {reference!r}; it has {', '.join(v.name for v in variants)}")
-    seeds = min(len(variant.runs) for variant in variants)
-    sentences = [
-        verdict.sentence(reference, quantity, seeds)
-        for quantity, values in (
-            ("final accuracy", {v.name: v.final() for v in variants}),
-            ("accuracy over the whole run", {v.name: v.overall() for v in variants}),
-        )
-        for verdict in compare(values, reference)
-    ] or ["One seed each: nothing can be said about differences."]
+    sentences = _sentences(variants, reference)
+    counts = sorted({len(variant.runs) for variant in variants})
+    seeds = f"{counts[0]} seeds each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
     verdicts = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
     pictures = [svg for metric, heading, label in CURVES if (svg := _picture(variants, metric, heading, label))]
     cards = "".join(f'<div class="card">{svg}</div>' for svg in pictures)
     page = PAGE.format(
         title=escape(title),
         subtitle=escape(
-            f"{len(variants)} variants, {seeds} seeds each, equal budget. Lines are means, bands {CONFIDENCE:.0%} intervals of "
+            f"{len(variants)} variants, {seeds}, equal budget. Lines are means, bands {CONFIDENCE:.0%} intervals of "
             f"the mean by Student's t. Written {time.strftime('%Y-%m-%d %H:%M')}."
         ),
         light=css_variables(LIGHT),
@@ -168,6 +167,21 @@ def write_comparison(root: Path, out: Path, *, reference: str, title: str) -> li
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, out)
     return sentences
+
+
+def _sentences(variants: Sequence[Variant], reference: str) -> list[str]:
+    found = [
+        verdict.sentence(reference, quantity)
+        for quantity, values in (
+            ("final accuracy", {v.name: v.final() for v in variants}),
+            ("accuracy over the whole run", {v.name: v.overall() for v in variants}),
+        )
+        for verdict in compare(values, reference)
+    ]
+    if not found:
+        return ["One seed each: nothing can be said about differences."]
+    single = [variant.name for variant in variants if len(variant.runs) == 1]
+    return [*found, *(f"{name}: one seed, nothing can be said about it." for name in single)]
 
 
 def _table(variants: Sequence[Variant]) -> str:

@@ -57,6 +57,14 @@ def test_report_says_what_differs_and_what_does_not(tmp_path):
     assert "0.910 ± 0.025" in page and page.count("<svg ") == 2 and "not told apart" in page
 
 
+def test_unequal_seeds_are_counted_for_each_comparison(tmp_path):
+    write_runs(tmp_path, {"pmpo": [0.90, 0.91, 0.92], "same": [0.89, 0.93], "single": [0.1]})
+    sentences = write_comparison(tmp_path, tmp_path / "r.html", reference="pmpo", title="T")
+    assert any(s.startswith("same: not told apart from pmpo in final accuracy by 2 seeds") for s in sentences)
+    assert sentences[-1] == "single: one seed, nothing can be said about it."
+    assert "3 variants, 1 to 3 seeds, equal budget" in (tmp_path / "r.html").read_text()
+
+
 def test_one_seed_gives_no_verdict(tmp_path):
     write_runs(tmp_path, {"pmpo": [0.9], "other": [0.1]})
     assert write_comparison(tmp_path, tmp_path / "r.html", reference="pmpo", title="T") == [
