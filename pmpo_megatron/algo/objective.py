@@ -96,13 +96,7 @@ def evaluate_objective(
     advantage_N, weight_N = torch.where(usable_N, advantage_N, 0.0), torch.where(usable_N, weight_N, 0.0)
     segment_T = trajectory_T.clamp(min=-1) + 1
 
-    difference_T = log_probs_T.detach() - old_log_probs_T.detach()
-    finite_T = (difference_T - difference_T) == 0  # as isfinite(), which takes five times as long on CPU
-    within_T = difference_T.abs() <= LOG_RATIO_LIMIT  # where the clamp passes a gradient
-    if token_weights_T is not None:
-        finite_T = finite_T & token_weights_T.isfinite()
-        difference_T = torch.where(finite_T, difference_T, 0.0)
-    log_ratio_T = difference_T.nan_to_num(0.0, 0.0, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).double()
+    log_ratio_T, finite_T, within_T = _log_ratios(log_probs_T.detach(), old_log_probs_T.detach(), token_weights_T)
     x_T, clipped_T = _clip(log_ratio_T, advantage_N, segment_T, config)
 
     table = tabulate(x_T, segment_T, num_trajectories, clipped_T=clipped_T, finite_T=finite_T, interval=config.interval)
@@ -177,6 +171,20 @@ class _Surrogate(torch.autograd.Function):
 def _of_token(values_N: torch.Tensor, segment_T: torch.Tensor) -> torch.Tensor:
     """Each token's trajectory's value, [T]; 0 for tokens of none."""
     return torch.cat([values_N.new_zeros(1), values_N]).index_select(0, segment_T)
+
+
+def _log_ratios(
+    log_probs_T: torch.Tensor, old_log_probs_T: torch.Tensor, token_weights_T: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(float64 [T], clamped and 0 where not finite; whether all of a token is finite; whether the clamp passes a gradient)."""
+    difference_T = log_probs_T - old_log_probs_T
+    finite_T = (difference_T - difference_T) == 0  # as isfinite(), which takes five times as long on CPU
+    within_T = difference_T.abs() <= LOG_RATIO_LIMIT
+    if token_weights_T is not None:
+        finite_T = finite_T & token_weights_T.isfinite()
+        difference_T = torch.where(finite_T, difference_T, 0.0)
+    bounded_T = difference_T.nan_to_num(0.0, 0.0, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return bounded_T.double(), finite_T, within_T
 
 
 def _clip(

@@ -36,11 +36,11 @@ class WeightReceiver:
         what is wrong.
 
         Nothing is touched unless names, shapes and count are those of the whole model. After a failure in the middle
-        the model holds a mixture, and ``touched`` says so.
+        the model holds a mixture, and its version is -1.
         """
         problem = check_manifest(manifest)
         if problem:
-            return {"rank": self.rank, "problem": problem, "touched": False, "fingerprints": {}, "waited_s": 0.0}
+            return {"rank": self.rank, "problem": problem, "fingerprints": {}, "waited_s": 0.0}
         found: dict[str, int] = {}
         self.pmpo_version, self.pmpo_waited_s = -1, 0.0
         try:
@@ -51,7 +51,7 @@ class WeightReceiver:
             if manifest["channel"] is not None and self.pmpo_receiver is not None:
                 self.pmpo_receiver.fail()
         waited = self.pmpo_waited_s
-        return {"rank": self.rank, "problem": problem, "touched": True, "fingerprints": found, "waited_s": waited}
+        return {"rank": self.rank, "problem": problem, "fingerprints": found, "waited_s": waited}
 
     def _pmpo_reload(self, manifest: dict[str, Any], found: dict[str, int]) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
