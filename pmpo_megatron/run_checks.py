@@ -127,8 +127,15 @@ def _describe_layout(config: RunConfig, world_size: int, data_parallel: int) -> 
     parallel = config.parallel
     return (
         f"layout: {world_size} processes = tensor {parallel.tensor} * pipeline {parallel.pipeline} * context "
-        f"{parallel.context} * data {data_parallel}; rollouts: {config.rollout.engine}, tensor {config.rollout.tensor_parallel}"
+        f"{parallel.context} * data {data_parallel}; rollouts: {_describe_rollouts(config)}"
     )
+
+
+def _describe_rollouts(config: RunConfig) -> str:
+    rollout = config.rollout
+    if rollout.engine != "vllm":
+        return rollout.engine
+    return f"{rollout.engines} vLLM{'s' * (rollout.engines > 1)}, tensor {rollout.tensor_parallel}"
 
 
 def _describe_batch(config: RunConfig) -> str:

@@ -199,8 +199,8 @@ class _Outbox:
                 sent, answers = self._stream(stream, transport, manifest)
         except OSError as error:
             raise WeightSyncError(f"no room for the weights on their way to the engine: {error}") from None
-        for answer in answers:
-            self._check(answer, sent)
+        for worker, answer in enumerate(answers):
+            self._check(worker, answer, sent)
         self.engine.reset_prefix_cache()
         return max(answer["waited_s"] for answer in answers)
 
@@ -215,8 +215,8 @@ class _Outbox:
     def _call(self, manifest: dict[str, Any]) -> list[dict[str, Any]]:
         return self.engine.collective_rpc("pmpo_receive_weights", manifest)
 
-    def _check(self, answer: dict[str, Any], sent: dict[str, int]) -> None:
-        who = f"rollout worker {answer['rank']}"
+    def _check(self, worker: int, answer: dict[str, Any], sent: dict[str, int]) -> None:
+        who = f"rollout worker {worker}"
         if answer["problem"]:
             raise WeightSyncError(f"{who}: {answer['problem']}")
         for name, value in sent.items():
@@ -244,7 +244,7 @@ class _Outbox:
     @staticmethod
     def _why_given_up(call: Future) -> str | None:
         """What the workers say, who end because of `Sender.give_up`; the first that failed by itself comes first."""
-        problems = [f"rollout worker {answer['rank']}: {answer['problem']}" for answer in call.result() if answer["problem"]]
+        problems = [f"rollout worker {n}: {answer['problem']}" for n, answer in enumerate(call.result()) if answer["problem"]]
         return min(problems, key=lambda text: "the trainer gave up" in text, default=None)
 
     def _send(self, stream: Stream, sender: Sender, buckets: list, call: Future) -> dict[str, int]:

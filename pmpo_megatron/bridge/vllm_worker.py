@@ -18,29 +18,28 @@ from pmpo_megatron.bridge.fingerprint import fingerprint
 
 
 class WeightReceiver:
-    """Mixed into vLLM's worker, whose are ``self.model_runner``, ``model_config``, ``device`` and ``rank``."""
+    """Mixed into vLLM's worker, whose are ``self.model_runner``, ``model_config`` and ``device``."""
 
     pmpo_receiver: Receiver | None = None
 
     def pmpo_describe(self) -> dict[str, Any]:
         """What the other side has to know before it relies on this worker."""
         return {
-            "rank": self.rank,
             "version": getattr(self, "pmpo_version", 0),
             "channel": self.pmpo_receiver.identity if self.pmpo_receiver is not None else None,
             "logprobs_mode": self.model_config.logprobs_mode,
         }
 
     def pmpo_receive_weights(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Loads the tensors of ``manifest`` into the model; returns rank, fingerprints and how long it waited for buckets, or
-        what is wrong.
+        """Loads the tensors of ``manifest`` into the model; returns fingerprints and how long it waited for buckets, or what
+        is wrong.
 
         Nothing is touched unless names, shapes and count are those of the whole model. After a failure in the middle
         the model holds a mixture, and its version is -1.
         """
         problem = check_manifest(manifest)
         if problem:
-            return {"rank": self.rank, "problem": problem, "fingerprints": {}, "waited_s": 0.0}
+            return {"problem": problem, "fingerprints": {}, "waited_s": 0.0}
         found: dict[str, int] = {}
         self.pmpo_version, self.pmpo_waited_s = -1, 0.0
         try:
@@ -51,7 +50,7 @@ class WeightReceiver:
             if manifest["channel"] is not None and self.pmpo_receiver is not None:
                 self.pmpo_receiver.fail()
         waited = self.pmpo_waited_s
-        return {"rank": self.rank, "problem": problem, "fingerprints": found, "waited_s": waited}
+        return {"problem": problem, "fingerprints": found, "waited_s": waited}
 
     def _pmpo_reload(self, manifest: dict[str, Any], found: dict[str, int]) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload

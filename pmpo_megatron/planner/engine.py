@@ -87,10 +87,11 @@ def engine_problems(shape: ModelShape, rollout: RolloutConfig, found: EngineByte
 
 @dataclass(frozen=True)
 class GenerationTime:
-    """How long the engine takes for a round's rollouts.
+    """How long the engines take for a round's rollouts.
 
     Attributes:
-        running: requests in one batch while there are enough of them.
+        running: requests in one batch of an engine while there are enough of them.
+        tokens_per_s: response tokens of all engines.
     """
 
     seconds: float
@@ -116,10 +117,11 @@ def generation_time(
         response: mean tokens of a response.
     """
     mean_context = context - response / 2
-    running = max(1, min(requests, rollout.max_num_seqs, int(found.kv_tokens / max(1.0, mean_context))))
+    share = math.ceil(requests / rollout.engines)
+    running = max(1, min(share, rollout.max_num_seqs, int(found.kv_tokens / max(1.0, mean_context))))
     step = decoding_step(shape, rollout, found, hardware, running=running, context=mean_context)
     alone = decoding_step(shape, rollout, found, hardware, running=1, context=mean_context)
-    full = requests * response / running * step
+    full = share * response / running * step
     tail = max(0.0, sampling.max_tokens - response) * alone  # the longest response ends alone
     return GenerationTime(full + tail, running, requests * response / (full + tail))
 

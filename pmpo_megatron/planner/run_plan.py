@@ -162,7 +162,7 @@ def plan(
         step=step,
         round=_round_time(config, shape, hardware, step, generation),
         problems=tuple(_problems(config, shape, load, engine, gpus)),
-        notes=tuple(_notes(config, load, data_parallel)),
+        notes=tuple(_notes(config, load, hardware, world_size, data_parallel)),
     )
 
 
@@ -189,7 +189,7 @@ def _gpus(config, world_size, hardware, shape, load: Load, engine: EngineBytes |
     parallel, dtype = config.parallel, config.model.dtype.replace("auto", "bfloat16")
     replicas = world_size // (parallel.tensor * parallel.pipeline)
     common = dict(replicas=replicas, dtype=dtype, distributed=config.optimizer.distributed)
-    engine_size = config.rollout.tensor_parallel if engine is not None else 0
+    engine_size = config.rollout.engines * config.rollout.tensor_parallel if engine is not None else 0
     asks = config.rollout.gpu_memory_utilization * hardware.memory_gib * GIB
     found = []
     for stage, shared in kinds_of_gpu(parallel, world_size=world_size, engine_size=engine_size):
@@ -263,11 +263,10 @@ def _problems(config, shape, load: Load, engine: EngineBytes | None, gpus) -> li
     if engine is not None:
         longest = config.data.max_prompt_tokens + config.sampling.max_tokens
         problems += engine_problems(shape, config.rollout, engine, longest=longest)
-        if config.rollout.tensor_parallel > gpus[0].hardware.gpus_per_node:
-            problems.append(
-                f"rollout.tensor_parallel: {config.rollout.tensor_parallel} is more than a node's "
-                f"{gpus[0].hardware.gpus_per_node} GPUs; the engine runs on one"
-            )
+        engines, size, here = config.rollout.engines, config.rollout.tensor_parallel, gpus[0].hardware.gpus_per_node
+        if engines * size > here:
+            asked = f"rollout.tensor_parallel: {size}" if engines == 1 else f"rollout.engines: {engines} * {size}"
+            problems.append(f"{asked} is more than a node's {here} GPUs; vLLM runs on the first node")
     worst = min(gpus, key=lambda gpu: gpu.spare)
     if worst.spare < 0:
         problems.append(
@@ -284,7 +283,7 @@ def _problems(config, shape, load: Load, engine: EngineBytes | None, gpus) -> li
     return problems
 
 
-def _notes(config, load: Load, data_parallel: int) -> list[str]:
+def _notes(config, load: Load, hardware: Hardware, world_size: int, data_parallel: int) -> list[str]:
     notes = []
     if load.trajectories % data_parallel:
         notes.append(f"{load.trajectories} trajectories of a step do not divide by data parallel {data_parallel}: some wait")
@@ -292,6 +291,12 @@ def _notes(config, load: Load, data_parallel: int) -> list[str]:
         notes.append(
             "rollout.kv_cache_gib is not set: vLLM then measures what is free while the trainer allocates on the same GPU, "
             "and may find less than its share; set it"
+        )
+    used, there = config.rollout.engines * config.rollout.tensor_parallel, min(hardware.gpus_per_node, world_size)
+    if config.rollout.engine == "vllm" and 2 * used <= there:
+        notes.append(
+            f"rollout.engines: vLLM runs on {used} of the first node's {there} GPUs, the others wait for it; "
+            f"{there // config.rollout.tensor_parallel} would use them all, at the same memory on each"
         )
     if config.rollout.engine == "server":
         notes.append("rollouts come from servers: their memory and time, and the time to send them weights, are not counted")

@@ -69,17 +69,17 @@ def _engine_lines(found: Plan) -> list[str]:
     if engine is None:
         servers = len(rollout.urls)
         return [f"rollouts: from {servers} server{'s' * (servers > 1)}" if servers else "rollouts: recorded ones"]
-    last = rollout.tensor_parallel - 1
-    where = f"GPUs 0-{last}" if last else "GPU 0"
+    last = rollout.engines * rollout.tensor_parallel - 1
+    where = f"GPUs 0-{last} of the first node, on each" if last else "GPU 0 of the first node"
+    who = "vLLM" if rollout.engines == 1 else f"{rollout.engines} vLLMs"
     lines = [
-        f"vLLM on {where} of the first node: weights {engine.weights / GIB:.1f} GiB, forward pass "
+        f"{who} on {where}: weights {engine.weights / GIB:.1f} GiB, forward pass "
         f"{engine.forward / GIB:.1f}, KV cache {max(engine.kv_cache, 0) / GIB:.1f} = {engine.kv_tokens} tokens, "
         f"{engine.kv_tokens // found.load.longest} requests of the greatest length"
     ]
     if found.generation is not None:
-        lines.append(
-            f"rollouts: {found.generation.running} requests at once, {found.generation.tokens_per_s:.0f} response tokens/s"
-        )
+        running, speed = rollout.engines * found.generation.running, found.generation.tokens_per_s
+        lines.append(f"rollouts: {running} requests at once, {speed:.0f} response tokens/s")
     return lines
 
 

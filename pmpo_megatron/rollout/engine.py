@@ -45,16 +45,21 @@ class RolloutConfig(Section):
     )
     replay_from: str | None = setting(None, "engine replay: a file that record_to wrote")
     record_to: str | None = setting(None, "append every round's rollouts to this file")
+    engines: int = setting(
+        1,
+        "engine vllm: so many vLLMs, each with the whole model on tensor_parallel GPUs of its own; they share the prompts",
+        minimum=1,
+    )
     tensor_parallel: int = setting(1, "vLLM's tensor-parallel size", minimum=1)
     dtype: str = setting("auto", "of the engine's weights", choices=("auto", "float32", "bfloat16"))
     max_model_len: int | None = setting(None, "prompt and response at most; null: the model's limit", unit="tokens", minimum=1)
-    max_num_seqs: int = setting(256, "requests in one batch of the engine", minimum=1)
+    max_num_seqs: int = setting(256, "requests in one batch of each engine", minimum=1)
     kv_cache_gib: float | None = setting(
-        None, "KV cache on CPU (0.5), or on GPU instead of a share of its memory", unit="GiB", above=0
+        None, "each engine's KV cache on CPU (0.5), or on each GPU instead of a share of its memory", unit="GiB", above=0
     )
     gpu_memory_utilization: float = setting(0.5, "GPU: share of memory for weights and KV cache", above=0.0, maximum=1.0)
     enforce_eager: bool = setting(False, "GPU: no CUDA graphs")
-    threads: int | None = setting(None, "CPU: threads of the engine; null: all cores", minimum=1)
+    threads: int | None = setting(None, "CPU: threads of each engine; null: the cores, divided", minimum=1)
     start_timeout_s: float = setting(
         600.0, "longest wait for the engine to start, or for one response of a server", unit="s", above=0.0
     )

@@ -13,13 +13,22 @@ from typing import Any
 HEARTBEAT_S = 1.0
 
 
-def serve(connection: Connection, alive: Connection, log_path: str, settings: dict[str, Any], threads: int) -> None:
+def serve(
+    connection: Connection,
+    alive: Connection,
+    log_path: str,
+    settings: dict[str, Any],
+    threads: int,
+    visible_gpus: str | None,
+) -> None:
     """Main function of the child. Messages out: ("ready" | "value" | "finished" | "alive" | "error", content)."""
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    if visible_gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
     import torch
 
     torch.set_num_threads(threads)
@@ -40,8 +49,8 @@ def serve(connection: Connection, alive: Connection, log_path: str, settings: di
             if name == "generate":
                 _generate(llm, connection, *arguments)
             else:
-                value = llm.collective_rpc(name, args=arguments) if name != "reset_prefix_cache" else llm.reset_prefix_cache()
-                connection.send(("value", value))
+                own = name == "reset_prefix_cache"  # a method of the engine, not of its workers
+                connection.send(("value", [llm.reset_prefix_cache()] if own else llm.collective_rpc(name, args=arguments)))
         except Exception:
             connection.send(("error", traceback.format_exc()))
 
@@ -82,4 +91,4 @@ def _plain(output: Any) -> tuple[str, list[int], list[float], str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit("started by pmpo_megatron.rollout.vllm_engine")
+    sys.exit("started by pmpo_megatron.rollout.vllm_process")

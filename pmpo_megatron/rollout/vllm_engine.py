@@ -1,4 +1,4 @@
-"""A vLLM engine in a process of its own, forked from a server that has vLLM imported; killed and started again if it fails.
+"""vLLM engines that this process starts, each in a process of its own; those that fail are started again.
 
 Never in the trainer's process: vLLM initialises torch.distributed and, when it ends, destroys the trainer's groups.
 """
@@ -6,34 +6,33 @@ Never in the trainer's process: vLLM initialises torch.distributed and, when it 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pmpo_megatron.errors import RolloutError
-from pmpo_megatron.rollout import vllm_child
 from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig, request_seed
+from pmpo_megatron.rollout.vllm_process import EngineDied, VLLMProcess
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Request = tuple[str, list[int], dict[str, Any]]
 GIB = 1 << 30
 DEFAULT_CPU_KV_CACHE_GIB = 0.5
 
 
-class EngineDied(Exception):
-    """The engine's process ended, or stopped to answer; inside this file only."""
-
-
 class VLLMEngine:
-    """`RolloutEngine` on a vLLM that this process starts. See `engine.RolloutEngine` for the methods."""
+    """`RolloutEngine` on ``config.engines`` vLLMs, each with the whole model. See `engine.RolloutEngine` for the methods.
+
+    Prompt k goes to engine k modulo their number, with all its responses, so that they share the prompt's cache and the
+    same configuration always divides a batch in the same way.
+    """
 
     holds_weights = True
     same_host = on_loopback = True
@@ -42,15 +41,20 @@ class VLLMEngine:
         self.config, self.version = config, 0
         self.on_restart: Callable[[VLLMEngine], None] | None = None
         self.broken: str | None = None
-        self._threads = config.threads or os.cpu_count() or 1
-        self._settings = engine_settings(config, model_path=model_path, device=device, worker_extension=worker_extension)
         self._directory = tempfile.TemporaryDirectory(prefix="pmpo-vllm-")
-        self._log_path = Path(self._directory.name) / "engine.log"
-        os.environ["PMPO_ROLLOUT_DEVICE"] = device
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["pmpo_megatron.rollout.vllm_preload"])
-        self._process = None
-        self._start()
+        settings = engine_settings(config, model_path=model_path, device=device, worker_extension=worker_extension)
+        threads = config.threads or max(1, (os.cpu_count() or 1) // config.engines)
+        self._processes = [
+            VLLMProcess(
+                settings,
+                device=device,
+                threads=threads,
+                visible_gpus=visible_gpus(number, config.tensor_parallel) if device == "cuda" else None,
+                log_path=Path(self._directory.name) / f"engine-{number}.log",
+            )
+            for number in range(config.engines)
+        ]
+        self._start(self._processes)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
         requests = make_requests(prompts, sampling, round_index)
@@ -58,29 +62,37 @@ class VLLMEngine:
         restarts = 0
         while len(finished) < len(requests):
             self._check_whole()
-            missing = [request for request in requests if request[0] not in finished]
-            try:
-                self._run(missing, finished)
-            except EngineDied as error:
-                restarts += 1
-                if restarts > self.config.max_restarts:
-                    raise RolloutError(
-                        f"{error}; it was restarted {self.config.max_restarts} times. {self._log_tail()}"
-                    ) from None
-                logger.warning(
-                    "%s; starting it again, %d of %d responses are missing", error, len(requests) - len(finished), len(requests)
-                )
-                self.revive()
+            died = self._run([request for request in requests if request[0] not in finished], finished)
+            restarts += len(died)
+            if restarts > self.config.max_restarts:
+                process, error = next(iter(died.items()))
+                raise RolloutError(f"{error}; it was restarted {self.config.max_restarts} times. {process.log_tail()}")
+            if died:
+                missing = len(requests) - len(finished)
+                for error in died.values():
+                    logger.warning("%s; starting it again, %d of %d responses are missing", error, missing, len(requests))
+                self._start(list(died))
                 if self.on_restart is not None:
                     self.on_restart(self)
         return self._groups(prompts, sampling, round_index, finished)
 
     def collective_rpc(self, method: str, *arguments: Any) -> list[Any]:
-        try:
-            self._send((method, arguments))
-            return self._wait_for("value", self.config.stall_s, f"{method} of the rollout engine")
-        except EngineDied as error:
-            raise RolloutError(f"{error}. {self._log_tail()}") from None
+        """See `engine.RolloutEngine`. If an engine dies, all end, so that none waits for it; `revive` starts them again."""
+        problems: list[str] = []  # in the order in which they came
+
+        def call(process: VLLMProcess) -> list[Any]:
+            try:
+                return process.call(method, arguments, timeout_s=self.config.stall_s, what=f"{method} of the rollout engine")
+            except EngineDied as error:
+                problems.append(f"{error}. {process.log_tail()}")
+                for each in self._processes:
+                    each.interrupt()
+                return []
+
+        answers = _all_at_once(call, self._processes)
+        if problems:
+            raise RolloutError(problems[0])
+        return [answer for of_engine in answers for answer in of_engine]
 
     def reset_prefix_cache(self) -> None:
         self.collective_rpc("reset_prefix_cache")
@@ -89,24 +101,48 @@ class VLLMEngine:
         self.broken = reason
 
     def revive(self) -> None:
-        self._kill()
-        self._start()
+        self._start(self._processes)
 
     def close(self) -> None:
-        self._kill()
+        _all_at_once(VLLMProcess.kill, self._processes)
         self._directory.cleanup()
 
     @property
-    def process_id(self) -> int:
-        return self._process.pid
+    def process_ids(self) -> list[int]:
+        return [process.process_id for process in self._processes]
 
-    def _run(self, requests: list, finished: dict[str, tuple]) -> None:
-        self._send(("generate", (requests,)))
+    def _start(self, processes: list[VLLMProcess]) -> None:
+        """Those that run are ended first. If one does not start, none goes on: another try begins with nothing held."""
+
+        def start(process: VLLMProcess) -> None:
+            process.kill()
+            process.start(self.config.start_timeout_s)
+
+        try:
+            _all_at_once(start, processes)
+        except RolloutError:
+            _all_at_once(VLLMProcess.kill, self._processes)
+            raise
+
+    def _run(self, requests: list[Request], finished: dict[str, tuple]) -> dict[VLLMProcess, EngineDied]:
+        """Divides ``requests`` among the engines and fills ``finished``; which engines died. The others end their share."""
 
         def keep(outputs: list[tuple]) -> None:
             finished.update({output[0]: (*output[1:], self.version) for output in outputs})
 
-        self._wait_for("value", self.config.stall_s, "the rollout engine", on_finished=keep)
+        def run(process: VLLMProcess, share: list[Request]) -> EngineDied | None:
+            if share:
+                try:
+                    process.call(
+                        "generate", (share,), timeout_s=self.config.stall_s, what="the rollout engine", on_finished=keep
+                    )
+                except EngineDied as error:
+                    return error
+            return None
+
+        shares = divide(requests, len(self._processes))
+        results = _all_at_once(run, self._processes, shares)
+        return {process: error for process, error in zip(self._processes, results, strict=True) if error is not None}
 
     def _groups(self, prompts, sampling, round_index, finished) -> list[RolloutGroup]:
         groups = []
@@ -124,72 +160,46 @@ class VLLMEngine:
         if self.broken is not None:
             raise RolloutError(f"the engine's weights are not whole ({self.broken}); a full update must succeed first")
 
-    def _start(self) -> None:
-        self._connection, theirs = self._context.Pipe()
-        alive, self._alive = self._context.Pipe(duplex=False)
-        arguments = (theirs, alive, str(self._log_path), self._settings, self._threads)
-        self._process = self._context.Process(target=vllm_child.serve, args=arguments, name="vllm")
-        self._process.start()
-        theirs.close()
-        alive.close()
-        try:
-            self._wait_for("ready", self.config.start_timeout_s, "the start of the rollout engine")
-        except (EngineDied, RolloutError) as error:
-            self._kill()
-            raise RolloutError(f"the rollout engine did not start: {error}. {self._log_tail()}") from None
 
-    def _send(self, message: tuple) -> None:
-        try:
-            self._connection.send(message)
-        except (BrokenPipeError, ConnectionResetError):
-            raise EngineDied(self._why_dead()) from None
-
-    def _wait_for(self, kind: str, timeout_s: float, what: str, on_finished: Callable | None = None) -> Any:
-        """The content of the next message of ``kind``; every message counts as a sign of life."""
-        while True:
-            if not self._connection.poll(timeout_s):
-                raise EngineDied(f"{what}: no sign of life for {timeout_s:g} s")
-            try:
-                found, content = self._connection.recv()
-            except (EOFError, ConnectionResetError):
-                raise EngineDied(self._why_dead()) from None
-            if found == "finished" and on_finished is not None:
-                on_finished(content)
-            elif found == "error":
-                raise RolloutError(f"{what} failed:\n{content}")
-            elif found == kind:
-                return content
-
-    def _why_dead(self) -> str:
-        self._process.join(timeout=5)
-        code = self._process.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
-        return f"the rollout engine's process {self._process.pid} {how}"
-
-    def _log_tail(self) -> str:
-        try:
-            return "The end of its log:\n" + "\n".join(self._log_path.read_text(errors="replace").splitlines()[-25:])
-        except OSError:
-            return "It wrote no log."
-
-    def _kill(self) -> None:
-        """Ends the process and, with it, its workers: closing our end of the pipe reaches those that a kill does not."""
-        if self._process is None:
-            return
-        self._alive.close()
-        self._connection.close()
-        self._process.join(timeout=2)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._process = None
-        deadline = time.monotonic() + 5
-        for segment in Path("/dev/shm").glob(f"psm_*{os.getpid()}*"):  # what killed workers leave
-            if time.monotonic() < deadline:
-                segment.unlink(missing_ok=True)
+def _all_at_once(call: Callable[..., T], processes: Sequence[VLLMProcess], *more: Sequence[Any]) -> list[T]:
+    """What ``call`` returned for each process, when all have returned; then the first exception, so that no answer waits."""
+    if len(processes) == 1:
+        return [call(processes[0], *(values[0] for values in more))]
+    with ThreadPoolExecutor(max_workers=len(processes), thread_name_prefix="vllm") as pool:
+        calls = [pool.submit(call, *arguments) for arguments in zip(processes, *more, strict=True)]
+    return [done.result() for done in calls]
 
 
-def make_requests(prompts: Sequence[Prompt], sampling: SamplingConfig, round_index: int) -> list[tuple[str, list[int], dict]]:
+def divide(requests: Sequence[Request], engines: int) -> list[list[Request]]:
+    """Prompt by prompt in turn: the responses of a prompt stay together."""
+    shares: list[list[Request]] = [[] for _ in range(engines)]
+    prompts = {name.split("/")[0]: None for name, *_ in requests}  # in order
+    where = {prompt: number % engines for number, prompt in enumerate(prompts)}
+    for request in requests:
+        shares[where[request[0].split("/")[0]]].append(request)
+    return shares
+
+
+def visible_gpus(number: int, tensor_parallel: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES with which engine ``number`` takes its own GPUs; None for the first, which takes the first.
+
+    The engine's GPUs come first and the others after them: it uses only its own, and can open the trainer's memory.
+    """
+    if number == 0:
+        return None
+    import torch
+
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = listed.split(",") if listed else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    first = number * tensor_parallel
+    if first + tensor_parallel > len(gpus):
+        raise RolloutError(
+            f"engine {number} of the rollouts needs GPUs {first} to {first + tensor_parallel - 1}; here are {len(gpus)}"
+        )
+    return ",".join(gpus[first:] + gpus[:first])
+
+
+def make_requests(prompts: Sequence[Prompt], sampling: SamplingConfig, round_index: int) -> list[Request]:
     """(name, prompt token ids, SamplingParams' arguments): one request for each response, each with its own seed."""
     common = dict(
         n=1,

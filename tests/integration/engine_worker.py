@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ def update_and_compare(path: str, layout: dict, engine_settings: dict, bridge_se
         target = Path(directory) / "exported"
         export(bridge, path, target)
         if engine is not None:
-            os.kill(engine.process_id, signal.SIGKILL)
+            os.kill(engine.process_ids[0], signal.SIGKILL)
         found["restarted"] = bridge.attend(lambda: answers(engine))
         if engine is not None:
             engine.close()
@@ -133,15 +134,15 @@ def update_and_compare(path: str, layout: dict, engine_settings: dict, bridge_se
     return found if state.is_main else None
 
 
-def corrupt_and_recover(path: str) -> dict:
+def corrupt_and_recover(path: str, engines: int) -> dict:
     """Messages of updates that go wrong in transit, of a generation after one, and answers after good updates.
 
-    The engine dies in the middle of the last update.
+    The last engine dies in the middle of the last update.
     """
     parallel = ParallelConfig()
     state = initialize(parallel, device="cpu")
     policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.02), parallel, state)
-    engine = engine_for(path)
+    engine = engine_for(path, engines=engines)
     bridge = WeightBridge(policy, engine, BridgeConfig(bucket_mib=SMALL))
     train(policy, parallel)
     real, send, found = engine.collective_rpc, SharedFile.move, {}
@@ -172,17 +173,19 @@ def corrupt_and_recover(path: str) -> dict:
     bridge.push(2)
     found["third"] = plan_buckets(policy.mapping.hf_shapes, bridge.source.dtype, int(SMALL * 2**20))[3][0]["name"]
     found["answers"], found["version"] = answers(engine), engine.version
-    first = engine.process_id
+    first = engine.process_ids[-1]
 
     def kill(medium, number, size):
         send(medium, number, size)
-        if number == 3 and engine.process_id == first:
+        if number == 3 and engine.process_ids[-1] == first:
             os.kill(first, signal.SIGKILL)
 
     SharedFile.move = kill
+    began = time.monotonic()
     bridge.push(3)
+    assert time.monotonic() - began < bridge.config.timeout_s, "the other engines did not wait for the one that died"
     found["killed"], found["killed, version"] = answers(engine), engine.version
-    assert engine.process_id != first
+    assert engine.process_ids[-1] != first
     engine.close()
     bridge.close()
     shut_down()

@@ -11,17 +11,19 @@ LAYOUTS = {"tp1": (1, {}), "tp2": (2, dict(tensor=2, sequence_parallel=True)), "
 DISK, GLOO, BUCKETS = dict(transport="disk"), dict(transport="gloo", bucket_mib=SMALL), dict(bucket_mib=SMALL)
 slow = pytest.mark.slow
 CASES = [
-    ("tp1", "qwen2-tied", 1, BUCKETS),
-    ("tp2", "qwen2", 1, GLOO),
-    ("pp2", "qwen2-tied", 1, DISK),
-    ("tp2", "qwen2-tied", 2, BUCKETS),
-    pytest.param("tp1", "qwen2-tied", 1, {}, marks=slow),
-    pytest.param("pp2", "qwen2-tied", 2, GLOO, marks=slow),
-    pytest.param("tp1", "qwen2", 2, {}, marks=slow),
-    pytest.param("pp2", "qwen2", 2, {}, marks=slow),
-    pytest.param("dp2", "qwen3", 1, {}, marks=slow),
-    pytest.param("tp2", "llama3-tied", 1, dict(verify="sample"), marks=slow),
-    pytest.param("tp1", "llama", 1, dict(verify="off"), marks=slow),
+    ("tp1", "qwen2-tied", {}, BUCKETS),
+    ("tp1", "qwen2-tied", dict(engines=2), BUCKETS),
+    ("tp2", "qwen2", {}, GLOO),
+    ("pp2", "qwen2-tied", {}, DISK),
+    ("tp2", "qwen2-tied", dict(tensor_parallel=2), BUCKETS),
+    pytest.param("tp1", "qwen2-tied", {}, {}, marks=slow),
+    pytest.param("tp2", "qwen2-tied", dict(engines=2, tensor_parallel=2), GLOO, marks=slow),
+    pytest.param("pp2", "qwen2-tied", dict(tensor_parallel=2), GLOO, marks=slow),
+    pytest.param("tp1", "qwen2", dict(tensor_parallel=2), {}, marks=slow),
+    pytest.param("pp2", "qwen2", dict(tensor_parallel=2), {}, marks=slow),
+    pytest.param("dp2", "qwen3", {}, {}, marks=slow),
+    pytest.param("tp2", "llama3-tied", {}, dict(verify="sample"), marks=slow),
+    pytest.param("tp1", "llama", {}, dict(verify="off"), marks=slow),
 ]
 
 
@@ -31,14 +33,11 @@ def same(one: list, other: list, *, tolerance: float) -> None:
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize(("layout", "kind", "engine_tp", "bridge"), CASES)
-def test_an_updated_engine_equals_a_freshly_loaded_one(layout, kind, engine_tp, bridge, tmp_path):
+@pytest.mark.parametrize(("layout", "kind", "engine", "bridge"), CASES)
+def test_an_updated_engine_equals_a_freshly_loaded_one(layout, kind, engine, bridge, tmp_path):
     world_size, parallel = LAYOUTS[layout]
     path = save_model(kind, tmp_path / "model")
-    settings = dict(tensor_parallel=engine_tp)
-    found = run_ranks(world_size, f"{WORKER}:update_and_compare", path, parallel, settings, bridge, str(tmp_path), timeout=280)[
-        0
-    ]
+    found = run_ranks(world_size, f"{WORKER}:update_and_compare", path, parallel, engine, bridge, str(tmp_path), timeout=280)[0]
     assert [ids for ids, _ in found["before"]] != [ids for ids, _ in found["after"]], "the update changed what is generated"
     same(found["after"], found["fresh"], tolerance=1e-6)
     same(found["restarted"], found["fresh"], tolerance=1e-6)
@@ -46,8 +45,9 @@ def test_an_updated_engine_equals_a_freshly_loaded_one(layout, kind, engine_tp, 
     assert found["report"].verify == bridge.get("verify", "full")
 
 
-def test_what_is_corrupted_in_transit_is_caught_and_nothing_is_generated_from_it(tmp_path):
-    [found] = run_ranks(1, f"{WORKER}:corrupt_and_recover", save_model("qwen2", tmp_path / "model"), timeout=280)
+@pytest.mark.parametrize("engines", [1, 2])
+def test_what_is_corrupted_in_transit_is_caught_and_nothing_is_generated_from_it(engines, tmp_path):
+    [found] = run_ranks(1, f"{WORKER}:corrupt_and_recover", save_model("qwen2", tmp_path / "model"), engines, timeout=280)
     assert f"rollout worker 0: {found['third']} is not what was sent" in found["flipped"]
     assert "missing: " in found["left_out"]
     for name in ("flipped", "left_out"):

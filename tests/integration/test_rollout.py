@@ -83,7 +83,7 @@ def test_an_engine_killed_in_the_middle_of_a_batch_is_replaced_and_nothing_is_lo
     many = sampling(samples_per_prompt=60, max_tokens=120)
     try:
         expected = flat(engine.generate(prompts(), many, round_index=0))
-        restarts, first = [], engine.process_id
+        restarts, first = [], engine.process_ids[0]
 
         def kill() -> None:
             time.sleep(0.5)
@@ -94,10 +94,41 @@ def test_an_engine_killed_in_the_middle_of_a_batch_is_replaced_and_nothing_is_lo
         thread.start()
         found = flat(engine.generate(prompts(), many, round_index=0))
         thread.join()
-        assert restarts == [engine] and engine.process_id != first, "it was killed while it generated, and replaced"
+        assert restarts == [engine] and engine.process_ids[0] != first, "it was killed while it generated, and replaced"
         assert [row[:2] for row in found] == [row[:2] for row in expected]
     finally:
         engine.close()
+
+
+class TestSeveralEngines:
+    def test_they_share_the_prompts_and_sample_what_one_does(self, engine, path):
+        several = engine_for(path, engines=3)
+        try:
+            for count in (1, 4):  # also fewer prompts than engines
+                expected = engine.generate(prompts(count), sampling(), round_index=3)
+                found = several.generate(prompts(count), sampling(), round_index=3)
+                assert [row[:2] for row in flat(found)] == [row[:2] for row in flat(expected)]
+                for one, other in zip(flat(found), flat(expected), strict=True):
+                    np.testing.assert_allclose(one[2], other[2], atol=1e-5)
+            assert len(set(several.process_ids)) == 3
+        finally:
+            several.close()
+
+    def test_one_that_dies_is_replaced_and_the_others_stay(self, path):
+        engine = engine_for(path, engines=2)
+        many = sampling(samples_per_prompt=60, max_tokens=120)
+        try:
+            expected = flat(engine.generate(prompts(), many, round_index=0))
+            restarts, (first, second) = [], engine.process_ids
+            engine.on_restart = restarts.append
+            killer = threading.Timer(0.5, os.kill, (second, signal.SIGKILL))
+            killer.start()
+            found = flat(engine.generate(prompts(), many, round_index=0))
+            killer.join()
+            assert restarts == [engine] and engine.process_ids[0] == first and engine.process_ids[1] != second
+            assert [row[:2] for row in found] == [row[:2] for row in expected]
+        finally:
+            engine.close()
 
 
 def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(path):
@@ -105,12 +136,12 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(path):
     try:
         real = engine._start
 
-        def start_and_kill() -> None:
-            real()
-            os.kill(engine.process_id, signal.SIGKILL)
+        def start_and_kill(processes) -> None:
+            real(processes)
+            os.kill(engine.process_ids[0], signal.SIGKILL)
 
         engine._start = start_and_kill
-        os.kill(engine.process_id, signal.SIGKILL)
+        os.kill(engine.process_ids[0], signal.SIGKILL)
         with pytest.raises(RolloutError, match="was killed by SIGKILL; it was restarted 1 times"):
             engine.generate(prompts(), sampling(), round_index=0)
     finally:

@@ -141,6 +141,16 @@ def test_no_layout_fits_where_there_are_too_few_gpus():
     assert best_layouts(large, 8, H100) == []
 
 
+def test_engines_take_gpus_of_the_first_node():
+    assert [gpu.engine > 0 for gpu in plan(config(), 8, H100).gpus] == [True, False], "4 of 8 GPUs"
+    two = plan(config(rollout={"engines": 2}), 8, H100)
+    assert [gpu.engine > 0 for gpu in two.gpus] == [True]
+    assert any("vLLM runs on 4 of the first node's 8 GPUs" in note for note in plan(config(), 8, H100).notes)
+    assert not any("rollout.engines" in note for note in two.notes)
+    [problem] = plan(config(rollout={"engines": 3}), 16, H100).problems
+    assert problem == "rollout.engines: 3 * 4 is more than a node's 8 GPUs; vLLM runs on the first node"
+
+
 def test_nothing_is_proposed_where_rollouts_cannot_work():
     assert best_layouts(config(rollout={"max_model_len": 4000}), 8, H100) == []
 

@@ -101,6 +101,17 @@ def test_why_vllm_would_not_start(options, message):
     assert any(message in problem for problem in problems), problems
 
 
+def test_engines_share_the_requests():
+    """Two engines with half of the requests each take as long as one with half of them, and make twice as much."""
+    one, two = (RolloutConfig(tensor_parallel=4, max_num_seqs=256, engines=engines) for engines in (1, 2))
+    found = engine_bytes(QWEN, one, H100)
+    assert engine_bytes(QWEN, two, H100) == found, "each holds the whole model"
+    args = dict(context=2000, response=1500)
+    half = generation_time(QWEN, one, SamplingConfig(max_tokens=3000), found, H100, requests=512, **args)
+    both = generation_time(QWEN, two, SamplingConfig(max_tokens=3000), found, H100, requests=1024, **args)
+    assert both.seconds == half.seconds and both.tokens_per_s == pytest.approx(2 * half.tokens_per_s)
+
+
 def test_generation_is_bound_by_memory_and_gains_from_batches():
     rollout = RolloutConfig(tensor_parallel=4, max_num_seqs=256)
     found = engine_bytes(QWEN, rollout, H100)
