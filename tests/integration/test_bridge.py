@@ -54,4 +54,5 @@ def test_what_is_corrupted_in_transit_is_caught_and_nothing_is_generated_from_it
         assert "a full update must succeed first" in found[f"{name}, generate"]
     assert found["version"] == 2 and len(found["answers"]) == 4, "and a whole update repairs it"
     assert found["killed, version"] == 3, "an engine that dies while it takes weights is started again and gets them"
+    assert found["killed, seconds"] < 100, "the other engine does not wait out bridge.timeout_s, 200, for the one that died"
     same(found["killed"], found["answers"], tolerance=1e-6)
