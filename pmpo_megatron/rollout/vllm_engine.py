@@ -63,7 +63,7 @@ class VLLMEngine:
         while len(finished) < len(requests):
             self._check_whole()
             died = self._run([request for request in requests if request[0] not in finished], finished)
-            restarts += len(died)
+            restarts += bool(died)  # several at once have one cause
             if restarts > self.config.max_restarts:
                 process, error = next(iter(died.items()))
                 raise RolloutError(f"{error}; it was restarted {self.config.max_restarts} times. {process.log_tail()}")
