@@ -114,10 +114,10 @@ def _add_engine_options(group: Any) -> None:
         help="running vLLM servers that hold the model, instead of an engine here",
     )
     add("--rollout", nargs="+", default=[], metavar="KEY=VALUE", help="fields of the rollout section of a run's configuration: "
-        "tensor_parallel=4 dtype=bfloat16 max_model_len=4096 kv_cache_gib=2 threads=8 ...")  # fmt: skip
+        "engines=2 tensor_parallel=4 dtype=bfloat16 max_model_len=4096 kv_cache_gib=2 threads=8 ...")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU where there is one)")
     add("--chunk", type=int, metavar="N", help="problems generated together and then recorded: what an interruption loses "
-        "at most (default: as many as fill the engine twice)")  # fmt: skip
+        "at most (default: as many as fill the engines twice)")  # fmt: skip
     add("--workers", type=int, default=4, help="processes that score (default: %(default)s)")
 
 
@@ -143,7 +143,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     ks = tuple(sorted(options.pass_k)) if options.pass_k else default_ks(options.samples)
     if ks and not 1 <= ks[0] <= ks[-1] <= options.samples:
         raise ConfigError("--pass-k", f"{list(ks)}: must lie between 1 and --samples, which is {options.samples}")
-    chunk = options.chunk if options.chunk is not None else max(1, 2 * rollout.max_num_seqs // options.samples)
+    at_once = rollout.max_num_seqs * (len(rollout.urls) or rollout.engines)
+    chunk = options.chunk if options.chunk is not None else max(1, 2 * at_once // options.samples)
     if chunk < 1:
         raise ConfigError("--chunk", f"{chunk} must be at least 1")
     return Plan(
