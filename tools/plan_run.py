@@ -16,8 +16,8 @@ from pathlib import Path
 
 from pmpo_megatron.config import apply_overrides, build, read_yaml
 from pmpo_megatron.errors import ConfigError, PmpoError
-from pmpo_megatron.planner import HARDWARE, best_layouts, hardware_here, hardware_named, plan
-from pmpo_megatron.planner.text import layout_text
+from pmpo_megatron.planner import HARDWARE, best_engines, best_layouts, hardware_here, hardware_named, plan
+from pmpo_megatron.planner.text import engines_text, layout_text
 from pmpo_megatron.run_config import RunConfig
 
 
@@ -40,11 +40,27 @@ def proposals(options: argparse.Namespace, config: RunConfig, hardware) -> list[
     found = best_layouts(config, options.world_size, hardware, sequence=options.sequence_length, count=options.proposals)
     if not found:
         return ["proposals: none of the layouts tried fits"]
-    return ["proposals, fastest training first:"] + [
+    lines = ["proposals, fastest training first:"] + [
         f"  {layout_text(p.config, p.world_size)}: log-probs and steps {p.round.training:.0f} s per round, "
         f"{p.fullest.spare / 2**30:.1f} GiB to spare"
         for p in found
     ]
+    return lines + engine_proposals(options, config, hardware)
+
+
+def engine_proposals(options: argparse.Namespace, config: RunConfig, hardware) -> list[str]:
+    try:
+        found = best_engines(config, options.world_size, hardware, sequence=options.sequence_length, count=options.proposals)
+    except ConfigError:  # the layout itself cannot be
+        return []
+    lines = ["rollouts on all of the first node, fastest first:"] * bool(found)
+    for p in found:
+        rollout, spare = p.config.rollout, p.fullest.spare / 2**30
+        where = (
+            f"{', each' if rollout.engines > 1 else ''} on {rollout.tensor_parallel} GPU{'s' * (rollout.tensor_parallel > 1)}"
+        )
+        lines.append(f"  {engines_text(rollout.engines)}{where}: {p.round.rollouts:.0f} s per round, {spare:.1f} GiB to spare")
+    return lines
 
 
 def check(options: argparse.Namespace) -> None:

@@ -4,12 +4,13 @@ from pmpo_megatron.planner.dry_run import memory_report
 from pmpo_megatron.planner.hardware import HARDWARE, Hardware, hardware_here, hardware_named
 from pmpo_megatron.planner.known_models import model_shape
 from pmpo_megatron.planner.run_plan import Plan, plan
-from pmpo_megatron.planner.search import best_layouts
+from pmpo_megatron.planner.search import best_engines, best_layouts
 
 __all__ = [
     "HARDWARE",
     "Hardware",
     "Plan",
+    "best_engines",
     "best_layouts",
     "hardware_here",
     "hardware_named",

@@ -1,4 +1,4 @@
-"""Looks for the layout that trains fastest among those that fit."""
+"""Looks for the layout that trains fastest, and the engines that generate fastest, among those that fit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.parallel.state import ParallelConfig
+from pmpo_megatron.planner.engine import split_problem
 from pmpo_megatron.planner.hardware import GIB, Hardware
 from pmpo_megatron.planner.known_models import model_shape
 from pmpo_megatron.planner.run_plan import RECOMPUTE, Plan, plan
@@ -38,6 +39,25 @@ def best_layouts(
             if enough and (known is None or found.round.training < known.round.training):
                 best[parallel] = found
     return sorted(best.values(), key=_preference)[:count]
+
+
+def best_engines(
+    config: RunConfig, world_size: int, hardware: Hardware, *, sequence: float | None = None, count: int = 3
+) -> list[Plan]:
+    """The ``count`` plans with the fastest rollouts that fit, with other `engines` and `tensor_parallel` than ``config``'s.
+
+    All use the whole first node, each with what KV cache and requests at once ``config`` says. Training is left as it is.
+    """
+    if config.rollout.engine != "vllm":
+        return []
+    shape, gpus = model_shape(config.model.path), min(hardware.gpus_per_node, world_size)
+    found = []
+    for size in _powers_of_two(gpus):
+        if gpus % size == 0 and split_problem(shape, size) is None:
+            rollout = replace(config.rollout, engines=gpus // size, tensor_parallel=size)
+            found.append(plan(replace(config, rollout=rollout), world_size, hardware, sequence=sequence, shape=shape))
+    enough = [each for each in found if each.fits and each.fullest.spare >= MARGIN_GIB * GIB]
+    return sorted(enough, key=lambda each: each.round.rollouts)[:count]
 
 
 def _preference(found: Plan) -> float:

@@ -64,6 +64,10 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def engines_text(count: int) -> str:
+    return "vLLM" if count == 1 else f"{count} vLLMs"
+
+
 def _engine_lines(found: Plan) -> list[str]:
     engine, rollout = found.engine, found.config.rollout
     if engine is None:
@@ -71,9 +75,8 @@ def _engine_lines(found: Plan) -> list[str]:
         return [f"rollouts: from {servers} server{'s' * (servers > 1)}" if servers else "rollouts: recorded ones"]
     last = rollout.engines * rollout.tensor_parallel - 1
     where = f"GPUs 0-{last} of the first node, on each" if last else "GPU 0 of the first node"
-    who = "vLLM" if rollout.engines == 1 else f"{rollout.engines} vLLMs"
     lines = [
-        f"{who} on {where}: weights {engine.weights / GIB:.1f} GiB, forward pass "
+        f"{engines_text(rollout.engines)} on {where}: weights {engine.weights / GIB:.1f} GiB, forward pass "
         f"{engine.forward / GIB:.1f}, KV cache {max(engine.kv_cache, 0) / GIB:.1f} = {engine.kv_tokens} tokens, "
         f"{engine.kv_tokens // found.load.longest} requests of the greatest length"
     ]

@@ -11,7 +11,7 @@ import torch
 from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.parallel.state import ParallelConfig
-from pmpo_megatron.planner import HARDWARE, best_layouts, hardware_here, memory_report, model_shape, plan
+from pmpo_megatron.planner import HARDWARE, best_engines, best_layouts, hardware_here, memory_report, model_shape, plan
 from pmpo_megatron.planner.hardware import GIB
 from pmpo_megatron.planner.memory import kinds_of_gpu
 from pmpo_megatron.planner.parameters import state_bytes
@@ -136,6 +136,16 @@ def test_proposals_fit_and_are_not_slower():
     assert all(p.config.sampling == own.config.sampling and p.config.rollout == own.config.rollout for p in found)
 
 
+def test_engines_are_proposed_that_use_the_whole_node():
+    found = best_engines(config(), 8, H100)
+    assert all(p.fits and p.config.rollout.engines * p.config.rollout.tensor_parallel == 8 for p in found)
+    assert [p.round.rollouts for p in found] == sorted(p.round.rollouts for p in found)
+    assert found[0].round.rollouts < plan(config(), 8, H100).round.rollouts, "which leaves half of the node idle"
+    assert all(p.config.rollout.tensor_parallel != 8 for p in found), "does not divide 28 heads"
+    assert all(p.config.parallel == config().parallel for p in found)
+    assert best_engines(config(rollout={"engine": "server", "urls": ["http://a:1"]}), 8, H100) == []
+
+
 def test_no_layout_fits_where_there_are_too_few_gpus():
     large = config("meta-llama/Llama-3.3-70B-Instruct", rollout={"tensor_parallel": 8})
     assert best_layouts(large, 8, H100) == []
@@ -200,6 +210,7 @@ def test_the_command(run_tool):
     code, out, _ = run_tool("--hardware", "h100-80gb", "batch.max_tokens_per_micro_batch=8192", "--sequence-length", "1000")
     assert code == 0
     assert "128 trajectories of 1000 tokens" in out and "proposals, fastest training first:" in out
+    assert "rollouts on all of the first node, fastest first:\n  2 vLLMs, each on 4 GPUs: " in out
     assert run_tool("--hardware", "a100-80gb", "--proposals", "0")[0] == 1
     code, _, err = run_tool("model.path=/nowhere")
     assert code == 2 and "error: model.path: /nowhere has no config.json" in err
