@@ -20,11 +20,13 @@ from pmpo_megatron.data.sampler import PromptSampler
 from pmpo_megatron.evaluation import Evaluator
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.monitor import RunLog, write_report
-from pmpo_megatron.parallel.collectives import broadcast_object
+from pmpo_megatron.parallel.collectives import broadcast_object, gather_objects
 from pmpo_megatron.parallel.liveness import report_failure
 from pmpo_megatron.parallel.state import ParallelState, initialize, shut_down
 from pmpo_megatron.rewards import RewardScorer
-from pmpo_megatron.rollout.engine import RolloutEngine, make_engine
+from pmpo_megatron.rollout.engine import RolloutConfig, RolloutEngine, make_engine
+from pmpo_megatron.rollout.node_agent import NodeAgent
+from pmpo_megatron.rollout.vllm_process import NodeAddress
 from pmpo_megatron.run_config import RunConfig
 from pmpo_megatron.trainer import Progress, Trainer
 
@@ -53,7 +55,8 @@ def run(config: RunConfig, stop: Callable[[], bool]) -> int:
 
 def build_trainer(config: RunConfig, state: ParallelState, stop: Callable[[], bool], parts: ExitStack) -> Trainer:
     """Everything that a run consists of, at the point that its newest checkpoint holds; ``parts`` closes what was opened."""
-    starting = _start_engine(config, state, parts) if state.is_main else None
+    nodes = _other_nodes(config.rollout, state, parts)
+    starting = _start_engine(config, state, parts, nodes) if state.is_main else None
     if state.device.type == "cuda":
         # vLLM takes what is allocated on a device while it starts for its own: nobody may build beside it.
         if starting is not None:
@@ -86,12 +89,29 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: Callable[[], bo
     )
 
 
-def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack) -> Future[RolloutEngine]:
+def _other_nodes(config: RolloutConfig, state: ParallelState, parts: ExitStack) -> list[NodeAddress]:
+    """Where rank 0 starts engines on the other nodes: an agent listens in the first rank of each. Collective."""
+    if config.engine != "vllm" or config.nodes == "first":
+        return []
+    address = None
+    if state.local_rank == 0 and not state.is_main:
+        agent = NodeAgent()
+        parts.callback(agent.close)
+        address = agent.address
+    return [found for found in gather_objects(address, state) if found is not None]
+
+
+def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nodes: list[NodeAddress]) -> Future[RolloutEngine]:
     """The engine starts in a thread, while this one builds the policy."""
     extension = WORKER_EXTENSION if config.rollout.engine == "vllm" else None
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
     future = thread.submit(
-        make_engine, config.rollout, model_path=config.model.path, device=state.device.type, worker_extension=extension
+        make_engine,
+        config.rollout,
+        model_path=config.model.path,
+        device=state.device.type,
+        worker_extension=extension,
+        nodes=nodes,
     )
     thread.shutdown(wait=False)
     parts.callback(lambda: future.exception() is None and future.result().close())

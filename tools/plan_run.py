@@ -53,7 +53,7 @@ def engine_proposals(options: argparse.Namespace, config: RunConfig, hardware) -
         found = best_engines(config, options.world_size, hardware, sequence=options.sequence_length, count=options.proposals)
     except ConfigError:  # the layout itself cannot be
         return []
-    lines = ["rollouts on all of the first node, fastest first:"] * bool(found)
+    lines = ["rollouts on all GPUs of a node, fastest first:"] * bool(found)
     for p in found:
         rollout, spare = p.config.rollout, p.fullest.spare / 2**30
         where = (

@@ -4,8 +4,8 @@
 # rank 0, which computes rewards and writes the record of the run. run.directory and model.path must be on a file system
 # that all nodes see. vLLM runs in one of two ways:
 #
-#   on the same nodes    (default) rank 0 starts it on node 0's first GPUs (rollout.engines * rollout.tensor_parallel of
-#                        them), beside the trainer's processes there; the other nodes only train.
+#   on the same nodes    (default) beside the trainer's processes, on the first rollout.engines * rollout.tensor_parallel
+#                        GPUs of node 0, or, with rollout.nodes=all, of every node.
 #   on nodes of its own  ROLLOUT_NODES=2 sbatch --nodes=6 .../slurm.sh: the last two nodes run vLLM servers, one for every
 #                        rollout.tensor_parallel GPUs; the first four train, once every server answers. New weights reach
 #                        the servers over NCCL (bridge.transport=auto).

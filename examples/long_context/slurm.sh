@@ -10,7 +10,7 @@
 #SBATCH --output=%x-%j.log
 # From the project's root:  sbatch examples/long_context/slurm.sh [section.key=value ...]                     32k tokens
 #                           sbatch --nodes=4 examples/long_context/slurm.sh 128k [section.key=value ...]     128k tokens
-# vLLM runs on the first node, on the GPUs that rollout.engines * rollout.tensor_parallel counts; see examples/common/slurm.sh.
+# vLLM runs on the GPUs that rollout.nodes, engines and tensor_parallel say; see examples/common/slurm.sh.
 set -euo pipefail
 source examples/common/slurm.sh
 run_recipe examples/long_context/launch.sh "$@"

@@ -9,7 +9,7 @@
 #SBATCH --signal=B:USR1@1200
 #SBATCH --output=%x-%j.log
 # From the project's root:  sbatch examples/qwen2.5-72b/slurm.sh [section.key=value ...]
-# vLLM runs on the first node, on the GPUs that rollout.engines * rollout.tensor_parallel counts; see examples/common/slurm.sh.
+# vLLM runs on the GPUs that rollout.nodes, engines and tensor_parallel say; see examples/common/slurm.sh.
 set -euo pipefail
 source examples/common/slurm.sh
 run_recipe examples/qwen2.5-72b/launch.sh "$@"

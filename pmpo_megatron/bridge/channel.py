@@ -30,7 +30,7 @@ class Sender:
     Args:
         kind: transport, of `bridge.config`, other than disk.
         slot_bytes: of the largest bucket.
-        workers: that will join, of all engines.
+        workers: that will join, of all engines; ``elsewhere`` of them on other nodes, where it matters: kind "a+b".
         address: where workers reach this host; None: they are on it.
 
     Raises:
@@ -38,13 +38,13 @@ class Sender:
     """
 
     def __init__(self, kind: str, *, slot_bytes: int, workers: int, device: torch.device, timeout_s: float,
-                 address: str | None = None, directory: str | None = None) -> None:  # fmt: skip
+                 elsewhere: int = 0, address: str | None = None, directory: str | None = None) -> None:  # fmt: skip
         self.workers, self.timeout_s, self.identity = workers, timeout_s, uuid.uuid4().hex
         self.host = address or LOOPBACK
         self._store, self.port = _serve(LOOPBACK if address is None else "", timeout_s)
         self.medium = open_medium(
-            kind, slot_bytes=slot_bytes, workers=workers, store=self._store, device=device, timeout_s=timeout_s,
-            directory=directory, loopback=address is None,
+            kind, slot_bytes=slot_bytes, workers=elsewhere if "+" in kind else workers, store=self._store, device=device,
+            timeout_s=timeout_s, directory=directory, loopback=address is None,
         )  # fmt: skip
         self._description = self.medium.description()
         self._update, self._next = 0, 0
@@ -101,12 +101,11 @@ class Sender:
 class Receiver:
     """A worker's end of the channel that ``description`` tells of."""
 
-    def __init__(self, description: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, description: dict[str, Any], device: torch.device, *, elsewhere: bool = False) -> None:
         self.identity, self.timeout_s = description["identity"], description["timeout_s"]
         timeout = timedelta(seconds=self.timeout_s)
         self._store = dist.TCPStore(description["host"], description["port"], is_master=False, timeout=timeout)
-        rank = self._store.add("ranks", 1)
-        self.medium = join_medium(description["medium"], rank=rank, store=self._store, device=device)
+        self.medium = join_medium(description["medium"], store=self._store, device=device, elsewhere=elsewhere)
         self.device, self.workers, self._update = device, description["workers"], 0
 
     def begin(self, update: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pmpo_megatron.config import Section, setting
 from pmpo_megatron.errors import ConfigError
 
-ON_GPU = ("cuda_ipc", "nccl")
+ON_GPU = ("cuda_ipc", "nccl", "cuda_ipc+nccl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class BridgeConfig(Section):
         "auto",
         "shared_memory: of the host; cuda_ipc: GPU memory of the host, also where trainer and engine share GPUs; nccl: to GPUs "
         "that are the engine's alone; gloo: over the network from CPUs; disk: files that both sides see. auto: for an engine "
-        "started here cuda_ipc on GPUs and shared_memory on CPU, for servers nccl on GPUs and gloo on CPU",
+        "started here cuda_ipc on GPUs and shared_memory on CPU, for servers and other nodes nccl on GPUs and gloo on CPU",
         choices=("auto", "shared_memory", "cuda_ipc", "nccl", "gloo", "disk"),
     )
     bucket_mib: float = setting(256.0, "weights sent together; both ends hold two buckets", unit="MiB", above=0.0)
@@ -36,19 +36,23 @@ class BridgeConfig(Section):
     )
 
 
-def choose_transport(transport: str, *, device: str, same_host: bool) -> str:
+def choose_transport(transport: str, *, device: str, same_host: bool, elsewhere: bool = False) -> str:
     """The transport that ``transport`` means for a trainer on ``device`` (cpu, cuda) and an engine on the same host or not.
+
+    ``elsewhere``: some of its workers are on other nodes, too; "a+b" is then b to them and a to the others.
 
     Raises:
         ConfigError: it cannot work there.
     """
     if transport == "auto":
         here, there = ("cuda_ipc", "nccl") if device == "cuda" else ("shared_memory", "gloo")
-        return here if same_host else there
+        return f"{here}+{there}" if same_host and elsewhere else here if same_host else there
     if transport in ON_GPU and device != "cuda":
         raise ConfigError("bridge.transport", f"{transport} needs a trainer on GPUs; on CPU use shared_memory, gloo or disk")
     if transport == "cuda_ipc" and not same_host:
         raise ConfigError("bridge.transport", "cuda_ipc cannot reach servers; use nccl, gloo or disk")
     if transport == "nccl" and same_host:
         raise ConfigError("bridge.transport", "nccl cannot reach an engine that shares its GPU with the trainer; use cuda_ipc")
+    if transport in ("cuda_ipc", "shared_memory") and elsewhere:
+        raise ConfigError("bridge.transport", f"{transport} cannot reach other nodes (rollout.nodes); use auto, gloo or disk")
     return transport

@@ -39,7 +39,7 @@ class Medium(Protocol):
 
 def open_medium(kind: str, *, slot_bytes: int, workers: int, store: dist.Store, device: torch.device, timeout_s: float,
                 directory: str | None, loopback: bool) -> Medium:  # fmt: skip
-    """Rank 0's end.
+    """Rank 0's end. ``kind`` "a+b": b to ``workers`` on other nodes, from the memory that those on this host see by a.
 
     Raises:
         OSError: there is no room for the slots.
@@ -48,18 +48,24 @@ def open_medium(kind: str, *, slot_bytes: int, workers: int, store: dist.Store, 
         return SharedFile.create(slot_bytes, directory)
     if kind == "cuda_ipc":
         return SharedGpuMemory.create(slot_bytes, device)
-    return Broadcast(kind, slot_bytes=slot_bytes, rank=0, size=workers + 1, store=store, device=device, timeout_s=timeout_s,
-                     loopback=loopback)  # fmt: skip
+    common = dict(slot_bytes=slot_bytes, store=store, device=device, timeout_s=timeout_s, loopback=loopback)
+    if "+" in kind:
+        here, there = kind.split("+")
+        near = open_medium(here, workers=0, directory=directory, **common)
+        return HereAndThere(near, Broadcast(there, rank=0, size=workers + 1, memory=near.memory, **common))
+    return Broadcast(kind, rank=0, size=workers + 1, **common)
 
 
-def join_medium(description: dict[str, Any], *, rank: int, store: dist.Store, device: torch.device) -> Medium:
-    """A worker's end. ``rank`` counts workers from 1."""
+def join_medium(description: dict[str, Any], *, store: dist.Store, device: torch.device, elsewhere: bool) -> Medium:
+    """A worker's end; ``elsewhere``: not on rank 0's node."""
     kind, values = description["kind"], {key: value for key, value in description.items() if key != "kind"}
+    if kind == "here and there":
+        return join_medium(values["there" if elsewhere else "here"], store=store, device=device, elsewhere=elsewhere)
     if kind == "shared_memory":
         return SharedFile(**values)
     if kind == "cuda_ipc":
         return SharedGpuMemory.join(device=device, **values)
-    return Broadcast(kind, rank=rank, store=store, device=device, **values)
+    return Broadcast(kind, rank=store.add("ranks", 1), store=store, device=device, **values)  # counted from 1
 
 
 class _Slots:
@@ -140,11 +146,11 @@ class Broadcast(_Slots):
     """A process group of rank 0 and all workers, apart from the trainer's and the engine's own: NCCL, or gloo on CPU."""
 
     def __init__(self, kind: str, *, slot_bytes: int, rank: int, size: int, store: dist.Store, device: torch.device,
-                 timeout_s: float, loopback: bool) -> None:  # fmt: skip
+                 timeout_s: float, loopback: bool, memory: torch.Tensor | None = None) -> None:  # fmt: skip
         self.kind, self.slot_bytes, self.rank = kind, slot_bytes, rank
         self.settings = {"slot_bytes": slot_bytes, "size": size, "timeout_s": timeout_s, "loopback": loopback}
         where = device if kind == "nccl" else torch.device("cpu")
-        self.memory = torch.empty(SLOTS * slot_bytes, dtype=torch.uint8, device=where)
+        self.memory = memory if memory is not None else torch.empty(SLOTS * slot_bytes, dtype=torch.uint8, device=where)
         self._store, self._group = dist.PrefixStore("broadcast", store), None
         self._works: dict[int, Any] = {}
 
@@ -191,3 +197,27 @@ class Broadcast(_Slots):
         options = ProcessGroupGloo._Options()
         options._timeout, options._devices = timeout, [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
         return ProcessGroupGloo(self._store, rank, size, options)
+
+
+class HereAndThere:
+    """Rank 0's end for workers on its host and on others: a broadcast from the memory that those on the host see."""
+
+    def __init__(self, here: SharedFile | SharedGpuMemory, there: Broadcast) -> None:
+        self._here, self._there = here, there
+
+    def connect(self) -> None:
+        self._there.connect()
+
+    def slot(self, number: int) -> torch.Tensor:
+        return self._there.slot(number)  # the same memory, once the broadcast of the bucket before has left it
+
+    def move(self, number: int, size: int) -> None:
+        self._here.move(number, size)
+        self._there.move(number, size)
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": "here and there", "here": self._here.description(), "there": self._there.description()}
+
+    def close(self) -> None:
+        self._there.close()
+        self._here.close()

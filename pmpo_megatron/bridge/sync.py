@@ -59,14 +59,14 @@ class WeightBridge:
 
     def __init__(self, policy: Policy, engine: RolloutEngine | None, config: BridgeConfig) -> None:
         self.policy, self.engine, self.config = policy, engine, config
-        about = (engine.holds_weights, engine.same_host) if engine is not None else None
-        self.active, same_host = broadcast_object(about, policy.state)
+        about = (engine.holds_weights, engine.same_host, engine.elsewhere) if engine is not None else None
+        self.active, same_host, elsewhere = broadcast_object(about, policy.state)
         self.version: int | None = None  # nothing was pushed yet
         self._wanted, self._sent, self._closed = threading.Event(), threading.Event(), False
         self._outbox = _Outbox(engine, policy, config) if engine is not None else None
         if self.active:
             device = policy.state.device
-            self.transport = choose_transport(config.transport, device=device.type, same_host=same_host)
+            self.transport = choose_transport(config.transport, device=device.type, same_host=same_host, elsewhere=elsewhere)
             self.source = WeightSource(policy, device if self.transport in ON_GPU else torch.device("cpu"))
         if engine is not None:
             engine.on_restart = self._ask_for_weights
@@ -269,8 +269,8 @@ class _Outbox:
             self.close()
         if self._sender is None:
             self._sender = Sender(
-                transport, slot_bytes=slot_bytes, workers=len(workers), device=self.device, timeout_s=self.config.timeout_s,
-                address=self._address(), directory=self.config.directory,
+                transport, slot_bytes=slot_bytes, workers=len(workers), elsewhere=sum(w["elsewhere"] for w in workers),
+                device=self.device, timeout_s=self.config.timeout_s, address=self._address(), directory=self.config.directory,
             )  # fmt: skip
         return self._sender
 

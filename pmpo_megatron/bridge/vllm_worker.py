@@ -6,6 +6,7 @@ start, update and finish calls leave the engine free to run in between, which ki
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from pmpo_megatron.bridge.buckets import Piece, bucket_bytes, covered, pieces_in, whole_tensors
 from pmpo_megatron.bridge.channel import Receiver
 from pmpo_megatron.bridge.fingerprint import fingerprint
+from pmpo_megatron.rollout.vllm_child import ELSEWHERE
 
 
 class WeightReceiver:
@@ -26,6 +28,7 @@ class WeightReceiver:
         """What the other side has to know before it relies on this worker."""
         return {
             "version": getattr(self, "pmpo_version", 0),
+            "elsewhere": ELSEWHERE in os.environ,
             "channel": self.pmpo_receiver.identity if self.pmpo_receiver is not None else None,
             "logprobs_mode": self.model_config.logprobs_mode,
         }
@@ -71,7 +74,7 @@ class WeightReceiver:
         if self.pmpo_receiver is None or self.pmpo_receiver.identity != channel["identity"]:
             if self.pmpo_receiver is not None:
                 self.pmpo_receiver.close()
-            self.pmpo_receiver = Receiver(channel, self.device)
+            self.pmpo_receiver = Receiver(channel, self.device, elsewhere=ELSEWHERE in os.environ)
         self.pmpo_receiver.begin(channel["update"])
         for number, bucket in enumerate(manifest["buckets"]):
             began = time.monotonic()

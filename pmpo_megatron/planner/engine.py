@@ -85,6 +85,11 @@ def engine_problems(shape: ModelShape, rollout: RolloutConfig, found: EngineByte
     return problems
 
 
+def engine_nodes(rollout: RolloutConfig, world_size: int, hardware: Hardware) -> int:
+    """Nodes on which vLLM runs."""
+    return 1 if rollout.nodes == "first" else math.ceil(world_size / hardware.gpus_per_node)
+
+
 @dataclass(frozen=True)
 class GenerationTime:
     """How long the engines take for a round's rollouts.
@@ -109,15 +114,17 @@ def generation_time(
     requests: int,
     context: float,
     response: float,
+    nodes: int = 1,
 ) -> GenerationTime:
     """A decoding step reads all weights and the KV cache of the running requests once (2309.06180 section 2.2: memory-bound).
 
     Args:
         context: mean tokens of a finished request with its prompt; half of the response is there on average.
         response: mean tokens of a response.
+        nodes: on which ``rollout.engines`` engines run each.
     """
     mean_context = context - response / 2
-    share = math.ceil(requests / rollout.engines)
+    share = math.ceil(requests / (rollout.engines * nodes))
     running = max(1, min(share, rollout.max_num_seqs, int(found.kv_tokens / max(1.0, mean_context))))
     step = decoding_step(shape, rollout, found, hardware, running=running, context=mean_context)
     alone = decoding_step(shape, rollout, found, hardware, running=1, context=mean_context)

@@ -1,4 +1,4 @@
-"""Memory of every kind of GPU in a run: pipeline stages differ, and those of the first node may hold the rollout engine."""
+"""Memory of every kind of GPU in a run: pipeline stages differ, and some of the nodes' first ones hold rollout engines."""
 
 from __future__ import annotations
 
@@ -72,15 +72,21 @@ class GpuMemory:
         return max(parts, key=parts.get)
 
 
-def kinds_of_gpu(parallel: ParallelConfig, *, world_size: int, engine_size: int) -> list[tuple[int, bool]]:
+def kinds_of_gpu(
+    parallel: ParallelConfig, *, world_size: int, engine_size: int, node_size: int | None = None
+) -> list[tuple[int, bool]]:
     """(pipeline stage, whether the rollout engine is on it) for every kind of GPU in the run.
 
     Ranks order as tensor, context, data, pipeline, so stage s holds ranks s * n .. (s + 1) * n - 1 with n = world / P.
-    The trainer starts the engine on the host of rank 0, on its first ``engine_size`` GPUs.
+
+    Args:
+        engine_size: the first so many GPUs of rank 0's host hold engines.
+        node_size: and those of every other node of so many GPUs; None: of no other.
     """
     ranks = world_size // parallel.pipeline
     kinds = []
     for stage in range(parallel.pipeline):
-        shared = min(max(engine_size - stage * ranks, 0), ranks)
+        numbers = range(stage * ranks, (stage + 1) * ranks)
+        shared = sum((number % node_size if node_size else number) < engine_size for number in numbers)
         kinds += [(stage, True)] * (shared > 0) + [(stage, False)] * (shared < ranks)
     return kinds

@@ -9,7 +9,14 @@ from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.planner.activations import ActivationBytes, ActivationModel, activation_bytes
-from pmpo_megatron.planner.engine import EngineBytes, GenerationTime, engine_bytes, engine_problems, generation_time
+from pmpo_megatron.planner.engine import (
+    EngineBytes,
+    GenerationTime,
+    engine_bytes,
+    engine_nodes,
+    engine_problems,
+    generation_time,
+)
 from pmpo_megatron.planner.hardware import GIB, Hardware
 from pmpo_megatron.planner.known_models import model_shape
 from pmpo_megatron.planner.memory import GpuMemory, kinds_of_gpu
@@ -148,7 +155,7 @@ def plan(
     engine = engine_bytes(shape, config.rollout, hardware) if config.rollout.engine == "vllm" else None
     gpus = _gpus(config, world_size, hardware, shape, load, engine)
     step = _training_cost(config, world_size, hardware, shape, gpus).step(load.work)
-    generation = _generation(config, shape, load, engine, hardware)
+    generation = _generation(config, world_size, shape, load, engine, hardware)
     return Plan(
         config=config,
         world_size=world_size,
@@ -192,7 +199,8 @@ def _gpus(config, world_size, hardware, shape, load: Load, engine: EngineBytes |
     engine_size = config.rollout.engines * config.rollout.tensor_parallel if engine is not None else 0
     asks = config.rollout.gpu_memory_utilization * hardware.memory_gib * GIB
     found = []
-    for stage, shared in kinds_of_gpu(parallel, world_size=world_size, engine_size=engine_size):
+    node_size = hardware.gpus_per_node if config.rollout.nodes == "all" else None
+    for stage, shared in kinds_of_gpu(parallel, world_size=world_size, engine_size=engine_size, node_size=node_size):
         reference = state_bytes(shape, parallel, stage=stage, trained=False, **common).total
         activations = _activations(config, shape, load, stage, config.model.recompute)
         found.append(
@@ -224,7 +232,9 @@ def _activations_by_recompute(config, shape, load: Load, stage: int) -> dict[str
     return {mode: _activations(config, shape, load, stage, mode).total for mode in RECOMPUTE}
 
 
-def _generation(config, shape, load: Load, engine: EngineBytes | None, hardware: Hardware) -> GenerationTime | None:
+def _generation(
+    config, world_size: int, shape, load: Load, engine: EngineBytes | None, hardware: Hardware
+) -> GenerationTime | None:
     if engine is None or engine.kv_cache <= 0:
         return None
     return generation_time(
@@ -236,6 +246,7 @@ def _generation(config, shape, load: Load, engine: EngineBytes | None, hardware:
         requests=config.batch.prompts_per_round * config.sampling.samples_per_prompt,
         context=load.mean,
         response=load.response,
+        nodes=engine_nodes(config.rollout, world_size, hardware),
     )
 
 
@@ -266,7 +277,7 @@ def _problems(config, shape, load: Load, engine: EngineBytes | None, gpus) -> li
         engines, size, here = config.rollout.engines, config.rollout.tensor_parallel, gpus[0].hardware.gpus_per_node
         if engines * size > here:
             asked = f"rollout.tensor_parallel: {size}" if engines == 1 else f"rollout.engines: {engines} * {size}"
-            problems.append(f"{asked} is more than a node's {here} GPUs; vLLM runs on the first node")
+            problems.append(f"{asked} is more than a node's {here} GPUs; a vLLM runs on one node")
     worst = min(gpus, key=lambda gpu: gpu.spare)
     if worst.spare < 0:
         problems.append(
@@ -295,9 +306,11 @@ def _notes(config, load: Load, hardware: Hardware, world_size: int, data_paralle
     used, there = config.rollout.engines * config.rollout.tensor_parallel, min(hardware.gpus_per_node, world_size)
     if config.rollout.engine == "vllm" and 2 * used <= there:
         notes.append(
-            f"rollout.engines: vLLM runs on {used} of the first node's {there} GPUs, the others wait for it; "
+            f"rollout.engines: vLLM runs on {used} of a node's {there} GPUs, the others wait for it; "
             f"{there // config.rollout.tensor_parallel} would use them all, at the same memory on each"
         )
+    if config.rollout.engine == "vllm" and config.rollout.nodes == "first" and world_size > hardware.gpus_per_node:
+        notes.append("rollout.nodes: vLLM runs on the first node, the others wait for it; all would use them all")
     if config.rollout.engine == "server":
         notes.append("rollouts come from servers: their memory and time, and the time to send them weights, are not counted")
     if config.parallel.tensor > 1 and not config.parallel.sequence_parallel:

@@ -46,7 +46,7 @@ def best_engines(
 ) -> list[Plan]:
     """The ``count`` plans with the fastest rollouts that fit, with other `engines` and `tensor_parallel` than ``config``'s.
 
-    All use the whole first node, each with what KV cache and requests at once ``config`` says. Training is left as it is.
+    All use the whole of a node, each with what KV cache and requests at once ``config`` says. Training is left as it is.
     """
     if config.rollout.engine != "vllm":
         return []

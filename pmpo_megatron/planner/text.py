@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pmpo_megatron.planner.engine import engine_nodes
 from pmpo_megatron.planner.hardware import GIB
 from pmpo_megatron.planner.memory import COLUMNS, GpuMemory
 from pmpo_megatron.planner.parameters import total_parameters
@@ -74,14 +75,16 @@ def _engine_lines(found: Plan) -> list[str]:
         servers = len(rollout.urls)
         return [f"rollouts: from {servers} server{'s' * (servers > 1)}" if servers else "rollouts: recorded ones"]
     last = rollout.engines * rollout.tensor_parallel - 1
-    where = f"GPUs 0-{last} of the first node, on each" if last else "GPU 0 of the first node"
+    nodes = engine_nodes(rollout, found.world_size, found.hardware)
+    node = "the first node" if nodes == 1 else f"each of {nodes} nodes"
+    where = f"GPUs 0-{last} of {node}, on each" if last else f"GPU 0 of {node}"
     lines = [
         f"{engines_text(rollout.engines)} on {where}: weights {engine.weights / GIB:.1f} GiB, forward pass "
         f"{engine.forward / GIB:.1f}, KV cache {max(engine.kv_cache, 0) / GIB:.1f} = {engine.kv_tokens} tokens, "
         f"{engine.kv_tokens // found.load.longest} requests of the greatest length"
     ]
     if found.generation is not None:
-        running, speed = rollout.engines * found.generation.running, found.generation.tokens_per_s
+        running, speed = nodes * rollout.engines * found.generation.running, found.generation.tokens_per_s
         lines.append(f"rollouts: {running} requests at once, {speed:.0f} response tokens/s")
     return lines
 

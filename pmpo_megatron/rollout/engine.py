@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pmpo_megatron.config import Section, setting
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.types import Prompt, RolloutGroup
+
+if TYPE_CHECKING:
+    from pmpo_megatron.rollout.vllm_process import NodeAddress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,9 @@ class RolloutConfig(Section):
         "engine vllm: so many vLLMs, each with the whole model on tensor_parallel GPUs of its own; they share the prompts",
         minimum=1,
     )
+    nodes: str = setting(
+        "first", "engine vllm: so many on rank 0's node only, or on every node of the trainer", choices=("first", "all")
+    )
     tensor_parallel: int = setting(1, "vLLM's tensor-parallel size", minimum=1)
     dtype: str = setting("auto", "of the engine's weights", choices=("auto", "float32", "bfloat16"))
     max_model_len: int | None = setting(None, "prompt and response at most; null: the model's limit", unit="tokens", minimum=1)
@@ -88,12 +94,14 @@ class RolloutEngine(Protocol):
 
     ``version`` counts weight updates. ``holds_weights`` says whether there are any to update. ``on_restart`` is called,
     with the engine, after a crashed one was started again, and has to bring its weights up to date before any token is sampled.
-    ``same_host``: started by this process, beside it; ``on_loopback``: its workers reach this process at 127.0.0.1.
+    ``same_host``: started by this process, beside it; ``elsewhere``: some of its workers are not, but on the run's other nodes;
+    ``on_loopback``: its workers reach this process at 127.0.0.1.
     """
 
     version: int
     holds_weights: bool
     same_host: bool
+    elsewhere: bool
     on_loopback: bool
     on_restart: Callable[[Any], None] | None
 
@@ -130,12 +138,20 @@ def request_seed(sampling: SamplingConfig, round_index: int, prompt_index: int, 
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-def make_engine(config: RolloutConfig, *, model_path: str, device: str, worker_extension: str | None) -> RolloutEngine:
+def make_engine(
+    config: RolloutConfig,
+    *,
+    model_path: str,
+    device: str,
+    worker_extension: str | None,
+    nodes: Sequence[NodeAddress] = (),
+) -> RolloutEngine:
     """The engine that ``config`` asks for, ready to generate with the weights of ``model_path``.
 
     Args:
         device: ``cpu`` or ``cuda``.
         worker_extension: import path ``package.module.Class`` of a class whose methods become vLLM workers'.
+        nodes: engine vllm: other nodes on which engines are started, too.
 
     Raises:
         RolloutError: it does not start; with the end of its log.
@@ -152,7 +168,7 @@ def make_engine(config: RolloutConfig, *, model_path: str, device: str, worker_e
     else:
         from pmpo_megatron.rollout.vllm_engine import VLLMEngine
 
-        engine = VLLMEngine(config, model_path=model_path, device=device, worker_extension=worker_extension)
+        engine = VLLMEngine(config, model_path=model_path, device=device, worker_extension=worker_extension, nodes=nodes)
     if config.record_to is not None:
         from pmpo_megatron.rollout.replay import RecordingEngine
 

@@ -55,6 +55,7 @@ class ReplayEngine:
 
     holds_weights = False
     same_host = on_loopback = True
+    elsewhere = False
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.version = Path(path), 0

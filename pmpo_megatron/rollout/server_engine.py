@@ -36,7 +36,7 @@ class ServerEngine:
     """
 
     holds_weights = True
-    same_host = False
+    same_host = elsewhere = False
 
     def __init__(self, config: RolloutConfig) -> None:
         self.config, self.version, self.broken = config, 0, None

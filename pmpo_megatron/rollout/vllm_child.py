@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 HEARTBEAT_S = 1.0
+ELSEWHERE = "PMPO_ELSEWHERE"  # in the environment of a vLLM that is not on rank 0's node
 
 
 def serve(
@@ -18,20 +19,17 @@ def serve(
     alive: Connection,
     log_path: str,
     settings: dict[str, Any],
-    threads: int,
-    visible_gpus: str | None,
+    environment: dict[str, str],
 ) -> None:
     """Main function of the child. Messages out: ("ready" | "value" | "finished" | "alive" | "error", content)."""
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if visible_gpus is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
+    os.environ.update(environment)
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     try:
         from vllm import LLM
 

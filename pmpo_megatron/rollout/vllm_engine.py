@@ -1,4 +1,4 @@
-"""vLLM engines that this process starts, each in a process of its own; those that fail are started again.
+"""vLLM engines that the run starts, each in a process of its own, here or on every node; those that fail are started again.
 
 Never in the trainer's process: vLLM initialises torch.distributed and, when it ends, destroys the trainer's groups.
 """
@@ -6,7 +6,6 @@ Never in the trainer's process: vLLM initialises torch.distributed and, when it 
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import numpy as np
 
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig, request_seed
-from pmpo_megatron.rollout.vllm_process import EngineDied, VLLMProcess
+from pmpo_megatron.rollout.vllm_process import EngineDied, Launch, LocalProcess, NodeAddress, RemoteProcess, VLLMProcess
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
 
 logger = logging.getLogger(__name__)
@@ -28,32 +27,32 @@ DEFAULT_CPU_KV_CACHE_GIB = 0.5
 
 
 class VLLMEngine:
-    """`RolloutEngine` on ``config.engines`` vLLMs, each with the whole model. See `engine.RolloutEngine` for the methods.
+    """`RolloutEngine` on ``config.engines`` vLLMs here and on each of ``nodes``. See `engine.RolloutEngine` for the methods.
 
-    Prompt k goes to engine k modulo their number, with all its responses, so that they share the prompt's cache and the
-    same configuration always divides a batch in the same way.
+    Each holds the whole model. Prompt k goes to engine k modulo their number, with all its responses, so that they share the
+    prompt's cache and the same configuration always divides a batch in the same way.
     """
 
-    holds_weights = True
-    same_host = on_loopback = True
+    holds_weights = same_host = True
 
-    def __init__(self, config: RolloutConfig, *, model_path: str, device: str, worker_extension: str | None) -> None:
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        model_path: str,
+        device: str,
+        worker_extension: str | None,
+        nodes: Sequence[NodeAddress] = (),
+    ) -> None:
         self.config, self.version = config, 0
         self.on_restart: Callable[[VLLMEngine], None] | None = None
         self.broken: str | None = None
+        self.elsewhere, self.on_loopback = bool(nodes), all(node.host.startswith("127.") for node in nodes)
         self._directory = tempfile.TemporaryDirectory(prefix="pmpo-vllm-")
         settings = engine_settings(config, model_path=model_path, device=device, worker_extension=worker_extension)
-        threads = config.threads or max(1, (os.cpu_count() or 1) // config.engines)
-        self._processes = [
-            VLLMProcess(
-                settings,
-                device=device,
-                threads=threads,
-                visible_gpus=visible_gpus(number, config.tensor_parallel) if device == "cuda" else None,
-                log_path=Path(self._directory.name) / f"engine-{number}.log",
-            )
-            for number in range(config.engines)
-        ]
+        launches = [Launch(settings, device, config.threads, number, config.engines) for number in range(config.engines)]
+        here = [LocalProcess(launch, Path(self._directory.name) / f"engine-{launch.number}.log") for launch in launches]
+        self._processes: list[VLLMProcess] = [*here, *(RemoteProcess(launch, node) for node in nodes for launch in launches)]
         self._start(self._processes)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
@@ -104,12 +103,13 @@ class VLLMEngine:
         self._start(self._processes)
 
     def close(self) -> None:
-        _all_at_once(VLLMProcess.kill, self._processes)
+        _end(self._processes)
         self._directory.cleanup()
 
     @property
     def process_ids(self) -> list[int]:
-        return [process.process_id for process in self._processes]
+        """Of the engines on this host."""
+        return [process.process_id for process in self._processes if isinstance(process, LocalProcess)]
 
     def _start(self, processes: list[VLLMProcess]) -> None:
         """Those that run are ended first. If one does not start, none goes on: another try begins with nothing held."""
@@ -121,7 +121,7 @@ class VLLMEngine:
         try:
             _all_at_once(start, processes)
         except RolloutError:
-            _all_at_once(VLLMProcess.kill, self._processes)
+            _end(self._processes)
             raise
 
     def _run(self, requests: list[Request], finished: dict[str, tuple]) -> dict[VLLMProcess, EngineDied]:
@@ -170,6 +170,10 @@ def _all_at_once(call: Callable[..., T], processes: Sequence[VLLMProcess], *more
     return [done.result() for done in calls]
 
 
+def _end(processes: Sequence[VLLMProcess]) -> None:
+    _all_at_once(lambda process: process.kill(), processes)
+
+
 def divide(requests: Sequence[Request], engines: int) -> list[list[Request]]:
     """Prompt by prompt in turn: the responses of a prompt stay together."""
     shares: list[list[Request]] = [[] for _ in range(engines)]
@@ -178,25 +182,6 @@ def divide(requests: Sequence[Request], engines: int) -> list[list[Request]]:
     for request in requests:
         shares[where[request[0].split("/")[0]]].append(request)
     return shares
-
-
-def visible_gpus(number: int, tensor_parallel: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES with which engine ``number`` takes its own GPUs; None for the first, which takes the first.
-
-    The engine's GPUs come first and the others after them: it uses only its own, and can open the trainer's memory.
-    """
-    if number == 0:
-        return None
-    import torch
-
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = listed.split(",") if listed else [str(gpu) for gpu in range(torch.cuda.device_count())]
-    first = number * tensor_parallel
-    if first + tensor_parallel > len(gpus):
-        raise RolloutError(
-            f"engine {number} of the rollouts needs GPUs {first} to {first + tensor_parallel - 1}; here are {len(gpus)}"
-        )
-    return ",".join(gpus[first:] + gpus[:first])
 
 
 def make_requests(prompts: Sequence[Prompt], sampling: SamplingConfig, round_index: int) -> list[Request]:

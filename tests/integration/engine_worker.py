@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from pmpo_megatron.hf.safetensors import SafetensorsWriter, copy_side_files
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
+from pmpo_megatron.parallel.collectives import barrier, gather_objects
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig, make_engine
+from pmpo_megatron.rollout.node_agent import NodeAgent
 from pmpo_megatron.types import Prompt, Sample
 from tests.tiny_models import save_tiny_model
 
@@ -50,9 +53,9 @@ def prompts(count: int = 4) -> list[Prompt]:
     ]
 
 
-def engine_for(path: str, **settings):
+def engine_for(path: str, *, nodes=(), **settings):
     config = RolloutConfig(threads=1, kv_cache_gib=0.1, max_num_seqs=32, **settings)
-    return make_engine(config, model_path=path, device="cpu", worker_extension=EXTENSION)
+    return make_engine(config, model_path=path, device="cpu", worker_extension=EXTENSION, nodes=nodes)
 
 
 def train(policy: Policy, parallel: ParallelConfig) -> None:
@@ -130,6 +133,51 @@ def update_and_compare(path: str, layout: dict, engine_settings: dict, bridge_se
             fresh = engine_for(str(target), **engine_settings)
             found["fresh"] = answers(fresh)
             fresh.close()
+    shut_down()
+    return found if state.is_main else None
+
+
+def update_nodes(path: str, bridge_settings: dict, directory: str) -> dict | None:
+    """As `update_and_compare`, with an engine on each of two nodes: every rank is the first of a node of its own.
+
+    Between the update and the last answers the other node's engine is killed; then it is killed while it takes weights.
+    """
+    state = initialize(ParallelConfig(), device="cpu")
+    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.02), ParallelConfig(), state)
+    found = {}
+    with contextlib.ExitStack() as parts:
+        agent = None if state.is_main else parts.enter_context(contextlib.closing(NodeAgent()))
+        nodes = [address for address in gather_objects(agent and agent.address, state) if address is not None]
+        engine = engine_for(path, nodes=nodes, engines=1) if state.is_main else None
+        if engine is not None:
+            parts.callback(engine.close)
+            found["before"] = answers(engine)
+        bridge = WeightBridge(policy, engine, BridgeConfig(bucket_mib=SMALL, timeout_s=200, **bridge_settings))
+        parts.callback(bridge.close)
+        train(policy, ParallelConfig())
+        bridge.push(7)
+        found["transport"] = bridge.transport
+        if engine is not None:
+            found["after"] = answers(engine)
+        target = Path(directory) / "exported"
+        export(bridge, path, target)
+        barrier(state, "the exported checkpoint")
+        if agent is not None:
+            os.kill(agent.process_ids[-1], signal.SIGKILL)
+        found["restarted"] = bridge.attend(lambda: answers(engine))
+        if agent is not None:
+            killer = threading.Timer(0.02, os.kill, (agent.process_ids[-1], signal.SIGKILL))
+            killer.start()
+        began = time.monotonic()
+        bridge.push(8)
+        found["killed, seconds"], found["killed"] = time.monotonic() - began, bridge.attend(lambda: answers(engine))
+        if engine is not None:
+            engine.close()
+            fresh = engine_for(str(target))
+            found["fresh"] = answers(fresh)
+            fresh.close()
+        barrier(state, "the end")
+        found["left"] = gather_objects(agent and [pid for pid in agent.process_ids if Path(f"/proc/{pid}").exists()], state)
     shut_down()
     return found if state.is_main else None
 

@@ -128,6 +128,12 @@ def test_which_gpus_hold_the_engine(parallel, world_size, engine, expected):
     assert kinds_of_gpu(ParallelConfig(**parallel), world_size=world_size, engine_size=engine) == expected
 
 
+def test_which_gpus_hold_engines_on_all_nodes():
+    kinds = kinds_of_gpu(ParallelConfig(pipeline=2), world_size=16, engine_size=4, node_size=8)
+    assert kinds == [(0, True), (0, False), (1, True), (1, False)]
+    assert kinds_of_gpu(ParallelConfig(pipeline=2), world_size=16, engine_size=8, node_size=8) == [(0, True), (1, True)]
+
+
 def test_proposals_fit_and_are_not_slower():
     own = plan(config(), 8, H100)
     found = best_layouts(config(), 8, H100)
@@ -155,10 +161,18 @@ def test_engines_take_gpus_of_the_first_node():
     assert [gpu.engine > 0 for gpu in plan(config(), 8, H100).gpus] == [True, False], "4 of 8 GPUs"
     two = plan(config(rollout={"engines": 2}), 8, H100)
     assert [gpu.engine > 0 for gpu in two.gpus] == [True]
-    assert any("vLLM runs on 4 of the first node's 8 GPUs" in note for note in plan(config(), 8, H100).notes)
+    assert any("vLLM runs on 4 of a node's 8 GPUs" in note for note in plan(config(), 8, H100).notes)
     assert not any("rollout.engines" in note for note in two.notes)
     [problem] = plan(config(rollout={"engines": 3}), 16, H100).problems
-    assert problem == "rollout.engines: 3 * 4 is more than a node's 8 GPUs; vLLM runs on the first node"
+    assert problem == "rollout.engines: 3 * 4 is more than a node's 8 GPUs; a vLLM runs on one node"
+
+
+def test_engines_on_all_nodes():
+    first, everywhere = (plan(config(rollout={"engines": 2, "nodes": nodes}), 16, H100) for nodes in ("first", "all"))
+    assert [gpu.engine > 0 for gpu in first.gpus] == [True, False] and [gpu.engine > 0 for gpu in everywhere.gpus] == [True]
+    assert everywhere.generation.tokens_per_s > first.generation.tokens_per_s
+    assert any("rollout.nodes: " in note for note in first.notes) and not everywhere.notes
+    assert any("on each of 2 nodes" in line or "of each of 2 nodes" in line for line in everywhere.lines())
 
 
 def test_nothing_is_proposed_where_rollouts_cannot_work():
@@ -210,7 +224,7 @@ def test_the_command(run_tool):
     code, out, _ = run_tool("--hardware", "h100-80gb", "batch.max_tokens_per_micro_batch=8192", "--sequence-length", "1000")
     assert code == 0
     assert "128 trajectories of 1000 tokens" in out and "proposals, fastest training first:" in out
-    assert "rollouts on all of the first node, fastest first:\n  2 vLLMs, each on 4 GPUs: " in out
+    assert "rollouts on all GPUs of a node, fastest first:\n  2 vLLMs, each on 4 GPUs: " in out
     assert run_tool("--hardware", "a100-80gb", "--proposals", "0")[0] == 1
     code, _, err = run_tool("model.path=/nowhere")
     assert code == 2 and "error: model.path: /nowhere has no config.json" in err

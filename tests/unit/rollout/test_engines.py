@@ -5,7 +5,8 @@ import torch
 
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout.engine import SamplingConfig
-from pmpo_megatron.rollout.vllm_engine import divide, make_requests, visible_gpus
+from pmpo_megatron.rollout.vllm_engine import divide, make_requests
+from pmpo_megatron.rollout.vllm_process import Launch, visible_gpus
 from pmpo_megatron.types import Prompt
 
 
@@ -32,7 +33,9 @@ def test_what_is_missing_is_divided_among_all():
 def test_every_engine_has_gpus_of_its_own_first_and_sees_the_others(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert visible_gpus(0, 2) is None, "the first takes the first"
+    environments = [Launch({"tensor_parallel_size": 2}, "cuda", 3, number, 4).environment() for number in range(4)]
+    assert environments[0] == {"OMP_NUM_THREADS": "3"}, "the first takes the first"
+    assert environments[1] == {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "2,3,4,5,6,7,0,1"}
     assert visible_gpus(1, 2) == "2,3,4,5,6,7,0,1"
     assert visible_gpus(3, 2) == "6,7,0,1,2,3,4,5"
     with pytest.raises(RolloutError, match="engine 4 of the rollouts needs GPUs 8 to 9; here are 8"):

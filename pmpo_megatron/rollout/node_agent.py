@@ -1,0 +1,111 @@
+"""On the other nodes: starts vLLMs there for rank 0, which calls them as if they were on its own host.
+
+An agent is a few threads of its node's first rank. Rank 0 connects once for every vLLM that it wants and says how to start
+it; from then on the agent passes messages on, between rank 0 and the vLLM's process. If either goes away, so does the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import tempfile
+import threading
+from multiprocessing.connection import Connection, Listener, wait
+from pathlib import Path
+
+from pmpo_megatron.errors import RolloutError
+from pmpo_megatron.rollout.vllm_child import ELSEWHERE
+from pmpo_megatron.rollout.vllm_process import LocalProcess, NodeAddress
+
+logger = logging.getLogger(__name__)
+
+
+class NodeAgent:
+    """Listens until it is closed. ``address`` is for rank 0: its key lets nobody else start processes here."""
+
+    def __init__(self) -> None:
+        host, key = address_here(), secrets.token_bytes(32)
+        self._listener = Listener((host, 0), authkey=key, backlog=64)
+        self.address = NodeAddress(host, self._listener.address[1], key)
+        self._directory = tempfile.TemporaryDirectory(prefix="pmpo-vllm-")
+        self._joined: list[_Joined] = []
+        threading.Thread(target=self._accept, daemon=True, name="node-agent").start()
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the vLLMs that run here, in the order in which they were started."""
+        return [joined.process.process_id for joined in self._joined if joined.process is not None and joined.process.runs]
+
+    def close(self) -> None:
+        """Ends what was started here."""
+        self._listener.close()
+        for joined in self._joined:
+            joined.end()
+        self._directory.cleanup()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection = self._listener.accept()
+            except OSError:
+                return  # closed
+            except Exception as error:  # somebody without the key
+                logger.warning("a connection to %s:%d was refused: %r", self.address.host, self.address.port, error)
+                continue
+            log_path = Path(self._directory.name) / f"engine-{len(self._joined)}.log"
+            self._joined.append(_Joined(connection, log_path))
+
+
+class _Joined:
+    """One connection of rank 0 and the vLLM behind it."""
+
+    def __init__(self, connection: Connection, log_path: Path) -> None:
+        self._connection, self._log_path = connection, log_path
+        self.process: LocalProcess | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name="node-agent-vllm")
+        self._thread.start()
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.interrupt()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        try:
+            launch = self._connection.recv()
+            self.process = LocalProcess(launch, self._log_path, {ELSEWHERE: "1"})
+            self._pass_on(self.process.open())
+        except RolloutError as error:
+            self._connection.send(("error", str(error)))
+        except (EOFError, OSError):
+            pass  # rank 0 is gone, or ends this vLLM
+        finally:
+            if self.process is not None:
+                self.process.kill()
+            self._connection.close()
+
+    def _pass_on(self, theirs: Connection) -> None:
+        while True:
+            for ready in wait([self._connection, theirs]):
+                if ready is self._connection:
+                    message = self._connection.recv()
+                    if message[0] == "interrupt":
+                        self.process.interrupt()
+                    else:
+                        theirs.send(message)
+                    continue
+                try:
+                    message = theirs.recv_bytes()
+                except (EOFError, ConnectionResetError):
+                    self._connection.send(("ended", (self.process.why_dead(), self.process.log_tail())))
+                    return
+                self._connection.send_bytes(message)
+
+
+def address_here() -> str:
+    """This host's address as the run's first node sees it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing
+        return probe.getsockname()[0]
