@@ -15,7 +15,7 @@ One command on each node. What follows the options overrides fields of the confi
                   rollout.tensor_parallel GPUs, for a trainer on other nodes; with --dry-run, print their commands
 
   NNODES          nodes (default: $NODES)
-  NODE_RANK       which of them this is, from 0; needed with more than one. The one with 0 also runs vLLM
+  NODE_RANK       which of them this is, from 0; needed with more than one. The one with 0 also scores and logs
   MASTER_ADDR     host of node 0; needed with more than one
   MASTER_PORT     a port that is free there (default: 29500)
   GPUS_PER_NODE   processes on each node (default: 8)
