@@ -187,7 +187,7 @@ for number in range(2):
 SERVER = f"""
 case "$*" in
     *serve.py*--dry-run*) exec {sys.executable} "$@" ;;
-    *serve.py*) echo "$*" > served; [ -z "$BROKEN" ] || exit 3; mkdir health; exec {sys.executable} -c '{HEALTHY}' ;;
+    *serve.py*) echo "$*" > served; [ -z "$BROKEN" ] || exit 3; [ -z "$SILENT" ] || exec sleep 50; mkdir health; exec {sys.executable} -c '{HEALTHY}' ;;
     *) echo "$NODE_RANK $NNODES: $*" ;;
 esac
 """  # stands in for the interpreter: the servers' commands are the real ones, servers answer, the trainer does not run
@@ -205,7 +205,7 @@ def job(stub, tmp_path):
                 (tmp_path / name).symlink_to(ROOT / name)
         environment = dict(SLURM_JOB_ID="5", SLURM_JOB_NUM_NODES="3", SLURM_JOB_NODELIST="x", ROLLOUT_PORT=str(free_port()))
         environment |= dict(
-            PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=stub("python", f"cd {tmp_path}\n{SERVER}"), BROKEN=""
+            PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=stub("python", f"cd {tmp_path}\n{SERVER}"), BROKEN="", SILENT=""
         )
         command = ["bash", f"examples/{script}", *arguments]
         environment = os.environ | environment | variables
@@ -236,7 +236,7 @@ def test_slurm_runs_servers_on_nodes_of_their_own(job, tmp_path, recipe):
     ("variables", "message"),
     [
         (dict(BROKEN="1"), "the vLLM servers ended before http://localhost:"),
-        (dict(ROLLOUT_TIMEOUT_S="0"), "/health within 0 s (ROLLOUT_TIMEOUT_S); see vllm-5.log"),
+        (dict(SILENT="1", ROLLOUT_TIMEOUT_S="0"), "/health within 0 s (ROLLOUT_TIMEOUT_S); see vllm-5.log"),
         (dict(ROLLOUT_NODES="3"), "ROLLOUT_NODES=3 leaves no node to train"),
         (dict(GPUS_PER_NODE="5"), "must divide the machine's 5 GPUs"),
     ],
