@@ -164,6 +164,8 @@ def _rollout_config(options: argparse.Namespace) -> RolloutConfig:
         config = build(RolloutConfig, apply_overrides(values, options.rollout))
     except ConfigError as error:
         raise error.within("--rollout") from None
+    if config.nodes == "all":
+        raise ConfigError("--rollout.nodes", "an evaluation runs on one node; for more, start servers and name their --urls")
     if config.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError("--rollout.engine", "vllm is not installed; see the README for the requirements")
     return config

@@ -238,7 +238,7 @@ class RemoteProcess(VLLMProcess):
         return f"{how} on {self._address.host}"
 
     def log_tail(self) -> str:
-        return self._end[1] if self._end is not None else f"Its log is lost with its process on {self._address.host}."
+        return self._end[1] if self._end is not None else f"Its log was on {self._address.host}."
 
     def interrupt(self) -> None:
         try:

@@ -1,7 +1,16 @@
 """Engines on every node: two ranks stand for two nodes, each the first of its own, and the network is this host's."""
 
+import multiprocessing
+import time
+from multiprocessing.connection import Client
+
 import pytest
 
+from pmpo_megatron.errors import RolloutError
+from pmpo_megatron.rollout.engine import RolloutConfig
+from pmpo_megatron.rollout.node_agent import NodeAgent
+from pmpo_megatron.rollout.vllm_engine import engine_settings
+from pmpo_megatron.rollout.vllm_process import Launch, RemoteProcess
 from tests.distributed.harness import run_ranks
 from tests.integration.engine_worker import save_model
 from tests.integration.test_bridge import WORKER, same
@@ -20,3 +29,31 @@ def test_engines_on_all_nodes_get_the_weights_and_answer_and_are_replaced(bridge
         same(found[which], found["fresh"], tolerance=1e-6)
     assert found["killed, seconds"] < 100, "nobody waits out bridge.timeout_s, 200, for the one that died"
     assert found["left"] == [None, []], "no vLLM goes on when rank 0 has ended its own"
+
+
+@pytest.fixture
+def agent():
+    made = NodeAgent()
+    yield made
+    made.close()
+
+
+def test_an_engine_that_cannot_start_on_another_node_says_why(agent, tmp_path):
+    config = RolloutConfig(max_model_len=10**6, threads=1, kv_cache_gib=0.1)
+    path = save_model("qwen2", tmp_path / "model")
+    settings = engine_settings(config, model_path=path, device="cpu", worker_extension=None)
+    process = RemoteProcess(Launch(settings, "cpu", 1, 0, 1), agent.address)
+    with pytest.raises(RolloutError, match="(?s)did not start.*max_model_len.*was on 127.0.0.1"):
+        process.start(200)
+    deadline = time.monotonic() + 30  # the agent hears of it from the connection
+    while agent.process_ids and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert agent.process_ids == [], "what did not start is ended"
+
+
+def test_whoever_lacks_the_key_starts_nothing_and_does_not_stop_others(agent):
+    for _ in range(2):
+        with pytest.raises(multiprocessing.AuthenticationError):
+            Client((agent.address.host, agent.address.port), authkey=b"guessed")
+    Client((agent.address.host, agent.address.port), authkey=agent.address.key).close()
+    assert agent.process_ids == []

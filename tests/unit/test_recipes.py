@@ -187,7 +187,12 @@ for number in range(2):
 SERVER = f"""
 case "$*" in
     *serve.py*--dry-run*) exec {sys.executable} "$@" ;;
-    *serve.py*) echo "$*" > served; [ -z "$BROKEN" ] || exit 3; [ -z "$SILENT" ] || exec sleep 50; mkdir health; exec {sys.executable} -c '{HEALTHY}' ;;
+    *serve.py*)
+        echo "$*" > served
+        [ -z "$BROKEN" ] || exit 3
+        [ -z "$SILENT" ] || exec sleep 50
+        mkdir health
+        exec {sys.executable} -c '{HEALTHY}' ;;
     *) echo "$NODE_RANK $NNODES: $*" ;;
 esac
 """  # stands in for the interpreter: the servers' commands are the real ones, servers answer, the trainer does not run
