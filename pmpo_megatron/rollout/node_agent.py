@@ -12,7 +12,9 @@ import secrets
 import socket
 import tempfile
 import threading
-from multiprocessing.connection import Connection, Listener, wait
+from contextlib import suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge, wait
 from pathlib import Path
 
 from pmpo_megatron.errors import RolloutError
@@ -26,9 +28,8 @@ class NodeAgent:
     """Listens until it is closed. ``address`` is for rank 0: its key lets nobody else start processes here."""
 
     def __init__(self) -> None:
-        host, key = address_here(), secrets.token_bytes(32)
-        self._listener = Listener((host, 0), authkey=key, backlog=64)
-        self.address = NodeAddress(host, self._listener.address[1], key)
+        self._listener = Listener((address_here(), 0), backlog=64)
+        self.address = NodeAddress(*self._listener.address, secrets.token_bytes(32))
         self._directory = tempfile.TemporaryDirectory(prefix="pmpo-vllm-")
         self._joined: list[_Joined] = []
         threading.Thread(target=self._accept, daemon=True, name="node-agent").start()
@@ -51,18 +52,15 @@ class NodeAgent:
                 connection = self._listener.accept()
             except OSError:
                 return  # closed
-            except Exception as error:  # somebody without the key
-                logger.warning("a connection to %s:%d was refused: %r", self.address.host, self.address.port, error)
-                continue
             log_path = Path(self._directory.name) / f"engine-{len(self._joined)}.log"
-            self._joined.append(_Joined(connection, log_path))
+            self._joined.append(_Joined(connection, self.address.key, log_path))
 
 
 class _Joined:
-    """One connection of rank 0 and the vLLM behind it."""
+    """One connection and, if it is rank 0's, the vLLM behind it."""
 
-    def __init__(self, connection: Connection, log_path: Path) -> None:
-        self._connection, self._log_path = connection, log_path
+    def __init__(self, connection: Connection, key: bytes, log_path: Path) -> None:
+        self._connection, self._key, self._log_path = connection, key, log_path
         self.process: LocalProcess | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="node-agent-vllm")
         self._thread.start()
@@ -74,9 +72,13 @@ class _Joined:
 
     def _run(self) -> None:
         try:
+            deliver_challenge(self._connection, self._key)  # here, not in `_accept`, which a silent caller would block
+            answer_challenge(self._connection, self._key)
             launch = self._connection.recv()
             self.process = LocalProcess(launch, self._log_path, {ELSEWHERE: "1"})
             self._pass_on(self.process.open())
+        except AuthenticationError as error:
+            logger.warning("a caller that is not of this run was refused: %s", error)
         except RolloutError as error:
             self._connection.send(("error", str(error)))
         except (EOFError, OSError):
@@ -94,7 +96,8 @@ class _Joined:
                     if message[0] == "interrupt":
                         self.process.interrupt()
                     else:
-                        theirs.send(message)
+                        with suppress(BrokenPipeError):  # it has ended, as its end of the pipe will say
+                            theirs.send(message)
                     continue
                 try:
                     message = theirs.recv_bytes()

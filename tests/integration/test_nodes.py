@@ -1,6 +1,7 @@
 """Engines on every node: two ranks stand for two nodes, each the first of its own, and the network is this host's."""
 
 import multiprocessing
+import socket
 import time
 from multiprocessing.connection import Client
 
@@ -52,8 +53,10 @@ def test_an_engine_that_cannot_start_on_another_node_says_why(agent, tmp_path):
 
 
 def test_whoever_lacks_the_key_starts_nothing_and_does_not_stop_others(agent):
+    silent = socket.create_connection((agent.address.host, agent.address.port))
     for _ in range(2):
         with pytest.raises(multiprocessing.AuthenticationError):
             Client((agent.address.host, agent.address.port), authkey=b"guessed")
     Client((agent.address.host, agent.address.port), authkey=agent.address.key).close()
+    silent.close()
     assert agent.process_ids == []
