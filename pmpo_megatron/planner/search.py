@@ -35,8 +35,7 @@ def best_layouts(
         for candidate in _variants(config, parallel):
             found = plan(candidate, world_size, hardware, sequence=sequence, shape=shape)
             known = best.get(parallel)
-            enough = found.fits and found.fullest.spare >= MARGIN_GIB * GIB
-            if enough and (known is None or found.round.training < known.round.training):
+            if _has_room(found) and (known is None or found.round.training < known.round.training):
                 best[parallel] = found
     return sorted(best.values(), key=_preference)[:count]
 
@@ -56,8 +55,11 @@ def best_engines(
         if gpus % size == 0 and split_problem(shape, size) is None:
             rollout = replace(config.rollout, engines=gpus // size, tensor_parallel=size)
             found.append(plan(replace(config, rollout=rollout), world_size, hardware, sequence=sequence, shape=shape))
-    enough = [each for each in found if each.fits and each.fullest.spare >= MARGIN_GIB * GIB]
-    return sorted(enough, key=lambda each: each.round.rollouts)[:count]
+    return sorted(filter(_has_room, found), key=lambda each: each.round.rollouts)[:count]
+
+
+def _has_room(found: Plan) -> bool:
+    return found.fits and found.fullest.spare >= MARGIN_GIB * GIB
 
 
 def _preference(found: Plan) -> float:
