@@ -50,8 +50,8 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "pmpo-train = pmpo_megatron.train:main",
-            "pmpo-evaluate = pmpo_megatron.evaluate:main",
+            "pmpo-train = pmpo_megatron.commands.train:main",
+            "pmpo-evaluate = pmpo_megatron.commands.evaluate:main",
         ],
     },
 )

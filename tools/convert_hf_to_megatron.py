@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from pmpo_megatron.checkpoint.convert import hf_to_megatron
-from pmpo_megatron.checkpoint.convert.command import add_options, options_of, run
+from pmpo_megatron.commands.convert import add_options, options_of, run
+from pmpo_megatron.convert import hf_to_megatron
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pmpo_megatron.algo.objective import PRESETS
 from pmpo_megatron.config import Section, describe, field_types
-from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.training.run_config import RunConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pmpo_megatron.data.tiny_model import TinyModelConfig, make_tiny_model
+from pmpo_megatron.hf.tiny_model import TinyModelConfig, make_tiny_model
 
 
 def main() -> None:

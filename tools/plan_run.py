@@ -17,8 +17,8 @@ from pathlib import Path
 from pmpo_megatron.config import apply_overrides, build, read_yaml
 from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.planner import HARDWARE, best_engines, best_layouts, hardware_here, hardware_named, plan
-from pmpo_megatron.planner.text import engines_text, layout_text
-from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.planner.text import engines_text, layout_text, plan_lines
+from pmpo_megatron.training.run_config import RunConfig
 
 
 def parse() -> argparse.Namespace:
@@ -82,7 +82,7 @@ def main() -> int:
             if error.field.startswith("parallel."):  # not this layout; which ones, then?
                 print("\n".join(proposals(options, config, hardware)))
             raise
-        print("\n".join([*found.lines(), *proposals(options, config, hardware)]))
+        print("\n".join([*plan_lines(found), *proposals(options, config, hardware)]))
     except PmpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -24,7 +24,7 @@ from pathlib import Path
 from pmpo_megatron.config import apply_overrides, build, read_yaml
 from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.rollout.vllm_engine import engine_settings
-from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.training.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RECEIVER = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"

@@ -36,7 +36,7 @@ for seed in $(seq 1 "$seeds"); do
             IFS=, read -ra settings <<<"${variant#*:}"
         fi
         echo "== $name, seed $seed of $seeds"
-        "$PYTHON" -m pmpo_megatron.train --config examples/quickstart/config.yaml run.directory="$out/$name/seed-$seed" \
+        "$PYTHON" -m pmpo_megatron.commands.train --config examples/quickstart/config.yaml run.directory="$out/$name/seed-$seed" \
             run.rounds="$rounds" run.seed="$seed" sampling.seed="$seed" evaluation.every_rounds=5 \
             batch.steps_per_round="$steps" optimizer.learning_rate=1.0e-4 optimizer.decay_steps=$((rounds * steps)) \
             checkpoint.every_rounds="$rounds" monitor.tensorboard=false monitor.report=false \

@@ -50,7 +50,7 @@ launch() {
             ${dry:+--dry-run} "${overrides[@]}" "${more[@]}"
     fi
     if [ -n "$dry" ]; then
-        exec "$python" -m pmpo_megatron.train --config "$config" --dry-run --world-size $((nodes * gpus)) "${overrides[@]}"
+        exec "$python" -m pmpo_megatron.commands.train --config "$config" --dry-run --world-size $((nodes * gpus)) "${overrides[@]}"
     fi
     if [ "$nodes" -eq 1 ]; then
         rendezvous=(--standalone)
@@ -63,5 +63,5 @@ launch() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" TOKENIZERS_PARALLELISM=false
     trap '' USR1 # asks the trainer's processes to save and stop; torchrun itself would die of it
     exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus" \
-        -m pmpo_megatron.train --config "$config" "${overrides[@]}"
+        -m pmpo_megatron.commands.train --config "$config" "${overrides[@]}"
 }

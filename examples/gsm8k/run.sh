@@ -36,13 +36,13 @@ if [ -n "$smoke" ]; then
         data.max_prompt_tokens=200 sampling.max_tokens=40 rollout.max_model_len=256 rollout.kv_cache_gib=0.2
         batch.prompts_per_round=16 batch.steps_per_round=2 batch.max_tokens_per_micro_batch=4096 rewards.workers=2
         evaluation.data=null)
-    launcher=("$PYTHON" -m pmpo_megatron.train)
+    launcher=("$PYTHON" -m pmpo_megatron.commands.train)
 else
     cd "$PROJECT_ROOT"
     PYTHON="${PYTHON:-python}"
     [ -f "$model/config.json" ] || fail "--model $model: no Hugging Face checkpoint there (no config.json)"
     settings+=("model.path=$model")
     [ -z "$data" ] || settings+=(evaluation.data=null)
-    launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" -m pmpo_megatron.train)
+    launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" -m pmpo_megatron.commands.train)
 fi
 exec "${launcher[@]}" --config examples/gsm8k/config.yaml "${settings[@]}" "${overrides[@]}"

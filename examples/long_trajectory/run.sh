@@ -20,7 +20,7 @@ longest="$(tr ' ' '\n' <<<"$lengths" | sort -n | tail -n 1)"
 [ -f "$model/config.json" ] || "$PYTHON" tools/make_tiny_model.py --steps 0 --endless --positions $((longest + 64)) --out "$model"
 for length in $lengths; do
     echo "== $length tokens"
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${NPROC_PER_NODE:-1}" -m pmpo_megatron.train \
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${NPROC_PER_NODE:-1}" -m pmpo_megatron.commands.train \
         --config examples/long_trajectory/config.yaml model.path="$model" run.directory="runs/long_trajectory/$length" \
         sampling.max_tokens="$length" "$@"
 done

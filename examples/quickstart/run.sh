@@ -16,4 +16,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}" TOKENIZERS_PARALLELISM=fal
 
 [ -f runs/quickstart-model/config.json ] || "$PYTHON" tools/make_tiny_model.py --out runs/quickstart-model
 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${NPROC_PER_NODE:-1}" \
-    -m pmpo_megatron.train --config examples/quickstart/config.yaml "$@"
+    -m pmpo_megatron.commands.train --config examples/quickstart/config.yaml "$@"

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pmpo_megatron.benchmarks.records import EXPORTED
-from pmpo_megatron.checkpoint.convert import Options, megatron_to_hf
-from pmpo_megatron.checkpoint.convert.command import show_progress
+from pmpo_megatron.convert import Options, megatron_to_hf
 from pmpo_megatron.errors import CheckpointError, ConfigError
 from pmpo_megatron.hf.shape import read_config
+from pmpo_megatron.monitor.progress import show_progress
 
 NAME = re.compile(r"[\w.+-][\w.+ -]*")
 WEIGHTS = ("*.safetensors", "*.bin", "*.distcp")

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pmpo_megatron.benchmarks.records import TOO_LONG, BenchmarkRecords, Record, Response
 from pmpo_megatron.benchmarks.sources import Benchmark
 from pmpo_megatron.benchmarks.statistics import mean_score
-from pmpo_megatron.collector import ScoredGroup, score_groups
 from pmpo_megatron.monitor.progress import Pace, format_count, format_seconds
-from pmpo_megatron.rewards import RewardScorer
-from pmpo_megatron.rollout.engine import RolloutEngine, SamplingConfig
+from pmpo_megatron.rewards import RewardScorer, ScoredGroup, score_groups
+from pmpo_megatron.rollout.config import SamplingConfig
+from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.types import Prompt
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ import torch
 
 from pmpo_megatron.errors import DataError
 from pmpo_megatron.types import MicroBatch, Sample
+from pmpo_megatron.units import round_up
 
 
 def pack(
@@ -37,7 +38,7 @@ def pack(
     Raises:
         DataError: a trajectory is longer than ``max_tokens``.
     """
-    sizes = [_round_up(max(sample.num_tokens, 1), sequence_multiple) for sample in samples]
+    sizes = [round_up(max(sample.num_tokens, 1), sequence_multiple) for sample in samples]
     for sample, size in zip(samples, sizes, strict=True):
         if size > max_tokens:
             raise DataError(
@@ -61,7 +62,7 @@ def _fill(sizes: Sequence[int], max_tokens: int, multiple: int) -> list[list[int
     Trajectories go, longest first, to the emptiest bin, which balances; the number of bins rises until all fit.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    count = _round_up(max(1, -(-sum(sizes) // max_tokens)), multiple)
+    count = round_up(max(1, -(-sum(sizes) // max_tokens)), multiple)
     while True:
         bins: list[list[int]] = [[] for _ in range(count)]
         loads = np.zeros(count, dtype=np.int64)
@@ -78,7 +79,7 @@ def _fill(sizes: Sequence[int], max_tokens: int, multiple: int) -> list[list[int
 
 def make_micro_batch(samples: Sequence[Sample], sequence_multiple: int, pad_token_id: int) -> MicroBatch:
     """One micro-batch of ``samples``; of padding only where there are none."""
-    lengths = [_round_up(max(sample.num_tokens, 1), sequence_multiple) for sample in samples] or [sequence_multiple]
+    lengths = [round_up(max(sample.num_tokens, 1), sequence_multiple) for sample in samples] or [sequence_multiple]
     boundaries = np.concatenate([[0], np.cumsum(lengths)])
     total = int(boundaries[-1])
     tokens = np.full(total, pad_token_id, dtype=np.int64)
@@ -106,7 +107,3 @@ def make_micro_batch(samples: Sequence[Sample], sequence_multiple: int, pad_toke
         weights_N=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
         sample_ids=tuple(sample.sample_id for sample in samples),
     )
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -37,7 +37,7 @@ def global_name(name: str, layer_offset: int) -> str:
 
 
 @dataclass(frozen=True)
-class Mapping:
+class WeightMapping:
     """All entries of a model, in the order of the forward pass."""
 
     shape: ModelShape

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from pmpo_megatron.errors import MappingError
+from pmpo_megatron.units import round_up
 
 LISTED_IN = "architectures"
 
@@ -53,7 +54,7 @@ class ModelShape:
         The multiple of 64 makes it the same for every usual tensor-parallel size, so that a checkpoint moves between them.
         """
         multiple = 64 if 64 % tensor_parallel == 0 else 64 * tensor_parallel
-        return -(-self.vocab_size // multiple) * multiple
+        return round_up(self.vocab_size, multiple)
 
 
 def architectures() -> dict[str, ModuleType]:

@@ -12,10 +12,10 @@ from torch import nn
 
 from pmpo_megatron.config import Section, setting
 from pmpo_megatron.errors import MappingError
-from pmpo_megatron.hf.mapping import Mapping, global_name
+from pmpo_megatron.hf.mapping import WeightMapping, global_name
 from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import ModelShape, read_shape
-from pmpo_megatron.model.log_probs import ScoringHead
+from pmpo_megatron.model.log_probs import score_hidden_states
 from pmpo_megatron.model.optimizer import LearningRateSchedule, OptimizerConfig, make_optimizer
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState
 
@@ -48,18 +48,18 @@ class Policy:
     Attributes:
         chunks: one, or one for each virtual pipeline stage; wrapped in Megatron's DDP where there is an optimizer.
         optimizer, scheduler: None for a model that is only scored.
-        head: log-probs in place of logits, on the last stage; None elsewhere.
         config: Megatron's TransformerConfig.
+        log_prob_chunk: tokens whose logits exist at once.
     """
 
     chunks: tuple[nn.Module, ...]
     optimizer: Any | None
     scheduler: LearningRateSchedule | None
     shape: ModelShape
-    mapping: Mapping
+    mapping: WeightMapping
     state: ParallelState
     config: Any
-    head: ScoringHead | None
+    log_prob_chunk: int
 
     @staticmethod
     def build(model: ModelConfig, optimizer: OptimizerConfig | None, parallel: ParallelConfig, state: ParallelState) -> Policy:
@@ -76,20 +76,19 @@ class Policy:
 
         shape = read_shape(model.path)
         check_layout(shape, parallel)
-        mapping = Mapping(shape)
+        mapping = WeightMapping(shape)
         dtype = model.torch_dtype(state.device)
         config = transformer_config(shape, state, dtype=dtype, recompute=model.recompute)
         chunks = build_chunks(shape, config, state)
         load_weights(chunks, mapping, model.path, state)
-        head = _attach_head(chunks, shape, model, state)
         if optimizer is None:
             for chunk in chunks:
                 chunk.requires_grad_(False)
-            return Policy(tuple(chunks), None, None, shape, mapping, state, config, head)
+            return Policy(tuple(chunks), None, None, shape, mapping, state, config, model.log_prob_chunk)
         wrapped = [_wrap(chunk, config, optimizer, first=index == 0) for index, chunk in enumerate(chunks)]
         megatron_optimizer = make_optimizer(wrapped, optimizer)
         schedule = LearningRateSchedule(megatron_optimizer, optimizer)
-        return Policy(tuple(wrapped), megatron_optimizer, schedule, shape, mapping, state, config, head)
+        return Policy(tuple(wrapped), megatron_optimizer, schedule, shape, mapping, state, config, model.log_prob_chunk)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -99,6 +98,30 @@ class Policy:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(Megatron name with the layer's number counted over the whole model, this rank's shard)."""
         return named_parameters(self.modules)
+
+    def score_hidden_states(
+        self,
+        hidden: torch.Tensor,
+        targets_T: torch.Tensor,
+        wanted: torch.Tensor,
+        *,
+        temperature: float,
+        entropy_gradient: bool = False,
+    ) -> torch.Tensor:
+        """Log-probs and entropies, float32 [T, 2], of what the last stage returned, as `log_probs.score_hidden_states`."""
+        last = self.modules[-1]
+        tied = last.share_embeddings_and_output_weights
+        return score_hidden_states(
+            hidden,
+            last.shared_embedding_or_output_weight() if tied else last.output_layer.weight,
+            targets_T,
+            wanted,
+            state=self.state,
+            vocab_size=self.shape.vocab_size,
+            temperature=temperature,
+            chunk_tokens=self.log_prob_chunk,
+            entropy_gradient=entropy_gradient,
+        )
 
     def zero_gradients(self) -> None:
         for chunk in self.chunks:
@@ -115,7 +138,7 @@ def named_parameters(modules) -> Iterator[tuple[str, nn.Parameter]]:
             yield global_name(name, offset), parameter
 
 
-def load_weights(chunks, mapping: Mapping, path: str, state: ParallelState) -> None:
+def load_weights(chunks, mapping: WeightMapping, path: str, state: ParallelState) -> None:
     """Fills ``chunks`` from the checkpoint in ``path``, one parameter in memory at a time.
 
     Raises:
@@ -129,13 +152,6 @@ def load_weights(chunks, mapping: Mapping, path: str, state: ParallelState) -> N
         absent = sorted(mapping.by_megatron.keys() - {name for name, _ in parameters} - {"output_layer.weight"})
         if absent:
             raise MappingError(f"{path}: the model built has no parameter for {', '.join(absent[:6])}")
-
-
-def _attach_head(chunks, shape: ModelShape, model: ModelConfig, state: ParallelState) -> ScoringHead | None:
-    if not state.is_last_stage:
-        return None
-    head = ScoringHead(state=state, vocab_size=shape.vocab_size, chunk_tokens=model.log_prob_chunk)
-    return head.attach(chunks[-1].output_layer)
 
 
 def _wrap(chunk: nn.Module, config: Any, optimizer: OptimizerConfig, *, first: bool) -> nn.Module:

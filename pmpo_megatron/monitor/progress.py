@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from rich.console import Console, Group
@@ -18,7 +18,7 @@ from rich.text import Text
 Numbers = Mapping[str, float]
 
 
-class Progress(Protocol):
+class ProgressDisplay(Protocol):
     """Shows the numbers of each finished step."""
 
     def show(self, step: int, numbers: Numbers) -> None: ...
@@ -26,7 +26,7 @@ class Progress(Protocol):
     def close(self) -> None: ...
 
 
-def make_progress(kind: str, *, total_steps: int, step_name: str, first_step: int) -> Progress:
+def make_progress(kind: str, *, total_steps: int, step_name: str, first_step: int) -> ProgressDisplay:
     """The display ``kind`` (auto, rich, line, off); auto is rich on a terminal and line elsewhere."""
     if kind == "off":
         return NoProgress()
@@ -186,3 +186,14 @@ def format_count(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / limit:.1f}{unit}"
     return f"{value:.0f}"
+
+
+def show_progress(label: str, total: int, items: Iterable) -> Iterable:
+    """A bar on a terminal; two lines where the output is a file."""
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(f"{label} ...", file=sys.stderr, flush=True)
+        return items
+    return track(items, label, total=total, console=console)

@@ -7,12 +7,14 @@ import os
 import torch
 
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.planner.engine import split_problem
-from pmpo_megatron.planner.hardware import GIB, Hardware, hardware_here
-from pmpo_megatron.planner.known_models import model_shape
+from pmpo_megatron.planner.hardware import Hardware, hardware_here
 from pmpo_megatron.planner.parameters import state_bytes
 from pmpo_megatron.planner.run_plan import plan
-from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.planner.text import plan_lines
+from pmpo_megatron.training.run_config import RunConfig
+from pmpo_megatron.units import GIB
 
 
 def memory_report(config: RunConfig, world_size: int, hardware: Hardware | None = None) -> list[str]:
@@ -40,7 +42,7 @@ def memory_report(config: RunConfig, world_size: int, hardware: Hardware | None 
                 f"{gpu.name} needs {gpu.certain / GIB:.1f} GiB without any activations, and {gpu.hardware.name} has "
                 f"{gpu.hardware.memory_gib:.1f}; spread the model over more GPUs (tools/plan_run.py proposes a layout)",
             )
-    return found.lines()
+    return plan_lines(found)
 
 
 def _cpu_line(config: RunConfig, world_size: int) -> str:

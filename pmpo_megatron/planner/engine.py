@@ -11,9 +11,10 @@ import math
 from dataclasses import dataclass
 
 from pmpo_megatron.hf.shape import ModelShape
-from pmpo_megatron.planner.hardware import GIB, Hardware
+from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.parameters import total_parameters
-from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig
+from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
+from pmpo_megatron.units import GIB
 
 ITEM_SIZE = {"auto": 2, "bfloat16": 2, "float32": 4}
 PREFILL_TOKENS = 16384  # tokens of the largest forward pass; vLLM's default for offline use on GPUs of 70 GiB and more

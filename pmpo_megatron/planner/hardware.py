@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pmpo_megatron.errors import ConfigError
-
-GIB = 1024**3
+from pmpo_megatron.units import GIB
 
 
 @dataclass(frozen=True)

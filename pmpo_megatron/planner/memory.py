@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.planner.activations import ActivationBytes
-from pmpo_megatron.planner.hardware import GIB, Hardware
+from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.parameters import StateBytes
+from pmpo_megatron.units import GIB
 
 COLUMNS = ("weights", "gradients", "optimizer", "reference", "activations", "log-probs", "vLLM", "reserved", "total")
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.state import ParallelConfig
+from pmpo_megatron.units import round_up
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2}
 
@@ -107,12 +108,12 @@ def lay_out(parameters: list[Parameter], *, replicas: int, distributed: bool) ->
 
     def close_bucket(end: int) -> int:
         nonlocal bucket
-        buckets.append((bucket, _round_up(end, math.lcm(replicas, 128))))
+        buckets.append((bucket, round_up(end, math.lcm(replicas, 128))))
         bucket = buckets[-1][1]
         return bucket
 
     for parameter in reversed(parameters):
-        start = _round_up(position, 64)
+        start = round_up(position, 64)
         if parameter.shared_embedding and position > bucket:
             start = close_bucket(start)
         position = start + parameter.numel
@@ -176,7 +177,3 @@ def state_bytes(
             owned = buffer.most_owned(replicas) if replica is None else buffer.owned(replica, replicas)
         total += StateBytes(item * buffer.numel, 4 * buffer.numel, owned * (12 if item == 2 else 8))
     return total
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

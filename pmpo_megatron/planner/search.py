@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.planner.engine import split_problem
-from pmpo_megatron.planner.hardware import GIB, Hardware
-from pmpo_megatron.planner.known_models import model_shape
-from pmpo_megatron.planner.run_plan import RECOMPUTE, Plan, plan
-from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.planner.hardware import Hardware
+from pmpo_megatron.planner.records import Plan
+from pmpo_megatron.planner.run_plan import RECOMPUTE, plan
+from pmpo_megatron.training.run_config import RunConfig
+from pmpo_megatron.units import GIB, round_up
 
 MARGIN_GIB = 2.0  # that a proposal leaves on the fullest GPU: activations are estimates
 LEAST_PIECE = 1024  # tokens of a sequence on a context-parallel rank, below which splitting it cannot pay
@@ -99,9 +101,9 @@ def _possible(parallel: ParallelConfig, shape: ModelShape) -> bool:
 def _variants(config: RunConfig, parallel: ParallelConfig) -> Iterator[RunConfig]:
     """Micro-batches of one, two and four longest trajectories, and every kind of recomputation."""
     multiple = sequence_multiple(parallel)
-    longest = -(-(config.data.max_prompt_tokens + config.sampling.max_tokens) // multiple) * multiple
+    longest = round_up(config.data.max_prompt_tokens + config.sampling.max_tokens, multiple)
     for trajectories in (1, 2, 4):
-        budget = -(-longest * trajectories // BUDGET_UNIT) * BUDGET_UNIT
+        budget = round_up(longest * trajectories, BUDGET_UNIT)
         for recompute in RECOMPUTE:
             yield replace(
                 config,

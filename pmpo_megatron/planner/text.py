@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pmpo_megatron.planner.engine import engine_nodes
-from pmpo_megatron.planner.hardware import GIB
 from pmpo_megatron.planner.memory import COLUMNS, GpuMemory
 from pmpo_megatron.planner.parameters import total_parameters
-from pmpo_megatron.run_config import RunConfig
-
-if TYPE_CHECKING:
-    from pmpo_megatron.planner.run_plan import Plan
+from pmpo_megatron.planner.records import Plan
+from pmpo_megatron.training.run_config import RunConfig
+from pmpo_megatron.units import GIB
 
 
 def layout_text(config: RunConfig, world_size: int) -> str:

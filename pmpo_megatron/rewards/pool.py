@@ -20,6 +20,7 @@ from pathlib import Path
 from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.rewards.frames import HEADER
 from pmpo_megatron.rewards.functions import find_function
+from pmpo_megatron.units import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class RewardPool:
             find_function(name)
         self.timeout, self.stats = timeout, PoolStats()
         self._turn = threading.RLock()
-        self._workers = [_Worker(self.functions, int(memory_gib * 2**30), timeout) for _ in range(workers)]
+        self._workers = [_Worker(self.functions, int(memory_gib * GIB), timeout) for _ in range(workers)]
 
     def __enter__(self) -> RewardPool:
         return self

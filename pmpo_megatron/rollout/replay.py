@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from pmpo_megatron.errors import DataError, RolloutError
-from pmpo_megatron.rollout.engine import RolloutEngine, SamplingConfig
+from pmpo_megatron.rollout.config import SamplingConfig
+from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
 
 FORMAT = 1

@@ -19,7 +19,7 @@ import aiohttp
 import numpy as np
 
 from pmpo_megatron.errors import RolloutError
-from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig
+from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.vllm_engine import make_requests
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
 

@@ -15,14 +15,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pmpo_megatron.errors import RolloutError
-from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig, request_seed
+from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
+from pmpo_megatron.rollout.engine import request_seed
 from pmpo_megatron.rollout.vllm_process import EngineDied, Launch, LocalProcess, NodeAddress, RemoteProcess, VLLMProcess
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
+from pmpo_megatron.units import GIB
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Request = tuple[str, list[int], dict[str, Any]]
-GIB = 1 << 30
 DEFAULT_CPU_KV_CACHE_GIB = 0.5
 
 

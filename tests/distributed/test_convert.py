@@ -5,11 +5,11 @@ import pickle
 import pytest
 import torch
 
-from pmpo_megatron.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
-from pmpo_megatron.checkpoint.convert.hugging_face import SafetensorsWeights
-from pmpo_megatron.checkpoint.convert.megatron import MODEL_PARTS
+from pmpo_megatron.convert import Options, hf_to_megatron, megatron_to_hf
+from pmpo_megatron.convert.hugging_face import SafetensorsWeights
+from pmpo_megatron.convert.megatron import MODEL_PARTS
 from pmpo_megatron.data.packing import make_micro_batch
-from pmpo_megatron.hf.mapping import Mapping
+from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.shape import read_shape
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity_worker import samples
@@ -51,7 +51,7 @@ def loaded(models):
 @pytest.mark.parametrize("layout", PAIR)
 class TestLoadingOnLayouts:
     def test_weights_are_the_models_own(self, models, loaded, layout, kind):
-        mapping, weights = Mapping(read_shape(models[kind][0])), SafetensorsWeights(models[kind][0])
+        mapping, weights = WeightMapping(read_shape(models[kind][0])), SafetensorsWeights(models[kind][0])
         seen = set()
         for rank in loaded:
             results = rank[list(PAIR).index(layout)]

@@ -6,7 +6,7 @@ Layouts are compared with each other in test_parity; here is what all of them mu
 import pytest
 import torch
 
-from pmpo_megatron.hf.mapping import Mapping
+from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.shape import read_shape
 from tests.distributed.gradient_worker import OPTIMIZER
 from tests.distributed.harness import run_ranks
@@ -57,7 +57,7 @@ def test_gradients_are_those_of_the_formula(number, kind, tmp_path):
     surrogate, loss = step_loss(model, micro_batches(1, 0, 0), found["old"], STEPS[number])
     surrogate.backward()
     assert found["result"].loss == pytest.approx(loss, rel=1e-5)
-    gradients, mapping = {name: parameter.grad for name, parameter in model.named_parameters()}, Mapping(read_shape(path))
+    gradients, mapping = {name: parameter.grad for name, parameter in model.named_parameters()}, WeightMapping(read_shape(path))
     assert mapping.hf_shapes.keys() == gradients.keys() and len(found["gradients"]) == len(mapping.entries)
     for name, gradient in found["gradients"].items():
         entry = mapping.entry(name)

@@ -7,7 +7,7 @@ micro-batch of padding only, and a context-parallel rank whose shard holds no re
 import pytest
 import torch
 
-from pmpo_megatron.hf.mapping import Mapping
+from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.shape import read_shape
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity_worker import RESPONSES, TEMPERATURE, micro_batches
@@ -92,7 +92,7 @@ def assert_close(found, expected, what):
 
 
 def check_training(runs, world_size, layouts, name, kind):
-    mapping = Mapping(read_shape(runs.models[kind]))
+    mapping = WeightMapping(read_shape(runs.models[kind]))
     reference, found = runs.get(1, SINGLE, "single", "train"), runs.get(world_size, layouts, name, "train")
     for step in range(2):
         expected = whole(reference, kind, lambda r, s=step: r["gradients"][s], mapping)

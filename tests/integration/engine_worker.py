@@ -17,16 +17,17 @@ from pmpo_megatron.bridge.config import BridgeConfig
 from pmpo_megatron.bridge.media import SharedFile
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.data.packing import pack
-from pmpo_megatron.data.tiny_model import make_tokenizer
 from pmpo_megatron.errors import RolloutError, WeightSyncError
 from pmpo_megatron.hf.safetensors import SafetensorsWriter, copy_side_files
+from pmpo_megatron.hf.tiny_model import make_tokenizer
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.collectives import barrier, gather_objects
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
-from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig, make_engine
+from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
+from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.node_agent import NodeAgent
 from pmpo_megatron.types import Prompt, Sample
 from tests.tiny_models import save_tiny_model

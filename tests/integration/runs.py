@@ -38,7 +38,15 @@ def command(model: str, directory: Path, *settings: str, processes: int = 1) -> 
     launcher = [sys.executable, "-W", "ignore"]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, "-m", "pmpo_megatron.train", f"model.path={model}", f"run.directory={directory}", *SMALL, *settings]
+    return [
+        *launcher,
+        "-m",
+        "pmpo_megatron.commands.train",
+        f"model.path={model}",
+        f"run.directory={directory}",
+        *SMALL,
+        *settings,
+    ]
 
 
 def start(model: str, directory: Path, *settings: str, processes: int = 1) -> subprocess.Popen:

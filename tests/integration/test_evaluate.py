@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pmpo_megatron.checkpoint.convert import hf_to_megatron
-from pmpo_megatron.evaluate import main
+from pmpo_megatron.commands.evaluate import main
+from pmpo_megatron.convert import hf_to_megatron
 from tests.integration.engine_worker import save_model
 from tests.integration.rewards import letters
 from tests.integration.runs import ROOT, wait_until
@@ -52,7 +52,7 @@ def arguments(place: Path) -> list[str]:
 
 def start(place: Path) -> subprocess.Popen:
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "pmpo_megatron.evaluate", *arguments(place)]
+    command = [sys.executable, "-m", "pmpo_megatron.commands.evaluate", *arguments(place)]
     with open(place / "log", "ab") as log, open(place / "table", "wb") as table:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=table, stderr=log, start_new_session=True)
 
@@ -125,7 +125,7 @@ def test_figures_are_those_of_the_records(place):
 
 
 def test_a_complete_evaluation_starts_no_engine(place, capsys, monkeypatch):
-    monkeypatch.setattr("pmpo_megatron.evaluate.make_engine", None)
+    monkeypatch.setattr("pmpo_megatron.commands.evaluate.make_engine", None)
     assert main(arguments(place)) == 0
     assert capsys.readouterr().out == (place / "table").read_text()
 

@@ -8,7 +8,7 @@ from multiprocessing.connection import Client
 import pytest
 
 from pmpo_megatron.errors import RolloutError
-from pmpo_megatron.rollout.engine import RolloutConfig
+from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.node_agent import NodeAgent
 from pmpo_megatron.rollout.vllm_engine import engine_settings
 from pmpo_megatron.rollout.vllm_process import Launch, RemoteProcess

@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from pmpo_megatron.errors import DataError, RolloutError
-from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig, make_engine
+from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
+from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.replay import RecordingEngine, ReplayEngine
 from tests.integration.engine_worker import engine_for, prompts, save_model
 

@@ -9,7 +9,8 @@ import urllib.request
 import pytest
 
 from pmpo_megatron.errors import RolloutError
-from pmpo_megatron.rollout.engine import RolloutConfig, make_engine
+from pmpo_megatron.rollout.config import RolloutConfig
+from pmpo_megatron.rollout.factory import make_engine
 from tests.distributed.harness import free_port, run_ranks
 from tests.integration.engine_worker import EXTENSION, engine_for, prompts, save_model
 from tests.integration.runs import ROOT

@@ -149,5 +149,7 @@ def test_a_broken_link_and_an_absent_file_would_be_noticed(tmp_path):
         "tools/plan_run.py",
         "examples/common/launch.sh",
     ]
-    assert exists_in_package("pmpo_megatron.train") and exists_in_package("pmpo_megatron.bridge.vllm_worker.WeightReceiver")
-    assert not exists_in_package("pmpo_megatron.gone") and not exists_in_package("pmpo_megatron.train.gone_function")
+    assert exists_in_package("pmpo_megatron.commands.train") and exists_in_package(
+        "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
+    )
+    assert not exists_in_package("pmpo_megatron.gone") and not exists_in_package("pmpo_megatron.commands.train.gone_function")

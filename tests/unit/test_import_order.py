@@ -1,28 +1,28 @@
 """The package's layers: left never imports right. Keeps the pure parts pure and the program readable in one order."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "pmpo_megatron"
 LAYERS = [
-    {"errors", "types", "config"},
-    {"algo", "data", "rewards"},
+    {"errors", "units"},
+    {"types", "config"},
+    {"algo"},
+    {"data", "rewards"},
     {"parallel"},
     {"hf"},
     {"model"},
     {"checkpoint"},
+    {"convert"},
     {"rollout"},
     {"bridge"},
     {"monitor"},
-    {"run_config", "launch"},
+    {"benchmarks", "training"},
     {"planner"},
-    {"collector", "mini_batches", "round_metrics", "run_checks", "guards"},
-    {"evaluation", "benchmarks"},
-    {"trainer"},
-    {"assembly"},
-    {"train", "evaluate"},
+    {"commands"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
@@ -47,6 +47,28 @@ def test_left_never_imports_right(path):
     assert part in RANK, f"{part} has no place in the import order: give it one in {__file__}"
     later = {name for name in imported_modules(path) if RANK.get(name, -1) > RANK[part]}
     assert not later, f"{path} imports {sorted(later)}, which come later in the import order"
+
+
+def test_few_rooms():
+    rooms = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    assert len(rooms) <= 20, sorted(path.name for path in rooms)
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Modules of the package that ``path`` imports, also inside functions and for type checking alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_no_module_imports_itself_through_others():
+    names = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    graph = {name: modules_imported(path) & set(names.values()) - {name} for path, name in names.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_algo_is_pure_torch():

@@ -10,7 +10,8 @@ import pytest
 
 from pmpo_megatron.config import apply_overrides, build, read_yaml, to_plain
 from pmpo_megatron.planner import HARDWARE, plan
-from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.planner.text import plan_lines
+from pmpo_megatron.training.run_config import RunConfig
 from tests.distributed.harness import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -92,13 +93,13 @@ def stub(tmp_path):
 def test_the_guides_example_is_what_the_planner_says():
     text = (ROOT / "docs/parallelism.md").read_text()
     shown = text[text.index("\nplan: models/Qwen2.5-32B") + 1 : text.index("proposals, fastest training first:")]
-    assert shown.splitlines() == plan(load("qwen2.5-32b/config.yaml"), 32, HARDWARE["h100-80gb"]).lines()
+    assert shown.splitlines() == plan_lines(plan(load("qwen2.5-32b/config.yaml"), 32, HARDWARE["h100-80gb"]))
 
 
 def test_launch_starts_torchrun_on_one_node(stub):
     done = run_script(["qwen2.5-math-7b/launch.sh", "run.rounds=3"], PYTHON=stub("python"))
     expected = (
-        "-m torch.distributed.run --standalone --nproc-per-node 8 -m pmpo_megatron.train "
+        "-m torch.distributed.run --standalone --nproc-per-node 8 -m pmpo_megatron.commands.train "
         "--config examples/qwen2.5-math-7b/config.yaml run.rounds=3"
     )
     assert done.returncode == 0 and done.stdout.strip().endswith(expected)
@@ -107,7 +108,9 @@ def test_launch_starts_torchrun_on_one_node(stub):
 def test_launch_starts_torchrun_on_every_node(stub):
     where = dict(PYTHON=stub("python"), NODE_RANK="2", MASTER_ADDR="first", MASTER_PORT="1234", GPUS_PER_NODE="4")
     done = run_script(["qwen2.5-32b/launch.sh"], **where)
-    expected = "--nnodes 4 --node-rank 2 --master-addr first --master-port 1234 --nproc-per-node 4 -m pmpo_megatron.train"
+    expected = (
+        "--nnodes 4 --node-rank 2 --master-addr first --master-port 1234 --nproc-per-node 4 -m pmpo_megatron.commands.train"
+    )
     assert done.returncode == 0 and expected in done.stdout
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from pmpo_megatron.checkpoint.convert.hugging_face import SafetensorsStream, SafetensorsWeights
-from pmpo_megatron.hf.mapping import Mapping
+from pmpo_megatron.convert.hugging_face import SafetensorsStream, SafetensorsWeights
+from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.shape import shape_of
 
 TOOLS = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ GB = 1e9
 
 
 def plan_of(size: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    shapes = Mapping(shape_of(SHARED | SIZES[size])).hf_shapes
+    shapes = WeightMapping(shape_of(SHARED | SIZES[size])).hf_shapes
     return [(name, torch.bfloat16, shape) for name, shape in shapes.items()]
 
 

@@ -66,14 +66,14 @@ def main() -> None:
 
 def make_model(directory: Path, size: str) -> None:
     """Weights as an initialisation has them: matrices of std 0.02, norms of 1."""
-    from pmpo_megatron.checkpoint.convert.hugging_face import SafetensorsStream
-    from pmpo_megatron.hf.mapping import Mapping
+    from pmpo_megatron.convert.hugging_face import SafetensorsStream
+    from pmpo_megatron.hf.mapping import WeightMapping
     from pmpo_megatron.hf.shape import shape_of
 
     config = COMMON | SIZES[size] | {"torch_dtype": "bfloat16"}
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = Mapping(shape_of(config)).hf_shapes
+    shapes = WeightMapping(shape_of(config)).hf_shapes
     stream = SafetensorsStream(directory, [(n, torch.bfloat16, s) for n, s in shapes.items()], shard_bytes=4 << 30)
     for name, shape in shapes.items():
         weights = torch.ones(shape) if "norm" in name else torch.randn(shape).mul_(0.02)

@@ -17,10 +17,11 @@ import torch
 
 from pmpo_megatron.bridge.config import BridgeConfig
 from pmpo_megatron.bridge.sync import WeightBridge
-from pmpo_megatron.launch import rank_environment
+from pmpo_megatron.commands.launch import rank_environment
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
-from pmpo_megatron.rollout.engine import RolloutConfig, make_engine
+from pmpo_megatron.rollout.config import RolloutConfig
+from pmpo_megatron.rollout.factory import make_engine
 
 QWEN_HALF_B = dict(
     vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
@@ -33,7 +34,7 @@ def make_checkpoint(directory: Path, dtype: str, layers: int) -> None:
     """Random weights with the tokenizer of the tiny model, which nothing here uses."""
     import transformers
 
-    from pmpo_megatron.data.tiny_model import make_tokenizer
+    from pmpo_megatron.hf.tiny_model import make_tokenizer
 
     torch.set_default_dtype(getattr(torch, dtype))
     config = transformers.Qwen2Config(**QWEN_HALF_B | {"num_hidden_layers": layers}, dtype=dtype)

@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers
 
-from pmpo_megatron.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
-from pmpo_megatron.checkpoint.convert.hugging_face import SafetensorsStream, SafetensorsWeights
-from pmpo_megatron.checkpoint.convert.megatron import MegatronReader, MegatronWriter
+from pmpo_megatron.convert import Options, hf_to_megatron, megatron_to_hf
+from pmpo_megatron.convert.hugging_face import SafetensorsStream, SafetensorsWeights
+from pmpo_megatron.convert.megatron import MegatronReader, MegatronWriter
 from pmpo_megatron.errors import CheckpointError, MappingError
-from pmpo_megatron.hf.mapping import Mapping
+from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.shape import read_shape
 from tests.tiny_models import KINDS, save_tiny_model
 
@@ -100,7 +100,7 @@ class TestWhatIsWritten:
 
     def test_another_padding_is_accepted(self, hf, tmp_path):
         """Megatron pads to multiples of the tensor-parallel size, which need not divide 64."""
-        mapping, weights = Mapping(read_shape(hf)), tensors(hf)
+        mapping, weights = WeightMapping(read_shape(hf)), tensors(hf)
         writer = MegatronWriter(tmp_path, num_layers=4)
         for entry in mapping.entries:
             whole = entry.merge([weights[name] for name in entry.hf])
@@ -238,7 +238,7 @@ class TestDamage:
         self.fails(copy, tmp_path, r"mlp.gate_proj.weight has shape \(48, 32\); config.json says \(64, 32\)")
 
     def test_a_parameter_missing_in_megatrons_files_is_named(self, hf, tmp_path):
-        mapping, weights = Mapping(read_shape(hf)), tensors(hf)
+        mapping, weights = WeightMapping(read_shape(hf)), tensors(hf)
         writer = MegatronWriter(tmp_path, num_layers=4)
         for entry in mapping.entries:
             if entry.megatron not in ("decoder.final_layernorm.weight", "decoder.layers.3.mlp.linear_fc2.weight"):
@@ -302,7 +302,7 @@ class TestOutput:
     def test_a_full_disk_is_seen_before_anything_is_written(self, hf, tmp_path, monkeypatch):
         from types import SimpleNamespace
 
-        from pmpo_megatron.checkpoint.convert import output
+        from pmpo_megatron.convert import output
 
         monkeypatch.setattr(output.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         with pytest.raises(CheckpointError, match="the disk has 0.0 GiB free"):
@@ -453,7 +453,7 @@ class TestDocumentedExamples:
         from pmpo_megatron.hf.entries import Entry, QKVEntry
 
         shape, layer = read_shape(hf), 2
-        usual = Mapping(shape).entry("decoder.layers.2.self_attention.linear_qkv.weight")
+        usual = WeightMapping(shape).entry("decoder.layers.2.self_attention.linear_qkv.weight")
         queries, keys, hidden, ffn = 32, 16, shape.hidden_size, shape.ffn_hidden_size
         names = dict(dataclass=dataclass, Sequence=Sequence, torch=torch, Entry=Entry, QKVEntry=QKVEntry)
         names |= dict(shape=shape, layer=layer, queries=queries, keys=keys, hidden=hidden, ffn=ffn)
@@ -463,4 +463,4 @@ class TestDocumentedExamples:
         merged = names["qkv"].merge([torch.cat(parts)])
         assert torch.equal(merged, usual.merge(parts))
         assert torch.equal(names["qkv"].split(merged)[0], torch.cat(parts))
-        assert names["gate_up"].full_shape == Mapping(shape).entry("decoder.layers.2.mlp.linear_fc1.weight").full_shape
+        assert names["gate_up"].full_shape == WeightMapping(shape).entry("decoder.layers.2.mlp.linear_fc1.weight").full_shape

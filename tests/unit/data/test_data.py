@@ -11,8 +11,8 @@ from pmpo_megatron.data.arithmetic import is_held_out, make_problems
 from pmpo_megatron.data.packing import pack
 from pmpo_megatron.data.prompts import DataConfig, load_prompts, render
 from pmpo_megatron.data.sampler import PromptSampler
-from pmpo_megatron.data.tiny_model import make_tokenizer
 from pmpo_megatron.errors import ConfigError, DataError
+from pmpo_megatron.hf.tiny_model import make_tokenizer
 from pmpo_megatron.types import Sample
 
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from pmpo_megatron.errors import MappingError
-from pmpo_megatron.hf.mapping import Mapping, global_name, local_name
+from pmpo_megatron.hf.mapping import WeightMapping, global_name, local_name
 from pmpo_megatron.hf.safetensors import SafetensorsReader, SafetensorsWriter, copy_side_files
 from pmpo_megatron.hf.shape import read_shape, shape_of
 
@@ -45,7 +45,7 @@ def checkpoint(request, tmp_path_factory):
 
 def test_shapes_are_those_of_transformers(checkpoint):
     model, directory = checkpoint
-    mapping = Mapping(read_shape(directory))
+    mapping = WeightMapping(read_shape(directory))
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     assert mapping.hf_shapes == expected
     reader = SafetensorsReader(directory)
@@ -56,7 +56,7 @@ def test_shapes_are_those_of_transformers(checkpoint):
 def test_merge_shard_unshard_split_is_the_identity(checkpoint, size):
     _, directory = checkpoint
     reader = SafetensorsReader(directory)
-    for entry in Mapping(read_shape(directory)).entries:
+    for entry in WeightMapping(read_shape(directory)).entries:
         tensors = [reader(name) for name in entry.hf]
         whole = entry.merge(tensors)
         back = entry.split(entry.unshard([entry.shard(whole, rank, size) for rank in range(size)]))
@@ -68,7 +68,7 @@ def test_qkv_rows_of_a_shard_belong_to_that_ranks_heads(checkpoint):
     """Rank 1 of 2 holds key-value head 1 and query heads 2 and 3, and nothing of the others."""
     _, directory = checkpoint
     shape, reader = read_shape(directory), SafetensorsReader(directory)
-    entry = Mapping(shape).by_megatron["decoder.layers.1.self_attention.linear_qkv.weight"]
+    entry = WeightMapping(shape).by_megatron["decoder.layers.1.self_attention.linear_qkv.weight"]
     q, k, v = (reader(f"model.layers.1.self_attn.{x}_proj.weight") for x in "qkv")
     d = shape.head_dim
     expected = torch.cat([q[2 * d : 4 * d], k[d : 2 * d], v[d : 2 * d]])
@@ -78,7 +78,7 @@ def test_qkv_rows_of_a_shard_belong_to_that_ranks_heads(checkpoint):
 def test_rows_of_fc1_are_half_gate_and_half_up(checkpoint):
     _, directory = checkpoint
     shape, reader = read_shape(directory), SafetensorsReader(directory)
-    entry = Mapping(shape).by_megatron["decoder.layers.0.mlp.linear_fc1.weight"]
+    entry = WeightMapping(shape).by_megatron["decoder.layers.0.mlp.linear_fc1.weight"]
     gate, up = (reader(f"model.layers.0.mlp.{x}_proj.weight").chunk(2)[1] for x in ("gate", "up"))
     assert torch.equal(entry.shard(entry.merge([reader(name) for name in entry.hf]), 1, 2), torch.cat([gate, up]))
 
@@ -87,7 +87,7 @@ def test_writer_writes_what_transformers_reads(checkpoint, tmp_path):
     model, directory = checkpoint
     reader = SafetensorsReader(directory)
     writer = SafetensorsWriter(tmp_path, shard_bytes=20_000)
-    for name in Mapping(read_shape(directory)).hf_shapes:
+    for name in WeightMapping(read_shape(directory)).hf_shapes:
         writer.add(name, reader(name))
     writer.finish()
     copy_side_files(directory, tmp_path)
@@ -99,7 +99,7 @@ def test_writer_writes_what_transformers_reads(checkpoint, tmp_path):
 
 def test_missing_extra_and_misshapen_tensors_are_named(checkpoint):
     _, directory = checkpoint
-    mapping = Mapping(read_shape(directory))
+    mapping = WeightMapping(read_shape(directory))
     names = [*mapping.hf_shapes, "model.layers.7.mlp.up_proj.weight"]
     names.remove("model.layers.1.mlp.down_proj.weight")
     with pytest.raises(MappingError, match=r"missing: model.layers.1.mlp.down_proj.weight; not in the model: model.layers.7"):

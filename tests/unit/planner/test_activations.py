@@ -2,9 +2,9 @@
 
 import pytest
 
+from pmpo_megatron.hf.known_models import known_shape
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.planner.activations import ActivationModel, activation_bytes, layers_in_flight
-from pmpo_megatron.planner.known_models import known_shape
 
 SHAPE = known_shape("meta-llama/Llama-3.3-70B-Instruct")
 

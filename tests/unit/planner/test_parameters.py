@@ -5,8 +5,8 @@ import math
 import pytest
 
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.hf.known_models import ROWS, known_shape, model_shape
 from pmpo_megatron.parallel.state import ParallelConfig
-from pmpo_megatron.planner.known_models import ROWS, known_shape, model_shape
 from pmpo_megatron.planner.parameters import chunk_parameters, lay_out, state_bytes, total_parameters
 
 # Elements of the published checkpoints' tensors.

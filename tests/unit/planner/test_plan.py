@@ -12,10 +12,11 @@ from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.planner import HARDWARE, best_engines, best_layouts, hardware_here, memory_report, model_shape, plan
-from pmpo_megatron.planner.hardware import GIB
 from pmpo_megatron.planner.memory import kinds_of_gpu
 from pmpo_megatron.planner.parameters import state_bytes
-from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.planner.text import plan_lines
+from pmpo_megatron.training.run_config import RunConfig
+from pmpo_megatron.units import GIB
 
 ROOT = Path(__file__).parents[3]
 H100 = HARDWARE["h100-80gb"]
@@ -37,7 +38,7 @@ def config(name="Qwen/Qwen2.5-Math-7B", /, **sections):
 def test_a_plan_that_fits_says_so_and_adds_up():
     found = plan(config(), 8, H100)
     assert found.fits and found.data_parallel == 4
-    assert found.lines()[-1].startswith("fits, with ")
+    assert plan_lines(found)[-1].startswith("fits, with ")
     with_engine, without = found.gpus
     assert with_engine.total - without.total == pytest.approx(found.engine.total + H100.engine_context_gib * GIB)
     assert without.state == state_bytes(found.shape, found.config.parallel, stage=0, replicas=4)
@@ -84,7 +85,7 @@ def test_a_reference_model_is_weights_alone():
 def test_problems_name_the_setting(sections, message):
     found = plan(config(**sections), 8, H100)
     assert not found.fits and any(message in problem for problem in found.problems), found.problems
-    assert found.lines()[-1].startswith("does not fit")
+    assert plan_lines(found)[-1].startswith("does not fit")
 
 
 def test_layouts_that_cannot_exist_are_errors():
@@ -98,14 +99,14 @@ def test_every_kind_of_recomputation_is_shown_as_it_would_be():
     found = plan(config(), 8, H100)
     for mode, amount in found.recompute.items():
         assert amount == plan(config(model={"recompute": mode}), 8, H100).fullest.activations.total
-        assert f"{mode} {amount / GIB:.1f}" in "\n".join(found.lines())
+        assert f"{mode} {amount / GIB:.1f}" in "\n".join(plan_lines(found))
     assert found.recompute["none"] > found.recompute["selective"] > found.recompute["full"]
 
 
 def test_servers_are_not_counted_and_the_plan_says_so():
     found = plan(config(rollout={"engine": "server", "urls": ["http://a:8000", "http://b:8000"]}), 8, H100)
     assert found.round.rollouts == 0 and found.fits and not any(gpu.engine for gpu in found.gpus)
-    assert "rollouts: from 2 servers" in found.lines() and any("are not counted" in note for note in found.notes)
+    assert "rollouts: from 2 servers" in plan_lines(found) and any("are not counted" in note for note in found.notes)
 
 
 def test_asynchronous_rounds_take_the_longer_of_both():
@@ -172,7 +173,7 @@ def test_engines_on_all_nodes():
     assert [gpu.engine > 0 for gpu in first.gpus] == [True, False] and [gpu.engine > 0 for gpu in everywhere.gpus] == [True]
     assert everywhere.generation.tokens_per_s > first.generation.tokens_per_s
     assert any("rollout.nodes: " in note for note in first.notes) and not everywhere.notes
-    assert any("on each of 2 nodes" in line or "of each of 2 nodes" in line for line in everywhere.lines())
+    assert any("on each of 2 nodes" in line or "of each of 2 nodes" in line for line in plan_lines(everywhere))
 
 
 def test_nothing_is_proposed_where_rollouts_cannot_work():
@@ -180,7 +181,7 @@ def test_nothing_is_proposed_where_rollouts_cannot_work():
 
 
 def test_the_dry_runs_report():
-    assert memory_report(config(run={"device": "cuda"}), 8, H100) == plan(config(), 8, H100).lines()
+    assert memory_report(config(run={"device": "cuda"}), 8, H100) == plan_lines(plan(config(), 8, H100))
     with pytest.raises(ConfigError, match="without any activations, and H100 80GB has 79.1"):
         memory_report(config("Qwen/Qwen2.5-72B", run={"device": "cuda"}), 8, H100)
     with pytest.raises(ConfigError, match="rollout.tensor_parallel: 8 must divide the model's 28 heads"):

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from pmpo_megatron.hf.known_models import known_shape
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.planner.engine import decoding_step, engine_bytes, engine_problems, generation_time
-from pmpo_megatron.planner.hardware import GIB, HARDWARE
-from pmpo_megatron.planner.known_models import known_shape
+from pmpo_megatron.planner.hardware import HARDWARE
 from pmpo_megatron.planner.parameters import total_parameters
 from pmpo_megatron.planner.timing import TrainingCost, Work
-from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig
+from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
+from pmpo_megatron.units import GIB
 
 H100 = HARDWARE["h100-80gb"]
 LLAMA, QWEN = known_shape("meta-llama/Llama-3.3-70B-Instruct"), known_shape("Qwen/Qwen2.5-7B")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pmpo_megatron.errors import RolloutError
-from pmpo_megatron.rollout.engine import SamplingConfig
+from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.vllm_engine import divide, make_requests
 from pmpo_megatron.rollout.vllm_process import Launch, visible_gpus
 from pmpo_megatron.types import Prompt

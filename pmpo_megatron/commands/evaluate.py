@@ -17,15 +17,16 @@ from pmpo_megatron.benchmarks.run import Task, run_tasks
 from pmpo_megatron.benchmarks.sources import BENCHMARKS, PAPER, Benchmark, find_benchmarks, problem_file
 from pmpo_megatron.benchmarks.statistics import default_ks
 from pmpo_megatron.benchmarks.summary import describe_benchmark, write_model_summary, write_summary
+from pmpo_megatron.commands.launch import quiet_libraries, run_command, set_up_logging
 from pmpo_megatron.config import apply_overrides, build, to_plain
 from pmpo_megatron.data.prompts import TEMPLATES, DataConfig, load_prompts
 from pmpo_megatron.errors import ConfigError
-from pmpo_megatron.launch import quiet_libraries, run_command, set_up_logging
 from pmpo_megatron.rewards import RewardConfig, RewardScorer
 from pmpo_megatron.rewards.functions import find_function
-from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig, make_engine
+from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
+from pmpo_megatron.rollout.factory import make_engine
 
-logger = logging.getLogger("pmpo_megatron.evaluate")  # also where this file is run as __main__
+logger = logging.getLogger("pmpo_megatron.commands.evaluate")  # also where this file is run as __main__
 ANY_LENGTH = 1 << 40  # prompts that are too long are counted by run_tasks, not left out
 EPILOG = f"""benchmarks: {", ".join(benchmark.name for benchmark in BENCHMARKS)}
 
@@ -39,7 +40,7 @@ The same command goes on with an evaluation that was interrupted. Models evaluat
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is the same for every model."""
 
     out: Path
@@ -121,7 +122,7 @@ def _add_engine_options(group: Any) -> None:
     add("--workers", type=int, default=4, help="processes that score (default: %(default)s)")
 
 
-def make_plan(options: argparse.Namespace) -> Plan:
+def make_plan(options: argparse.Namespace) -> EvaluationPlan:
     """Everything that the options say, checked.
 
     Raises:
@@ -147,7 +148,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     chunk = options.chunk if options.chunk is not None else max(1, 2 * at_once // options.samples)
     if chunk < 1:
         raise ConfigError("--chunk", f"{chunk} must be at least 1")
-    return Plan(
+    return EvaluationPlan(
         out=options.out, benchmarks=tuple(find_benchmarks(options.benchmarks, options.data_dir)), data=data, sampling=sampling,
         rewards=RewardConfig(functions={options.reward: 1.0}, workers=options.workers), rollout=rollout, ks=ks, chunk=chunk,
         device=_device(options.device), force=options.force,
@@ -179,14 +180,14 @@ def _device(choice: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def settings_of(model: Model, plan: Plan) -> dict[str, Any]:
+def settings_of(model: Model, plan: EvaluationPlan) -> dict[str, Any]:
     """What the responses and their scores depend on, plain values: an evaluation goes on only with the same."""
     settings = {"weights": weights_digest(model.path), "template": plan.data.template, "system_prompt": plan.data.system_prompt}
     settings |= to_plain(plan.sampling) | {"reward": next(iter(plan.rewards.functions))}
     return settings | {"dtype": plan.rollout.dtype, "max_model_len": plan.rollout.max_model_len}
 
 
-def evaluate_model(model: Model, plan: Plan) -> None:
+def evaluate_model(model: Model, plan: EvaluationPlan) -> None:
     """Answers what is missing of ``model``'s records, and writes its figures."""
     settings = settings_of(model, plan)
     with ExitStack() as parts:
@@ -202,7 +203,7 @@ def evaluate_model(model: Model, plan: Plan) -> None:
         write_model_summary(directory.path, model, settings, figures)
 
 
-def _make_tasks(model: Model, plan: Plan, directory: Path, parts: ExitStack) -> list[Task]:
+def _make_tasks(model: Model, plan: EvaluationPlan, directory: Path, parts: ExitStack) -> list[Task]:
     tokenizer = load_tokenizer(model, plan.data.template)
     tasks = []
     for benchmark in plan.benchmarks:
@@ -216,7 +217,7 @@ def _make_tasks(model: Model, plan: Plan, directory: Path, parts: ExitStack) -> 
     return tasks
 
 
-def _answer(model: Model, plan: Plan, tasks: Sequence[Task], directory: Path) -> None:
+def _answer(model: Model, plan: EvaluationPlan, tasks: Sequence[Task], directory: Path) -> None:
     with ExitStack() as parts:
         path = parts.enter_context(hugging_face_directory(model, directory))
         limit = plan.rollout.max_model_len or model.max_length

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pmpo_megatron.collector import score_groups
 from pmpo_megatron.data.prompts import PromptSet
 from pmpo_megatron.monitor import Distribution, Mean, Metric
-from pmpo_megatron.rewards import RewardScorer
-from pmpo_megatron.rollout.engine import RolloutEngine, SamplingConfig
-from pmpo_megatron.run_config import EvaluationConfig
+from pmpo_megatron.rewards import RewardScorer, score_groups
+from pmpo_megatron.rollout.config import SamplingConfig
+from pmpo_megatron.rollout.engine import RolloutEngine
+from pmpo_megatron.training.run_config import EvaluationConfig
 
 
 class Evaluator:

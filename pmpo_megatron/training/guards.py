@@ -13,7 +13,7 @@ from pmpo_megatron.errors import MismatchError, NonFiniteError
 from pmpo_megatron.model.step import StepResult, TokenScores
 from pmpo_megatron.monitor import Metric, summarize
 from pmpo_megatron.parallel.state import ParallelState
-from pmpo_megatron.run_config import GuardConfig
+from pmpo_megatron.training.run_config import GuardConfig
 from pmpo_megatron.types import MicroBatch
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pmpo_megatron.checkpoint.files import PARTIAL, publish
 from pmpo_megatron.errors import CheckpointError
+from pmpo_megatron.units import GIB
 
-GIB = 1 << 30
 MARKS = ("config.json", "metadata.json", ".metadata")  # one of them is in every directory that a conversion may replace
 
 

@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 
 from pmpo_megatron.checkpoint import files
-from pmpo_megatron.checkpoint.convert.hugging_face import (
+from pmpo_megatron.convert.hugging_face import (
     HfWeights,
     SafetensorsStream,
     SafetensorsWeights,
     byte_view,
     open_weights,
 )
-from pmpo_megatron.checkpoint.convert.megatron import INDEX_FILE, MegatronReader, MegatronWriter
-from pmpo_megatron.checkpoint.convert.output import output_directory
+from pmpo_megatron.convert.megatron import INDEX_FILE, MegatronReader, MegatronWriter
+from pmpo_megatron.convert.output import output_directory
 from pmpo_megatron.errors import CheckpointError, MappingError
-from pmpo_megatron.hf.mapping import Mapping
+from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.safetensors import copy_side_files
 from pmpo_megatron.hf.shape import read_config, read_shape
 
@@ -100,7 +100,7 @@ def hf_to_megatron(hf: Path, out: Path, options: Options | None = None, *, allow
     """
     options = options or Options()
     shape = read_shape(hf)
-    mapping = Mapping(shape)
+    mapping = WeightMapping(shape)
     weights = open_weights(hf, allow_pickle=allow_pickle)
     _check_weights(hf, weights, mapping, options)
     dtypes = {name: options.stored_as(weights.info[name].dtype) for name in mapping.hf_shapes}
@@ -138,7 +138,7 @@ def megatron_to_hf(
     source = _megatron_directory(checkpoint)
     side = hf or _side_directory(checkpoint, source)
     shape = read_shape(side)
-    mapping = Mapping(shape)
+    mapping = WeightMapping(shape)
     if (checkpoint / files.MANIFEST).exists():
         _check_manifest(checkpoint, source, checksums=options.verify)
     reader = MegatronReader(source)
@@ -162,20 +162,20 @@ def megatron_to_hf(
     return Summary(out, len(plan), num_bytes, options.verify)
 
 
-def _verify_megatron(directory: Path, mapping: Mapping, checksums: Checksums, options: Options) -> None:
+def _verify_megatron(directory: Path, mapping: WeightMapping, checksums: Checksums, options: Options) -> None:
     reader = MegatronReader(directory)
     reader.check(mapping.entries, num_layers=mapping.shape.num_layers)
     for entry in options.follow("verifying", len(mapping.entries), mapping.entries):
         checksums.compare(entry.hf, entry.split(reader(entry)), directory)
 
 
-def _verify_hf(directory: Path, mapping: Mapping, checksums: Checksums, options: Options) -> None:
+def _verify_hf(directory: Path, mapping: WeightMapping, checksums: Checksums, options: Options) -> None:
     with closing(SafetensorsWeights(directory)) as written:
         for name in options.follow("verifying", len(mapping.hf_shapes), mapping.hf_shapes):
             checksums.compare((name,), [written(name)], directory)
 
 
-def _check_weights(hf: Path, weights: HfWeights, mapping: Mapping, options: Options) -> None:
+def _check_weights(hf: Path, weights: HfWeights, mapping: WeightMapping, options: Options) -> None:
     """Names, shapes and types of everything, before anything is written."""
     mapping.check_names(weights.info, where=str(hf))
     for name, shape in mapping.hf_shapes.items():

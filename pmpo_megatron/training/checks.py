@@ -9,18 +9,19 @@ from pathlib import Path
 
 from pmpo_megatron.data.prompts import DataConfig, read_rows
 from pmpo_megatron.errors import ConfigError, PmpoError
+from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.shards import sequence_multiple
-from pmpo_megatron.planner import memory_report, model_shape
 from pmpo_megatron.rewards.functions import find_function
-from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.training.run_config import RunConfig
+from pmpo_megatron.units import round_up
 
 logger = logging.getLogger(__name__)
 
 
 def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> list[str]:
-    """Checks files, layout, batch arithmetic, lengths and memory; returns lines that describe the run.
+    """Checks files, layout, batch arithmetic and lengths; returns lines that describe the run.
 
     Args:
         dry_run: a published model need not be there; its name is enough.
@@ -48,7 +49,7 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
     if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError("monitor.wandb_project", "needs the package wandb, which is not installed: pip install wandb")
     _check_directory(Path(config.run.directory))
-    return lines + memory_report(config, world_size)
+    return lines
 
 
 def _check_directory(directory: Path) -> None:
@@ -70,7 +71,7 @@ def _in_section(section: str, call):
 def _check_lengths(config: RunConfig, shape: ModelShape) -> None:
     multiple = sequence_multiple(config.parallel)
     longest = config.data.max_prompt_tokens + config.sampling.max_tokens
-    padded = -(-longest // multiple) * multiple
+    padded = round_up(longest, multiple)
     if padded > config.batch.max_tokens_per_micro_batch:
         raise ConfigError(
             "batch.max_tokens_per_micro_batch",

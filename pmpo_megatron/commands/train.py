@@ -9,8 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from pmpo_megatron.config import apply_overrides, build, describe, read_yaml, to_plain
-from pmpo_megatron.launch import (
+from pmpo_megatron.commands.launch import (
     StopRequest,
     quiet_libraries,
     rank_environment,
@@ -18,18 +17,20 @@ from pmpo_megatron.launch import (
     set_up_logging,
     world_size_of_environment,
 )
-from pmpo_megatron.run_checks import check_run
-from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.config import apply_overrides, build, describe, read_yaml, to_plain
+from pmpo_megatron.planner import memory_report
+from pmpo_megatron.training.checks import check_run
+from pmpo_megatron.training.run_config import RunConfig
 
-logger = logging.getLogger("pmpo_megatron.train")  # also where this file is run as __main__
+logger = logging.getLogger("pmpo_megatron.commands.train")  # also where this file is run as __main__
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="pmpo-train",
         description="Trains a model with PMPO (arXiv 2601.22521) on Megatron-Core with vLLM rollouts.",
-        epilog="Several processes: torchrun --nproc-per-node N -m pmpo_megatron.train --config run.yaml key.path=value ... "
-        "A run that stopped goes on when the same command is given again.",
+        epilog="Several processes: torchrun --nproc-per-node N -m pmpo_megatron.commands.train --config run.yaml "
+        "key.path=value ... A run that stopped goes on when the same command is given again.",
     )
     parser.add_argument("--config", type=Path, help="YAML file with a section per concern")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of one field, read as YAML")
@@ -65,7 +66,7 @@ def command(options: argparse.Namespace) -> int:
     config = load_config(options)
     if options.dry_run:
         world_size = options.world_size if options.world_size is not None else world_size_of_environment()
-        for line in check_run(config, world_size, dry_run=True):
+        for line in [*check_run(config, world_size, dry_run=True), *memory_report(config, world_size)]:
             print(line)
         print("dry run: nothing wrong found")
         return 0
@@ -73,9 +74,9 @@ def command(options: argparse.Namespace) -> int:
     set_up_logging(rank)
     quiet_libraries()
     stop = StopRequest().install()
-    for line in check_run(config, world_size):
+    for line in [*check_run(config, world_size), *memory_report(config, world_size)]:
         logger.info("%s", line)
-    from pmpo_megatron.assembly import run  # imports Megatron and vLLM's client: not needed to check or to print
+    from pmpo_megatron.training.assembly import run  # imports Megatron and vLLM's client: not needed to check or to print
 
     return run(config, stop)
 

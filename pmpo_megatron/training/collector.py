@@ -12,25 +12,13 @@ from pmpo_megatron.algo.advantages import compute_advantages
 from pmpo_megatron.data.prompts import PromptSet
 from pmpo_megatron.data.sampler import PromptSampler
 from pmpo_megatron.monitor import Distribution, Mean, Metric
-from pmpo_megatron.rewards import RewardScorer
-from pmpo_megatron.rollout.engine import RolloutEngine, SamplingConfig
-from pmpo_megatron.run_config import BatchConfig, RoundConfig
-from pmpo_megatron.types import RolloutGroup, Sample
+from pmpo_megatron.rewards import RewardScorer, ScoredGroup, score_groups
+from pmpo_megatron.rollout.config import SamplingConfig
+from pmpo_megatron.rollout.engine import RolloutEngine
+from pmpo_megatron.training.run_config import BatchConfig, RoundConfig
+from pmpo_megatron.types import Sample
 
 POLL_S = 0.05
-
-
-@dataclass(frozen=True)
-class ScoredGroup:
-    """A group of responses with the reward of each."""
-
-    group: RolloutGroup
-    rewards: tuple[float, ...]
-
-    @property
-    def informative(self) -> bool:
-        """Whether the rewards differ: a group of equal rewards has advantage 0 and teaches nothing."""
-        return len(set(self.rewards)) > 1
 
 
 @dataclass(frozen=True)
@@ -133,13 +121,6 @@ class Collector:
             generated += missing
             useful += [group for group in further if group.informative]
         return (useful + spare)[: len(groups)], generated
-
-
-def score_groups(groups: Sequence[RolloutGroup], scorer: RewardScorer) -> list[ScoredGroup]:
-    """Every response of ``groups`` scored, in one call so that the workers share the work evenly."""
-    rollouts = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-    scores = iter(scorer.score_rollouts(rollouts))
-    return [ScoredGroup(group, tuple(next(scores) for _ in group.rollouts)) for group in groups]
 
 
 def make_samples(groups: Sequence[ScoredGroup], *, advantage: str) -> list[Sample]:

@@ -13,22 +13,24 @@ from transformers import AutoTokenizer
 
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.checkpoint.store import CheckpointStore
-from pmpo_megatron.collector import Collector
 from pmpo_megatron.config import to_plain
 from pmpo_megatron.data.prompts import load_prompts
 from pmpo_megatron.data.sampler import PromptSampler
-from pmpo_megatron.evaluation import Evaluator
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.monitor import RunLog, write_report
 from pmpo_megatron.parallel.collectives import broadcast_object, gather_objects
 from pmpo_megatron.parallel.liveness import report_failure
 from pmpo_megatron.parallel.state import ParallelState, initialize, shut_down
 from pmpo_megatron.rewards import RewardScorer
-from pmpo_megatron.rollout.engine import RolloutConfig, RolloutEngine, make_engine
+from pmpo_megatron.rollout.config import RolloutConfig
+from pmpo_megatron.rollout.engine import RolloutEngine
+from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.node_agent import NodeAgent
 from pmpo_megatron.rollout.vllm_process import NodeAddress
-from pmpo_megatron.run_config import RunConfig
-from pmpo_megatron.trainer import Progress, Trainer
+from pmpo_megatron.training.collector import Collector
+from pmpo_megatron.training.held_out import Evaluator
+from pmpo_megatron.training.run_config import RunConfig
+from pmpo_megatron.training.trainer import RunProgress, Trainer
 
 logger = logging.getLogger(__name__)
 WORKER_EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
@@ -68,7 +70,7 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: Callable[[], bo
         reference = Policy.build(config.model, None, config.parallel, state)
     store = CheckpointStore(Path(config.run.directory) / "checkpoints", config.checkpoint, policy)
     saved = store.load_latest() if config.checkpoint.resume else store.set_aside()
-    progress = Progress(**saved) if saved else Progress()
+    progress = RunProgress(**saved) if saved else RunProgress()
     if saved:
         logger.info("going on after round %d of %d", progress.round, config.run.rounds)
     engine = starting.result() if starting is not None else None
@@ -119,7 +121,7 @@ def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nod
 
 
 def _main_parts(
-    config: RunConfig, engine: RolloutEngine, progress: Progress, parts: ExitStack
+    config: RunConfig, engine: RolloutEngine, progress: RunProgress, parts: ExitStack
 ) -> tuple[Collector, Evaluator | None, RunLog]:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     prompts = load_prompts(config.data, tokenizer)
@@ -149,7 +151,7 @@ def _make_evaluator(config: RunConfig, engine: RolloutEngine, scorer: RewardScor
     return Evaluator(config.evaluation, prompts=prompts, engine=engine, scorer=scorer, sampling=config.sampling)
 
 
-def _open_log(config: RunConfig, progress: Progress) -> RunLog:
+def _open_log(config: RunConfig, progress: RunProgress) -> RunLog:
     return RunLog(
         config.monitor, config.run.directory, run=to_plain(config), total_steps=config.run.rounds, resume=progress.log
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from pmpo_megatron.checkpoint.convert.conversion import DTYPES, Options, Summary
+from pmpo_megatron.convert.conversion import DTYPES, Options, Summary
 from pmpo_megatron.errors import PmpoError
+from pmpo_megatron.monitor.progress import show_progress
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,18 +24,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def options_of(arguments: argparse.Namespace) -> Options:
     return Options(dtype=arguments.dtype, verify=arguments.verify, force=arguments.force, follow=show_progress)
-
-
-def show_progress(label: str, total: int, items: Iterable) -> Iterable:
-    """A bar on a terminal; two lines where the output is a file."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        print(f"{label} ...", file=sys.stderr, flush=True)
-        return items
-    return track(items, label, total=total, console=console)
 
 
 def run(convert: Callable[[], Summary]) -> int:

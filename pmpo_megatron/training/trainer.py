@@ -10,18 +10,18 @@ from typing import Any
 
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.checkpoint.store import CheckpointStore
-from pmpo_megatron.collector import Collector, RoundBatch
+from pmpo_megatron.data.mini_batches import split_into_steps, weigh
 from pmpo_megatron.data.packing import pack
-from pmpo_megatron.evaluation import Evaluator
-from pmpo_megatron.guards import check_mismatch, check_step, dump_step
-from pmpo_megatron.mini_batches import split_into_steps, weigh
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.model.step import StepResult, TokenScores, optimizer_step, score
 from pmpo_megatron.monitor import Metric, PhaseTimer, RunLog
 from pmpo_megatron.parallel.collectives import any_rank
 from pmpo_megatron.parallel.shards import sequence_multiple
-from pmpo_megatron.round_metrics import measure_mismatch, step_metrics, trajectory_record
-from pmpo_megatron.run_config import RunConfig
+from pmpo_megatron.training.collector import Collector, RoundBatch
+from pmpo_megatron.training.guards import check_mismatch, check_step, dump_step
+from pmpo_megatron.training.held_out import Evaluator
+from pmpo_megatron.training.round_metrics import measure_mismatch, step_metrics, trajectory_record
+from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.types import MicroBatch, Sample
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ Scores = list[TokenScores | None]
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Where a run stands: what a checkpoint holds beside the weights, the optimizer and the random states."""
 
     round: int = 0  # the next round
@@ -54,7 +54,7 @@ class Trainer:
         collector: Collector | None,
         evaluator: Evaluator | None,
         log: RunLog | None,
-        progress: Progress,
+        progress: RunProgress,
         stop: Callable[[], bool],
     ) -> None:
         self.config, self.policy, self.reference, self.bridge, self.store = config, policy, reference, bridge, store

@@ -15,7 +15,7 @@ from pmpo_megatron.model.policy import ModelConfig
 from pmpo_megatron.monitor import MonitorConfig
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.rewards import RewardConfig
-from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig
+from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Training: the run as a pipeline, what it is assembled of, its checks, guards, metrics and held-out evaluation."""
