@@ -132,11 +132,21 @@ def build_chunks(shape: ModelShape, config, state: ParallelState) -> list[nn.Mod
     return [_build_chunk(shape, config, state, chunk) for chunk in range(state.num_chunks)]
 
 
-def _build_chunk(shape: ModelShape, config, state: ParallelState, chunk: int) -> nn.Module:
+@functools.cache
+def _model_class() -> type[nn.Module]:
+    """GPTModel whose last stage returns hidden states: `log_probs` makes log-probs of them in chunks, never whole logits."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
+    class HiddenStatesModel(GPTModel):
+        def _postprocess(self, hidden_states, *_ignored, **_also_ignored):  # megatron-core 0.16.1 and 0.19.2, gpt_model.py
+            return hidden_states
+
+    return HiddenStatesModel
+
+
+def _build_chunk(shape: ModelShape, config, state: ParallelState, chunk: int) -> nn.Module:
     virtual = chunk if state.config.virtual_pipeline else None
-    model = GPTModel(
+    model = _model_class()(
         config,
         _layer_specification(config, virtual),
         vocab_size=shape.padded_vocab_size(state.tp_size),

@@ -29,7 +29,6 @@ class Inputs:
     num_response_tokens: int  # over all context-parallel ranks
     old_log_probs_T: torch.Tensor | None = None
     reference_log_probs_T: torch.Tensor | None = None
-    token_weights_T: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

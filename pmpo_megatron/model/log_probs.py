@@ -8,12 +8,10 @@ Legend: T tokens (the same on every tensor-parallel rank), C tokens of a chunk, 
 
 from __future__ import annotations
 
-import types
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from pmpo_megatron.parallel.state import ParallelState
 
@@ -171,70 +169,48 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total += _product(left, right)
 
 
-@dataclass
-class ScoringHead:
-    """Stands in for a model's output layer: returns log-prob and entropy of the wanted tokens instead of logits.
+def score_hidden_states(
+    hidden: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_T: torch.Tensor,
+    wanted: torch.Tensor,
+    *,
+    state: ParallelState,
+    vocab_size: int,
+    temperature: float,
+    chunk_tokens: int,
+    entropy_gradient: bool = False,
+) -> torch.Tensor:
+    """Log-prob and entropy of the wanted tokens from what the last pipeline stage returned: float32 [T, 2], 0 elsewhere.
 
-    It rebinds ``output_layer.forward``, which both supported Megatron versions call with the hidden states
-    [s, b, h] (sequence-sharded under sequence parallelism) and, for tied embeddings, ``weight=``.
+    Args:
+        hidden: [s, 1, H] of packed tokens, after the final norm; s is T, or this rank's part of it under sequence parallelism.
+        weight_VH: of the output layer, this rank's rows; the embedding's where the two are tied.
+        targets_T: int64 [T].
+        wanted: int64 indices in [0, T) of the tokens to score.
+        entropy_gradient: whether the entropy takes part in the loss, which costs one more buffer in the backward.
     """
+    from megatron.core.tensor_parallel import (
+        copy_to_tensor_model_parallel_region,
+        gather_from_sequence_parallel_region,
+    )
 
-    state: ParallelState
-    vocab_size: int
-    chunk_tokens: int
-    targets_T: torch.Tensor | None = None
-    wanted: torch.Tensor | None = None
-    temperature: float = 1.0
-    entropy_gradient: bool = False
-
-    def attach(self, output_layer: nn.Module) -> ScoringHead:
-        self.logits_forward = output_layer.forward
-
-        def forward(layer, input_, weight=None, runtime_gather_output=None):
-            if self.targets_T is None:
-                return self.logits_forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
-            return self._score(input_, layer.weight if weight is None else weight), None
-
-        output_layer.forward = types.MethodType(forward, output_layer)
-        return self
-
-    def ask(self, targets_T: torch.Tensor, wanted: torch.Tensor, *, temperature: float, entropy_gradient: bool = False) -> None:
-        """What the next forward returns.
-
-        Args:
-            wanted: int64 indices of the tokens to score; the others get 0.
-            entropy_gradient: whether the entropy takes part in the loss, which costs one more buffer in the backward.
-        """
-        self.targets_T, self.wanted = targets_T, wanted
-        self.temperature, self.entropy_gradient = temperature, entropy_gradient
-
-    def ask_logits(self) -> None:
-        """The next forwards return logits again."""
-        self.targets_T = None
-
-    def _score(self, hidden: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
-        """float32 [s, b, 2]: log-prob and entropy; one sequence (b = 1) of packed tokens."""
-        from megatron.core.tensor_parallel import (
-            copy_to_tensor_model_parallel_region,
-            gather_from_sequence_parallel_region,
-        )
-
-        # Each rank's gradient of the hidden states covers its rows of the vocabulary only: both regions sum in backward.
-        if self.state.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=self.state.tp_group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.state.tp_group)
-        hidden_TH = hidden.reshape(-1, hidden.shape[-1])
-        log_probs, entropy = token_log_probs(
-            hidden_TH.index_select(0, self.wanted),
-            weight_VH,
-            self.targets_T.index_select(0, self.wanted),
-            vocab_size=self.vocab_size,
-            temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
-            group=self.state.tp_group,
-        )
-        if not self.entropy_gradient:
-            entropy = entropy.detach()
-        empty_T2 = torch.zeros(hidden_TH.shape[0], 2, dtype=torch.float32, device=hidden_TH.device)
-        return empty_T2.index_copy(0, self.wanted, torch.stack([log_probs, entropy], dim=-1)).unsqueeze(1)
+    # Each rank's gradient of the hidden states covers its rows of the vocabulary only: both regions sum in backward.
+    if state.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, group=state.tp_group)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=state.tp_group)
+    hidden_TH = hidden.reshape(-1, hidden.shape[-1])
+    log_probs, entropy = token_log_probs(
+        hidden_TH.index_select(0, wanted),
+        weight_VH,
+        targets_T.index_select(0, wanted),
+        vocab_size=vocab_size,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+        group=state.tp_group,
+    )
+    if not entropy_gradient:
+        entropy = entropy.detach()
+    empty_T2 = torch.zeros(hidden_TH.shape[0], 2, dtype=torch.float32, device=hidden_TH.device)
+    return empty_T2.index_copy(0, wanted, torch.stack([log_probs, entropy], dim=-1))

@@ -5,6 +5,7 @@ Legend: N trajectories of a micro-batch, L tokens on this context-parallel rank,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,11 +73,12 @@ def score(policy: Policy, micro_batches: Sequence[MicroBatch], *, temperature: f
     """
     inputs = [prepare_inputs(micro_batch, policy.state) for micro_batch in micro_batches]
 
-    def collect(_inputs: Inputs, output: torch.Tensor, non_loss_data: bool = True) -> TokenScores:
-        return TokenScores(*(part.clone() for part in output[0].detach().unbind(-1)))
+    def collect(item: Inputs, hidden: torch.Tensor, non_loss_data: bool = True) -> TokenScores:
+        scores_T2 = policy.score_hidden_states(hidden, item.targets_T, item.wanted, temperature=temperature)
+        return TokenScores(*(part.clone() for part in scores_T2.unbind(-1)))
 
     with torch.no_grad(), naming_ranks("scoring"):
-        results = _run_schedule(policy, inputs, collect, temperature=temperature, forward_only=True)
+        results = _run_schedule(policy, inputs, collect, forward_only=True)
     return results if policy.state.is_last_stage else [None] * len(inputs)
 
 
@@ -89,7 +91,6 @@ def optimizer_step(
     progress: float,
     temperature: float,
     reference_log_probs: Sequence[TokenScores | torch.Tensor | None] | None = None,
-    token_weights: Sequence[torch.Tensor | None] | None = None,
 ) -> StepResult:
     """One update of the policy by the gradient of the objective over all micro-batches of all data-parallel ranks.
 
@@ -100,7 +101,6 @@ def optimizer_step(
         progress: share of training done, for scheduled p.
         temperature: of the distribution that was sampled from; the same as in `score`.
         reference_log_probs: as ``old_log_probs``, of the reference model; needed where the objective has a KL.
-        token_weights: detached importance weights [L]; None: computed as ``objective.importance`` says.
 
     **Why the gradient is exactly that of the formula.** The loss is a sum over trajectories, J = sum_i c_i A_i M_i, and
     `evaluate_objective` gives, for the tokens on this rank, a surrogate s with exactly their part of dJ. The gradient
@@ -111,7 +111,7 @@ def optimizer_step(
     Together: sum over d, c, m of grad l / (dp * M). So l = s * dp * M gives G, with no further denominator anywhere.
     Tensor parallelism: every rank of a tensor group computes the same s, and Megatron's mappings make its own weights'
     gradients whole (that of the hidden states is summed over the group where the output layer begins, see
-    `log_probs.ScoringHead`); gradients of the norms under sequence parallelism are summed in finalize_model_grads.
+    `log_probs.score_hidden_states`); gradients of the norms under sequence parallelism are summed in finalize_model_grads.
     Pipeline parallelism: only the last stage returns l; tied embeddings' gradients are summed over first and last stage
     in finalize_model_grads. KL and entropy bring their own denominators and go through the same l.
     """
@@ -121,24 +121,23 @@ def optimizer_step(
     for index, item in enumerate(inputs):
         item.old_log_probs_T = _log_probs_of(old_log_probs[index])
         item.reference_log_probs_T = _log_probs_of(reference_log_probs[index]) if reference_log_probs else None
-        item.token_weights_T = token_weights[index] if token_weights else None
     step_tokens = _count_response_tokens(inputs, state)
     scale = state.dp_size * count  # the whole of loss scaling; derived above
 
-    def loss(item: Inputs, output: torch.Tensor) -> tuple[torch.Tensor, _MicroResult]:
-        terms = _evaluate(item, output, objective, progress=progress, step_tokens=step_tokens, state=state)
+    def loss(item: Inputs, hidden: torch.Tensor) -> tuple[torch.Tensor, _MicroResult]:
+        scores_T2 = policy.score_hidden_states(
+            hidden,
+            item.targets_T,
+            item.wanted,
+            temperature=temperature,
+            entropy_gradient=objective.entropy_coefficient > 0,
+        )
+        terms = _evaluate(item, scores_T2, objective, progress=progress, step_tokens=step_tokens, state=state)
         return terms.surrogate * scale, terms.detached()  # a tensor of its own: Megatron scales it in place
 
     policy.zero_gradients()
     with naming_ranks("an optimizer step"):
-        results = _run_schedule(
-            policy,
-            inputs,
-            loss,
-            temperature=temperature,
-            forward_only=False,
-            entropy_gradient=objective.entropy_coefficient > 0,
-        )
+        results = _run_schedule(policy, inputs, loss, forward_only=False)
         totals, trajectories = _collect(results, inputs, state)
     return _update(policy, totals, trajectories, step_tokens)
 
@@ -160,7 +159,7 @@ class _MicroResult:
 
 def _evaluate(
     item: Inputs,
-    output: torch.Tensor,
+    scores_T2: torch.Tensor,
     objective: ObjectiveConfig,
     *,
     progress: float,
@@ -168,19 +167,17 @@ def _evaluate(
     state: ParallelState,
 ) -> _MicroResult:
     """Surrogate of one micro-batch on this rank. Every rank of the context-parallel group makes the same collectives."""
-    log_probs_T, entropy_T = output[0].unbind(-1)
+    log_probs_T, entropy_T = scores_T2.unbind(-1)
     sum_over_shards = sum_over(state.cp_group)
-    weights_T = item.token_weights_T
-    if weights_T is None:
-        weights_T = importance_weights(
-            item.old_log_probs_T,
-            item.rollout_log_probs_T,
-            item.trajectory_T,
-            item.num_trajectories,
-            level=objective.importance,
-            cap=objective.importance_cap,
-            sum_over_shards=sum_over_shards,
-        )
+    weights_T = importance_weights(
+        item.old_log_probs_T,
+        item.rollout_log_probs_T,
+        item.trajectory_T,
+        item.num_trajectories,
+        level=objective.importance,
+        cap=objective.importance_cap,
+        sum_over_shards=sum_over_shards,
+    )
     found = evaluate_objective(
         log_probs_T,
         item.old_log_probs_T,
@@ -208,24 +205,14 @@ def _evaluate(
     return _MicroResult(found.surrogate + penalty, found, entropy, kl, penalty)
 
 
-def _run_schedule(
-    policy: Policy,
-    inputs: list[Inputs],
-    loss: Callable,
-    *,
-    temperature: float,
-    forward_only: bool,
-    entropy_gradient: bool = False,
-) -> list[Any]:
+def _run_schedule(policy: Policy, inputs: list[Inputs], loss: Callable, *, forward_only: bool) -> list[Any]:
     """Megatron's schedule over ``inputs``; what ``loss`` returned per micro-batch on the last stage, else empty."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward_step(iterator, model):
         item = next(iterator)
-        if policy.head is not None:
-            policy.head.ask(item.targets_T, item.wanted, temperature=temperature, entropy_gradient=entropy_gradient)
-        output = model(item.tokens_1T, item.position_ids_1T, None, packed_seq_params=item.packed)
-        return output, lambda output, **kwargs: loss(item, output, **kwargs)
+        hidden = model(item.tokens_1T, item.position_ids_1T, None, packed_seq_params=item.packed)
+        return hidden, functools.partial(loss, item)
 
     iterators = [iter(inputs) for _ in policy.chunks]
     run = get_forward_backward_func()

@@ -156,6 +156,8 @@ def full_logits(policy: Policy, batch) -> torch.Tensor:
     from pmpo_megatron.model.inputs import prepare_inputs
 
     inputs = prepare_inputs(batch, policy.state)
-    policy.head.ask_logits()
-    output = policy.chunks[0](inputs.tokens_1T, inputs.position_ids_1T, None, packed_seq_params=inputs.packed)[0]
-    return torch.cat(gather_tensor(output, policy.state.tp_group), dim=-1)[:, :VOCAB]
+    [model] = policy.modules
+    hidden = policy.chunks[0](inputs.tokens_1T, inputs.position_ids_1T, None, packed_seq_params=inputs.packed)
+    weight = model.shared_embedding_or_output_weight() if policy.shape.tied_embeddings else None
+    logits = model.output_layer(hidden, weight=weight)[0][:, 0]
+    return torch.cat(gather_tensor(logits, policy.state.tp_group), dim=-1)[:, :VOCAB]

@@ -79,9 +79,9 @@ def measure_activations(case: dict, parallel: ParallelConfig, state: ParallelSta
     here = context_indices(BOUNDARIES, size=state.cp_size, rank=state.cp_rank)
     tokens = (torch.arange(BOUNDARIES[-1]) % 200)[here]
     positions = torch.cat([torch.arange(end - start) for start, end in pairwise(BOUNDARIES)])[here]
-    policy.head.ask(tokens, torch.arange(len(tokens)), temperature=1.0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=packed)
+        hidden = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=packed)
+        output = policy.score_hidden_states(hidden, tokens, torch.arange(len(tokens)), temperature=1.0)
     assert output.requires_grad
     return storage_bytes(kept)
 
