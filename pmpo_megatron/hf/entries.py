@@ -112,9 +112,9 @@ class QKVEntry(Entry):
         return [part.reshape(-1, *rest) for part in grouped.split(sizes, dim=1)]
 
 
-def decoder_entries(shape: ModelShape, *, tensor_parallel: int = 1) -> Iterator[Entry]:
+def decoder_entries(shape: ModelShape) -> Iterator[Entry]:
     """Entries of the family in `shape.llama_like`, in the order of the forward pass."""
-    hidden, padded = shape.hidden_size, shape.padded_vocab_size(tensor_parallel)
+    hidden, padded = shape.hidden_size, shape.padded_vocab_size(1)
     table = ((shape.vocab_size, hidden),)
     yield VocabularyEntry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), table, 0, padded_rows=padded)
     for layer in range(shape.num_layers):

@@ -2,7 +2,7 @@
 
 from pmpo_megatron.monitor.config import MonitorConfig
 from pmpo_megatron.monitor.log import RunLog
-from pmpo_megatron.monitor.metrics import Distribution, Maximum, Mean, Metric, Minimum, Sum, combine, summarize
+from pmpo_megatron.monitor.metrics import Distribution, Maximum, Mean, Metric, Sum, summarize
 from pmpo_megatron.monitor.report import write_report
 from pmpo_megatron.monitor.timer import PhaseTimer
 
@@ -11,12 +11,10 @@ __all__ = [
     "Maximum",
     "Mean",
     "Metric",
-    "Minimum",
     "MonitorConfig",
     "PhaseTimer",
     "RunLog",
     "Sum",
-    "combine",
     "summarize",
     "write_report",
 ]

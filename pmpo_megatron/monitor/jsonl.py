@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,6 @@ class JsonLines:
         if size < self.size:
             os.ftruncate(self._file, size)
             self._cut_torn_line()
-
-    def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Cuts away everything from the first record that is not ``wanted``."""
-        end = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            if not wanted(json.loads(line)):
-                break
-            end += len(line)
-        self.rewind(end)
 
     def close(self) -> None:
         os.close(self._file)

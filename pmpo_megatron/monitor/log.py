@@ -113,12 +113,6 @@ class RunLog:
         """Where the record stands: what a checkpoint keeps, for ``resume``. Plain values."""
         return {"step": self._step, "bytes": {name: file.size for name, file in self._files.items()}}
 
-    def truncate_after(self, step: int) -> None:
-        """Cuts away what was recorded of steps after ``step``, where no cursor is at hand."""
-        self._step = min(self._step, step)
-        for file in self._files.values():
-            file.keep(lambda record: record["step"] <= step)
-
     def close(self) -> None:
         """Ends the display and closes every file; nothing can be logged afterwards."""
         self._progress.close()

@@ -1,7 +1,6 @@
-"""Metrics that carry their reduction, so that partial values of micro-batches and ranks combine into the right whole.
+"""Metrics that carry what they are: a sum, a mean with its denominator, a maximum, the values of a distribution.
 
-A mean of means is wrong where the parts are uneven; therefore a part is never a bare number but a `Metric`: a sum with
-its count, a maximum, the values of a distribution. `combine` merges parts, `summarize` turns the whole into numbers.
+`summarize` turns them into the numbers to log.
 
 Shape legend: N values, as many as there are trajectories or tokens.
 """
@@ -9,9 +8,8 @@ Shape legend: N values, as many as there are trajectories or tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 
@@ -19,19 +17,11 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class Metric(ABC):
-    """A partial value of one quantity. Frozen and picklable: parts travel between ranks."""
-
-    @abstractmethod
-    def combine(self, other: Metric) -> Metric:
-        """The value over what both parts cover. Associative and commutative up to rounding."""
+    """The value of one quantity. Frozen."""
 
     @abstractmethod
     def summary(self, name: str) -> dict[str, float]:
         """The numbers to log, by their full names; none where the metric covers nothing."""
-
-    def _same_kind(self, other: Metric) -> None:
-        if type(other) is not type(self):
-            raise TypeError(f"a {type(self).__name__} cannot be combined with a {type(other).__name__}")
 
 
 @dataclass(frozen=True)
@@ -39,10 +29,6 @@ class Sum(Metric):
     """Adds up: tokens, skipped steps, time-outs."""
 
     value: float
-
-    def combine(self, other: Metric) -> Sum:
-        self._same_kind(other)
-        return Sum(self.value + other.value)
 
     def summary(self, name: str) -> dict[str, float]:
         return {name: float(self.value)}
@@ -64,37 +50,15 @@ class Mean(Metric):
             raise ValueError(f"{values_N.shape} values but {weights_N.shape} weights")
         return Mean(float(values_N @ weights_N), float(weights_N.sum()))
 
-    def combine(self, other: Metric) -> Mean:
-        self._same_kind(other)
-        return Mean(self.total + other.total, self.count + other.count)
-
     def summary(self, name: str) -> dict[str, float]:
         return {name: self.total / self.count} if self.count else {}
 
 
 @dataclass(frozen=True)
 class Maximum(Metric):
-    """The largest value of all parts."""
+    """The largest value."""
 
     value: float
-
-    def combine(self, other: Metric) -> Maximum:
-        self._same_kind(other)
-        return Maximum(float(np.maximum(self.value, other.value)))  # keeps NaN, which max() may lose
-
-    def summary(self, name: str) -> dict[str, float]:
-        return {name: float(self.value)}
-
-
-@dataclass(frozen=True)
-class Minimum(Metric):
-    """The smallest value of all parts."""
-
-    value: float
-
-    def combine(self, other: Metric) -> Minimum:
-        self._same_kind(other)
-        return Minimum(float(np.minimum(self.value, other.value)))
 
     def summary(self, name: str) -> dict[str, float]:
         return {name: float(self.value)}
@@ -113,10 +77,6 @@ class Distribution(Metric):
     def __post_init__(self) -> None:
         object.__setattr__(self, "values_N", np.asarray(self.values_N, dtype=np.float64).reshape(-1))
 
-    def combine(self, other: Metric) -> Distribution:
-        self._same_kind(other)
-        return Distribution(np.concatenate([self.values_N, other.values_N]))
-
     def summary(self, name: str) -> dict[str, float]:
         if not self.values_N.size:
             return {}
@@ -126,25 +86,6 @@ class Distribution(Metric):
         numbers |= {"min": self.values_N.min(), "max": self.values_N.max()}
         numbers |= {f"q{100 * q:02.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
         return {prefix + key: float(value) for key, value in numbers.items()}
-
-
-def combine(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """The metrics of all ``parts`` together. A name may be absent from a part that had nothing to say.
-
-    Raises:
-        TypeError: two parts give one name different reductions; names it.
-    """
-    whole: dict[str, list[Metric]] = {}
-    for part in parts:
-        for name, metric in part.items():
-            whole.setdefault(name, []).append(metric)
-    result = {}
-    for name, metrics in whole.items():
-        try:
-            result[name] = reduce(lambda a, b: a.combine(b), metrics)
-        except TypeError as error:
-            raise TypeError(f"metric {name}: {error}") from None
-    return result
 
 
 def summarize(metrics: Mapping[str, float | Metric]) -> dict[str, float]:

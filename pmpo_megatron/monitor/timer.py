@@ -13,13 +13,11 @@ class PhaseTimer:
     A phase inside another pauses the outer one, so phases never overlap and add up to at most the total.
 
     Args:
-        synchronize: called at both ends of a phase; on GPU pass ``torch.cuda.synchronize`` where the phases' own ends
-            do not wait for the device, or work queued in one phase is counted in the next.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, *, synchronize: Callable[[], object] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._synchronize = clock, synchronize
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._seconds: dict[str, float] = {}
         self._stack: list[str] = []
         self._mark = self._taken = clock()
@@ -46,8 +44,6 @@ class PhaseTimer:
 
     def _switch(self) -> None:
         """Gives the time since the last switch to the phase that was running."""
-        if self._synchronize is not None:
-            self._synchronize()
         now = self._clock()
         if self._stack:
             name = self._stack[-1]

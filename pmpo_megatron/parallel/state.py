@@ -64,7 +64,6 @@ class ParallelState:
     """Who this process is. Ranks order as tensor, context, data, pipeline: tensor neighbours have adjacent ranks.
 
     ``control_group`` spans all ranks on CPU tensors (gloo), whatever the device; ``world_group`` uses the device.
-    ``model_group`` is tensor x pipeline: the ranks whose parameters together make one model.
     """
 
     config: ParallelConfig
@@ -82,11 +81,9 @@ class ParallelState:
     dp_rank: int
     dp_cp_size: int
     tp_group: dist.ProcessGroup
-    pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
-    model_group: dist.ProcessGroup
     world_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
 
@@ -233,11 +230,9 @@ def _read_state(
         dp_rank=dp.rank(),
         dp_cp_size=dp_cp.size(),
         tp_group=tp,
-        pp_group=pp,
         cp_group=cp,
         dp_group=dp,
         dp_cp_group=dp_cp,
-        model_group=ps.get_model_parallel_group(),
         world_group=dist.group.WORLD,
         control_group=control_group,
     )

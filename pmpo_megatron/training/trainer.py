@@ -16,6 +16,7 @@ from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.model.step import StepResult, TokenScores, optimizer_step, score
 from pmpo_megatron.monitor import Metric, PhaseTimer, RunLog
 from pmpo_megatron.parallel.collectives import any_rank
+from pmpo_megatron.parallel.liveness import doing
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.training.collector import Collector, RoundBatch
 from pmpo_megatron.training.guards import check_mismatch, check_step, dump_step
@@ -66,6 +67,7 @@ class Trainer:
     def run(self) -> bool:
         """Rounds until the configured number or until someone asks to stop; saved either way. True if all were run."""
         while self.progress.round < self.config.run.rounds:
+            doing(f"round {self.progress.round}")
             batch = self.collect()
             if batch is None or self.train_round(batch):
                 break

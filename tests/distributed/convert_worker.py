@@ -10,7 +10,6 @@ from pmpo_megatron.algo.objective import PRESETS
 from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.checkpoint.config import CheckpointConfig
 from pmpo_megatron.checkpoint.store import CheckpointStore, load_sharded
-from pmpo_megatron.checkpoint.weights import load_model_weights
 from pmpo_megatron.data.packing import make_micro_batch
 from pmpo_megatron.errors import CheckpointError
 from pmpo_megatron.model.optimizer import OptimizerConfig
@@ -18,6 +17,40 @@ from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from tests.distributed.parity_worker import TEMPERATURE, micro_batches, samples
+
+EXTRA_STATE = "_extra_state"  # objects of Megatron's linear layers, empty without float8
+
+
+def load_model_weights(policy: Policy, directory: str | Path) -> None:
+    """Fills ``policy`` from the checkpoint in ``directory``, saved on any layout; its optimizer starts anew. Collective.
+
+    The tensors are converted to the policy's type. Without an optimizer in ``policy`` only its weights change; with one,
+    its float32 copies of the weights follow them.
+
+    Raises:
+        CheckpointError: ``directory`` is not a distributed checkpoint of this model.
+    """
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException
+
+    wanted = {}
+    for index, module in enumerate(policy.modules):
+        described = module.sharded_state_dict()
+        wanted[f"model{index}"] = {name: value for name, value in described.items() if EXTRA_STATE not in name}
+    try:
+        loaded = dist_checkpointing.load(wanted, str(directory))
+    except CheckpointException as error:  # a BaseException that wraps what each rank raised
+        [(first, _), *_] = error.failures.values()
+        raise CheckpointError(f"{directory}: does not fit this model: {first}") from error
+    except (KeyError, ValueError, RuntimeError, OSError, dist_checkpointing.core.CheckpointingException) as error:
+        raise CheckpointError(f"{directory}: does not fit this model: {error}") from error
+    for index, module in enumerate(policy.modules):
+        result = module.load_state_dict(loaded[f"model{index}"], strict=False)
+        absent = [name for name in result.missing_keys if EXTRA_STATE not in name]
+        if absent or result.unexpected_keys:
+            raise CheckpointError(f"{directory}: not loaded: {', '.join([*absent, *result.unexpected_keys][:6])}")
+    if policy.optimizer is not None:
+        policy.optimizer.reload_model_params()
 
 
 def load_layouts(layouts: list[dict], cases: list[tuple[str, str, str]]) -> list[dict]:

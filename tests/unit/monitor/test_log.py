@@ -67,16 +67,6 @@ def test_a_resumed_run_leaves_the_record_of_an_uninterrupted_one(tmp_path):
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["resumed"][0]["after_step"] == 3
 
 
-def test_truncate_after_keeps_steps_up_to_it(tmp_path):
-    log = RunLog(QUIET, tmp_path, run={}, total_steps=6)
-    log_steps(log, range(1, 6))
-    log.truncate_after(2)
-    assert [r["step"] for r in contents(tmp_path)["metrics"]] == [1, 2]
-    assert {r["step"] for r in contents(tmp_path)["rollouts"]} == {1, 2}
-    log_steps(log, [3])
-    assert [r["step"] for r in contents(tmp_path)["trajectories"]] == [1, 2, 3]
-
-
 def test_a_new_run_in_an_old_directory_loses_nothing(tmp_path):
     for value in (1, 2, 3):
         log = RunLog(QUIET, tmp_path, run={}, total_steps=6)

@@ -45,10 +45,3 @@ def test_take_inside_a_phase_splits_it():
         assert timer.take() == {"time/train_s": 4, "time/total_s": 4}
         clock.now += 2
     assert timer.take() == {"time/train_s": 2, "time/total_s": 2}
-
-
-def test_the_device_is_waited_for_at_both_ends():
-    calls = []
-    with PhaseTimer(synchronize=lambda: calls.append(1)).phase("train"):
-        assert len(calls) == 1
-    assert len(calls) == 2
