@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 import math
 
 import torch
@@ -17,22 +16,44 @@ from torch import nn
 
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.shape import ModelShape
+from pmpo_megatron.parallel.collectives import gather_objects
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState
-
-logger = logging.getLogger(__name__)
 
 
 @functools.cache
 def transformer_engine_available() -> bool:
-    """Whether Transformer Engine can be used: installed, importable, and with a GPU to run on."""
+    """Whether Transformer Engine's layers can be used here: a GPU to run on, installed, and importable.
+
+    Raises:
+        ConfigError: it is installed and does not import. Other layers in its place would be slower without a word, and
+            different from those of ranks where it imports.
+    """
     if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:
-        logger.warning("Transformer Engine is installed but does not import (%s); using our own layers", error)
-        return False
+        problem = f"Transformer Engine is installed but does not import ({error}); mend it, or set model.layers=local"
+        raise ConfigError("model.layers", problem) from None
     return True
+
+
+def fused_layers(wanted: str, state: ParallelState) -> bool:
+    """Whether the model is made of Transformer Engine's layers, as ``model.layers`` says; the same on all ranks. Collective.
+
+    Raises:
+        ConfigError: they are wanted and absent, or some ranks have them and others not; names these.
+    """
+    fused = wanted != "local" and transformer_engine_available()
+    if wanted == "transformer_engine" and not fused:
+        raise ConfigError("model.layers", "transformer_engine needs a GPU and the package transformer-engine; or set local")
+    without = [rank for rank, theirs in enumerate(gather_objects(fused, state)) if not theirs]
+    if 0 < len(without) < state.world_size:
+        problem = (
+            f"ranks {without[:8]} have no Transformer Engine and the others have; install it there, or set model.layers=local"
+        )
+        raise ConfigError("model.layers", problem)
+    return fused
 
 
 def check_layout(shape: ModelShape, config: ParallelConfig) -> None:
@@ -53,12 +74,11 @@ def check_layout(shape: ModelShape, config: ParallelConfig) -> None:
         )
 
 
-def transformer_config(shape: ModelShape, state: ParallelState, *, dtype: torch.dtype, recompute: str):
-    """Megatron's TransformerConfig for ``shape`` on this layout."""
+def transformer_config(shape: ModelShape, state: ParallelState, *, dtype: torch.dtype, recompute: str, fused: bool):
+    """Megatron's TransformerConfig for ``shape`` on this layout; ``fused``: of Transformer Engine's layers."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    fused = transformer_engine_available()
     layout = state.config
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -127,9 +147,9 @@ def _recompute_settings(recompute: str) -> dict:
     return {}
 
 
-def build_chunks(shape: ModelShape, config, state: ParallelState) -> list[nn.Module]:
+def build_chunks(shape: ModelShape, config, state: ParallelState, *, fused: bool) -> list[nn.Module]:
     """This rank's model chunks (one, or ``virtual_pipeline`` of them), with uninitialised weights, on the device."""
-    return [_build_chunk(shape, config, state, chunk) for chunk in range(state.num_chunks)]
+    return [_build_chunk(shape, config, state, chunk, fused) for chunk in range(state.num_chunks)]
 
 
 @functools.cache
@@ -144,11 +164,11 @@ def _model_class() -> type[nn.Module]:
     return HiddenStatesModel
 
 
-def _build_chunk(shape: ModelShape, config, state: ParallelState, chunk: int) -> nn.Module:
+def _build_chunk(shape: ModelShape, config, state: ParallelState, chunk: int, fused: bool) -> nn.Module:
     virtual = chunk if state.config.virtual_pipeline else None
     model = _model_class()(
         config,
-        _layer_specification(config, virtual),
+        _layer_specification(config, virtual, fused),
         vocab_size=shape.padded_vocab_size(state.tp_size),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=state.holds_first_stage(chunk),
@@ -163,8 +183,8 @@ def _build_chunk(shape: ModelShape, config, state: ParallelState, chunk: int) ->
     return model.to(state.device)
 
 
-def _layer_specification(config, virtual: int | None):
-    if transformer_engine_available():
+def _layer_specification(config, virtual: int | None, fused: bool):
+    if fused:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)

@@ -12,7 +12,7 @@ from torch import nn
 
 from pmpo_megatron.config import Section, setting
 from pmpo_megatron.errors import MappingError
-from pmpo_megatron.hf.mapping import WeightMapping, global_name
+from pmpo_megatron.hf.mapping import WeightMapping, global_name, local_name
 from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.log_probs import score_hidden_states
@@ -29,6 +29,11 @@ class ModelConfig(Section):
 
     path: str = setting(help="directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer)")
     dtype: str = setting("auto", "of weights and activations; auto: bfloat16 on GPU, float32 on CPU", choices=("auto", *DTYPES))
+    layers: str = setting(
+        "auto",
+        "Transformer Engine's, or our own on PyTorch; auto: the former on GPUs where it is installed, the same on all ranks",
+        choices=("auto", "transformer_engine", "local"),
+    )
     recompute: str = setting(
         "none", "activations computed again in the backward pass: nothing, the MLPs, or whole layers",
         choices=("none", "selective", "full"),
@@ -69,17 +74,18 @@ class Policy:
             optimizer: None for a reference model: no optimizer, no gradients, no DDP buffers.
 
         Raises:
-            ConfigError: the model cannot be split as ``parallel`` asks.
+            ConfigError: the model cannot be split as ``parallel`` asks, or not be made of the layers that are wanted.
             MappingError: the checkpoint's architecture or tensors do not fit; names the file and tensor.
         """
-        from pmpo_megatron.model.architecture import build_chunks, check_layout, transformer_config
+        from pmpo_megatron.model.architecture import build_chunks, check_layout, fused_layers, transformer_config
 
         shape = read_shape(model.path)
         check_layout(shape, parallel)
         mapping = WeightMapping(shape)
         dtype = model.torch_dtype(state.device)
-        config = transformer_config(shape, state, dtype=dtype, recompute=model.recompute)
-        chunks = build_chunks(shape, config, state)
+        fused = fused_layers(model.layers, state)
+        config = transformer_config(shape, state, dtype=dtype, recompute=model.recompute, fused=fused)
+        chunks = build_chunks(shape, config, state, fused=fused)
         load_weights(chunks, mapping, model.path, state)
         if optimizer is None:
             for chunk in chunks:
@@ -149,7 +155,7 @@ def load_weights(chunks, mapping: WeightMapping, path: str, state: ParallelState
     parameters = list(named_parameters(chunks))
     mapping.load(parameters, reader, rank=state.tp_rank, size=state.tp_size)
     if state.world_size == 1:
-        absent = sorted(mapping.by_megatron.keys() - {name for name, _ in parameters} - {"output_layer.weight"})
+        absent = sorted(mapping.by_megatron.keys() - {local_name(name) for name, _ in parameters} - {"output_layer.weight"})
         if absent:
             raise MappingError(f"{path}: the model built has no parameter for {', '.join(absent[:6])}")
 

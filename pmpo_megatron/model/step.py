@@ -15,18 +15,17 @@ import numpy as np
 import torch
 
 from pmpo_megatron.algo.importance import importance_weights
-from pmpo_megatron.algo.objective import ObjectiveConfig, ObjectiveOutput, evaluate_objective
+from pmpo_megatron.algo.objective import ObjectiveConfig, evaluate_objective
 from pmpo_megatron.algo.penalties import kl_penalty, mean_entropy
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.model.inputs import Inputs, prepare_inputs
 from pmpo_megatron.model.optimizer import apply_gradients
 from pmpo_megatron.model.policy import Policy
+from pmpo_megatron.model.step_results import MicroResult, StepResult, collect_results
 from pmpo_megatron.parallel.collectives import gather_objects, sum_over
 from pmpo_megatron.parallel.liveness import naming_ranks
 from pmpo_megatron.parallel.state import ParallelState
 from pmpo_megatron.types import MicroBatch
-
-TRAJECTORY_FIELDS = ("p", "ess", "target_ess", "clip_fraction", "length", "power_mean")
 
 
 @dataclass(frozen=True)
@@ -35,34 +34,6 @@ class TokenScores:
 
     log_probs_T: torch.Tensor
     entropy_T: torch.Tensor
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What an optimizer step did; equal on every rank.
-
-    Attributes:
-        loss: the objective's loss with its KL and entropy terms, over all trajectories of the step.
-        grad_norm: of the whole gradient before clipping; NaN where it was not computed.
-        learning_rate: of this update.
-        applied: whether weights changed.
-        problem: why not, naming trajectories or parameters with NaN or inf; None if all is well.
-        trajectories: one array per quantity (sample_id, p, ess, target_ess, clip_fraction, length, power_mean), in the
-            same order, of all data-parallel ranks.
-        entropy: mean over response tokens, nats.
-        kl: mean estimated KL to the reference per response token; None without a reference.
-        num_tokens: response tokens of the step.
-    """
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    applied: bool
-    problem: str | None
-    trajectories: dict[str, np.ndarray]
-    entropy: float
-    kl: float | None
-    num_tokens: int
 
 
 def score(policy: Policy, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[TokenScores | None]:
@@ -96,7 +67,7 @@ def optimizer_step(
 
     Args:
         micro_batches: this data-parallel rank's, equally many on every rank; their weights c_i hold the denominator of
-            the whole step (objective.md section 4).
+            the whole step (docs/objective.md, "The formulas").
         old_log_probs: for each micro-batch what `score` gave at the start of the round.
         progress: share of training done, for scheduled p.
         temperature: of the distribution that was sampled from; the same as in `score`.
@@ -124,7 +95,7 @@ def optimizer_step(
     step_tokens = _count_response_tokens(inputs, state)
     scale = state.dp_size * count  # the whole of loss scaling; derived above
 
-    def loss(item: Inputs, hidden: torch.Tensor) -> tuple[torch.Tensor, _MicroResult]:
+    def loss(item: Inputs, hidden: torch.Tensor) -> tuple[torch.Tensor, MicroResult]:
         scores_T2 = policy.score_hidden_states(
             hidden,
             item.targets_T,
@@ -138,23 +109,8 @@ def optimizer_step(
     policy.zero_gradients()
     with naming_ranks("an optimizer step"):
         results = _run_schedule(policy, inputs, loss, forward_only=False)
-        totals, trajectories = _collect(results, inputs, state)
+        totals, trajectories = collect_results(results, inputs, state)
     return _update(policy, totals, trajectories, step_tokens)
-
-
-@dataclass(frozen=True)
-class _MicroResult:
-    """Of one micro-batch; on the device, no synchronisation."""
-
-    surrogate: torch.Tensor
-    output: ObjectiveOutput
-    entropy: torch.Tensor  # this shard's share of the step's mean
-    kl: torch.Tensor | None  # likewise
-    penalty: torch.Tensor  # this shard's share of the loss beside the objective
-
-    def detached(self) -> _MicroResult:
-        kl = None if self.kl is None else self.kl.detach()
-        return _MicroResult(self.surrogate.detach(), self.output, self.entropy.detach(), kl, self.penalty.detach())
 
 
 def _evaluate(
@@ -165,7 +121,7 @@ def _evaluate(
     progress: float,
     step_tokens: float,
     state: ParallelState,
-) -> _MicroResult:
+) -> MicroResult:
     """Surrogate of one micro-batch on this rank. Every rank of the context-parallel group makes the same collectives."""
     log_probs_T, entropy_T = scores_T2.unbind(-1)
     sum_over_shards = sum_over(state.cp_group)
@@ -202,7 +158,7 @@ def _evaluate(
     entropy = mean_entropy(entropy_T, item.trajectory_T, step_tokens=step_tokens)
     if objective.entropy_coefficient:
         penalty = penalty - objective.entropy_coefficient * entropy
-    return _MicroResult(found.surrogate + penalty, found, entropy, kl, penalty)
+    return MicroResult(found.surrogate + penalty, found, entropy, kl, penalty)
 
 
 def _run_schedule(policy: Policy, inputs: list[Inputs], loss: Callable, *, forward_only: bool) -> list[Any]:
@@ -252,49 +208,6 @@ def _count_response_tokens(inputs: list[Inputs], state: ParallelState) -> float:
     """Response tokens of the whole step; inputs know their count over all context-parallel ranks."""
     local = torch.tensor(float(sum(item.num_response_tokens for item in inputs)), device=state.device)
     return float(sum_over(state.dp_group)(local.double()))
-
-
-def _collect(
-    results: list[_MicroResult], inputs: list[Inputs], state: ParallelState
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Sums and per-trajectory arrays over the step, on every rank. One all-reduce (data x context) and one gather."""
-    mine: tuple[dict[str, Any], dict[str, np.ndarray]] | None = None
-    if state.is_last_stage:
-        sums = sum_over(state.dp_cp_group)(_sums(results, state))
-        if state.tp_rank == 0 and state.cp_rank == 0:
-            mine = _to_host(sums, results, inputs)
-    given = [item for item in gather_objects(mine, state) if item is not None]
-    bad = sorted(sample for totals, _ in given for sample in totals["non_finite"])
-    arrays = {name: np.concatenate([found[name] for _, found in given]) for name in ("sample_id", *TRAJECTORY_FIELDS)}
-    return given[0][0] | {"non_finite": bad}, arrays
-
-
-def _sums(results: list[_MicroResult], state: ParallelState) -> torch.Tensor:
-    """float64 [3]: loss, entropy, KL. The objective's loss is equal on all shards of a trajectory: counted once."""
-    zero = torch.zeros((), dtype=torch.float64, device=state.device)
-    loss = sum((r.output.loss.double() / state.cp_size + r.penalty.double() for r in results), zero)
-    entropy = sum((r.entropy.double() for r in results), zero)
-    kl = sum((r.kl.double() for r in results if r.kl is not None), zero)
-    return torch.stack([loss, entropy, kl])
-
-
-def _to_host(
-    sums: torch.Tensor, results: list[_MicroResult], inputs: list[Inputs]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The one synchronisation of a step before the update."""
-    columns = [torch.cat([getattr(r.output, f"{name}_N").double() for r in results]) for name in TRAJECTORY_FIELDS]
-    columns.append(torch.cat([r.output.non_finite_N for r in results]).double())
-    table = torch.stack(columns).cpu().numpy()
-    loss, entropy, kl = sums.tolist()
-    sample_ids = np.array([sample for item in inputs for sample in item.sample_ids], dtype=np.int64)
-    arrays = dict(zip(TRAJECTORY_FIELDS, table, strict=False)) | {"sample_id": sample_ids}
-    totals = {
-        "loss": loss,
-        "entropy": entropy,
-        "kl": kl if any(r.kl is not None for r in results) else None,
-        "non_finite": sample_ids[table[-1] > 0].tolist(),
-    }
-    return totals, arrays
 
 
 def _update(policy: Policy, totals: dict[str, Any], trajectories: dict[str, np.ndarray], step_tokens: float) -> StepResult:

@@ -29,10 +29,7 @@ logger = logging.getLogger(__name__)
 EXIT_RANK_FAILURE = 70
 VICTIM = RankFailure.__name__  # how the report of a rank begins that ended because of another one
 GRACE_S = 2.0  # for the main thread's own error to surface first
-SIGNS_OF_COMMUNICATION = (
-    "gloo", "nccl", "timed out", "connection closed", "connection reset", "broken pipe", "process group", "tcpstore",
-    "socket", "connection refused",
-)  # fmt: skip
+SIGNS_OF_COMMUNICATION = ("gloo", "nccl", "c10d", "tcpstore", "process group", "processgroup")  # in PyTorch's own messages
 
 
 @dataclass

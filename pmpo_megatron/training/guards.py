@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from pmpo_megatron.errors import MismatchError, NonFiniteError
-from pmpo_megatron.model.step import StepResult, TokenScores
+from pmpo_megatron.model.step import TokenScores
+from pmpo_megatron.model.step_results import StepResult
 from pmpo_megatron.monitor import Metric, summarize
 from pmpo_megatron.parallel.state import ParallelState
 from pmpo_megatron.training.run_config import GuardConfig

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from pmpo_megatron.algo.importance import MISMATCH, mismatch_sums
 from pmpo_megatron.model.inputs import local_indices
-from pmpo_megatron.model.step import StepResult, TokenScores
+from pmpo_megatron.model.step import TokenScores
+from pmpo_megatron.model.step_results import StepResult
 from pmpo_megatron.monitor import Distribution, Maximum, Mean, Metric, Sum
 from pmpo_megatron.parallel.collectives import gather_objects, sum_over
 from pmpo_megatron.parallel.liveness import naming_ranks

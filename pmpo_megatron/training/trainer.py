@@ -13,7 +13,8 @@ from pmpo_megatron.checkpoint.store import CheckpointStore
 from pmpo_megatron.data.mini_batches import split_into_steps, weigh
 from pmpo_megatron.data.packing import pack
 from pmpo_megatron.model.policy import Policy
-from pmpo_megatron.model.step import StepResult, TokenScores, optimizer_step, score
+from pmpo_megatron.model.step import TokenScores, optimizer_step, score
+from pmpo_megatron.model.step_results import StepResult
 from pmpo_megatron.monitor import Metric, PhaseTimer, RunLog
 from pmpo_megatron.parallel.collectives import any_rank
 from pmpo_megatron.parallel.liveness import doing

@@ -20,12 +20,10 @@ def train(path: str, layout: dict, dtype: str, *, own_layers: bool = False) -> d
     Args:
         own_layers: our layers on SDPA also where there is Transformer Engine.
     """
-    if own_layers:
-        architecture.transformer_engine_available = lambda: False
     parallel = ParallelConfig(**layout)
     state = initialize(parallel, device="cuda")
     policy = Policy.build(
-        ModelConfig(path=path, dtype=dtype, log_prob_chunk=16),
+        ModelConfig(path=path, dtype=dtype, log_prob_chunk=16, layers="local" if own_layers else "auto"),
         OptimizerConfig(learning_rate=1e-3),
         parallel,
         state,
@@ -39,7 +37,7 @@ def train(path: str, layout: dict, dtype: str, *, own_layers: bool = False) -> d
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
         "applied": all(result.applied for result in results),
-        "transformer_engine": architecture.transformer_engine_available(),
+        "transformer_engine": not own_layers and architecture.transformer_engine_available(),
         "backends": [dist.get_backend(group) for group in (state.dp_group, state.cp_group, state.control_group)],
         "dtypes": sorted({str(parameter.dtype) for _, parameter in policy.named_parameters()}),
         "main_gradients": sorted({str(parameter.main_grad.dtype) for _, parameter in policy.named_parameters()}),

@@ -135,6 +135,24 @@ class TestTheExampleOfARule:
         assert body[-3].startswith("    target = ") and body[-1].startswith("    return ")
 
 
+def cited_headings(text):
+    """(page, heading) of every citation such as docs/objective.md, "The formulas", also where it is broken over lines."""
+    return re.findall(r'(docs/\w+\.md),\s+(?:#\s*)?"([^"]+)"', text)
+
+
+def test_headings_that_code_and_tools_cite_exist():
+    sources = [*(ROOT / "pmpo_megatron").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    cited = {(source, *found) for source in sources for found in cited_headings(source.read_text())}
+    assert cited
+    for source, page, heading in cited:
+        assert re.search(rf"^#+ {re.escape(heading)}$", (ROOT / page).read_text(), re.MULTILINE), (source, page, heading)
+
+
+def test_code_cites_pages_by_heading():
+    for source in (ROOT / "pmpo_megatron").rglob("*.py"):
+        assert not re.search(r"\w+\.md sections? \d", source.read_text()), f"{source}: cite docs/PAGE.md by heading"
+
+
 def test_every_page_is_in_the_readme():
     links = LINK.findall((ROOT / "README.md").read_text())
     assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= {link.partition("#")[0] for link in links}

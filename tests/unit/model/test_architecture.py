@@ -1,5 +1,7 @@
 """Rotary frequencies against transformers, and layouts that a model cannot be split into."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.shape import shape_of
-from pmpo_megatron.model.architecture import check_layout, rotary_frequencies
+from pmpo_megatron.model import architecture
+from pmpo_megatron.model.architecture import check_layout, fused_layers, rotary_frequencies
 from pmpo_megatron.parallel.state import ParallelConfig
 from tests.tiny_models import COMMON, LLAMA3_SCALING
 
@@ -42,3 +45,34 @@ def test_plain_frequencies():
 def test_layouts_that_do_not_fit_the_model(layout, message):
     with pytest.raises(ConfigError, match=message):
         check_layout(shape()[1], ParallelConfig(**layout))
+
+
+@pytest.mark.parametrize(
+    "wanted, here, everywhere, message",
+    [
+        ("auto", True, [True, False, True], r"ranks \[1\] have no Transformer Engine and the others have"),
+        ("transformer_engine", False, [False] * 3, "needs a GPU and the package"),
+    ],
+)
+def test_ranks_that_differ_in_layers_are_refused(wanted, here, everywhere, message, monkeypatch):
+    monkeypatch.setattr(architecture, "transformer_engine_available", lambda: here)
+    monkeypatch.setattr(architecture, "gather_objects", lambda value, state: everywhere)
+    with pytest.raises(ConfigError, match=f"^model.layers: .*{message}"):
+        fused_layers(wanted, SimpleNamespace(world_size=3))
+
+
+def test_local_layers_where_there_are_others(monkeypatch):
+    monkeypatch.setattr(architecture, "transformer_engine_available", lambda: True)
+    monkeypatch.setattr(architecture, "gather_objects", lambda value, state: [value] * 2)
+    assert fused_layers("auto", SimpleNamespace(world_size=2))
+    assert not fused_layers("local", SimpleNamespace(world_size=2))
+
+
+def test_an_engine_that_does_not_import_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("")
+    (tmp_path / "transformer_engine" / "pytorch.py").write_text("raise OSError('libcudnn.so.9: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"does not import \(libcudnn.so.9: no such file\)"):
+        architecture.transformer_engine_available.__wrapped__()
