@@ -92,7 +92,6 @@ class MicroBatch:
     trajectory_T: torch.Tensor  # int64 [T]
     rollout_log_probs_T: torch.Tensor  # float32 [T], 0 where trajectory_T is -1
     cu_seqlens: torch.Tensor  # int32 [S + 1], padded boundaries, cu_seqlens[-1] == T
-    max_seqlen: int
     advantages_N: torch.Tensor  # float32 [N]
     weights_N: torch.Tensor  # float32 [N]
     sample_ids: tuple[int, ...]  # N of them; which Sample each trajectory is

@@ -102,7 +102,6 @@ def make_micro_batch(samples: Sequence[Sample], sequence_multiple: int, pad_toke
         trajectory_T=torch.from_numpy(trajectory),
         rollout_log_probs_T=torch.from_numpy(rollout_log_probs),
         cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
-        max_seqlen=max(lengths),
         advantages_N=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32),
         weights_N=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
         sample_ids=tuple(sample.sample_id for sample in samples),

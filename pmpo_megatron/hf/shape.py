@@ -14,8 +14,6 @@ from typing import Any
 from pmpo_megatron.errors import MappingError
 from pmpo_megatron.units import round_up
 
-LISTED_IN = "architectures"
-
 
 @dataclass(frozen=True)
 class RopeScaling:

@@ -79,7 +79,6 @@ class ParallelState:
     cp_rank: int
     dp_size: int
     dp_rank: int
-    dp_cp_size: int
     tp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
@@ -228,7 +227,6 @@ def _read_state(
         cp_rank=cp.rank(),
         dp_size=dp.size(),
         dp_rank=dp.rank(),
-        dp_cp_size=dp_cp.size(),
         tp_group=tp,
         cp_group=cp,
         dp_group=dp,

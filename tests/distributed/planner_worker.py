@@ -55,7 +55,7 @@ def measure_state(case: dict, parallel: ParallelConfig, state: ParallelState) ->
     return {
         "stage": state.pp_rank,
         "replica": torch.distributed.get_rank(state.dp_cp_group),
-        "replicas": state.dp_cp_size,
+        "replicas": state.dp_cp_group.size(),
         "parameters_by_name": [[(name, p.numel()) for name, p in m.named_parameters()] for m in policy.modules],
         "parameters": storage_bytes(p for m in policy.modules for p in m.parameters()),
         "gradients": storage_bytes(p.main_grad for m in policy.modules for p in m.parameters()),
