@@ -1,4 +1,4 @@
-"""What the process of test_gradient.py runs: one optimizer step from stale log-probs, and what it was given."""
+"""What the process of test_gradient.py runs: two optimizer steps from stale log-probs, and what they were given."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from tests.distributed.parity_worker import STEPS, TEMPERATURE, TYPICAL, micro_b
 OPTIMIZER = OptimizerConfig(learning_rate=0.02, epsilon=0.05, weight_decay=0.1, clip_grad=0.25)
 
 
-def first_step(path: str, number: int) -> dict:
-    """`STEPS`[number] as the first step: gradients, weights before and after, the old log-probs it was given, its result."""
+def two_steps(path: str, number: int) -> dict:
+    """`STEPS`[number] as the first step, and the other one as the second, so that the two gradients differ.
+
+    Returns each step's gradients and result, weights before the first and after the second, and the old log-probs.
+    """
     parallel = ParallelConfig()
     state = initialize(parallel, device="cpu")
     policy = Policy.build(ModelConfig(path=path, log_prob_chunk=13), OPTIMIZER, parallel, state)
@@ -24,14 +27,17 @@ def first_step(path: str, number: int) -> dict:
         shift = torch.where(batch.trajectory_T >= 0, batch.rollout_log_probs_T - TYPICAL, 0.0)
         stale.append(TokenScores(scores.log_probs_T + shift, scores.entropy_T))
     step_module.apply_gradients = recording(policy, gradients)
-    result = optimizer_step(
-        policy, batches, stale, objective=STEPS[number], progress=0.5, temperature=TEMPERATURE,
-        reference_log_probs=stale if STEPS[number].kl_coefficient else None,
-    )  # fmt: skip
+    results = [
+        optimizer_step(
+            policy, batches, stale, objective=objective, progress=0.5, temperature=TEMPERATURE,
+            reference_log_probs=stale if objective.kl_coefficient else None,
+        )
+        for objective in (STEPS[number], STEPS[1 - number])
+    ]  # fmt: skip
     after = values_of(policy)
     shut_down()
-    weights = {"before": before, "after": after}
-    return weights | {"gradients": gradients[0], "old": [scores.log_probs_T for scores in stale], "result": result}
+    old = [scores.log_probs_T for scores in stale]
+    return {"before": before, "after": after, "gradients": gradients, "old": old, "results": results}
 
 
 def values_of(policy: Policy) -> dict[str, torch.Tensor]:

@@ -19,11 +19,14 @@ from pmpo_megatron.parallel.liveness import naming_ranks
 BAD = 1  # the rank that misbehaves
 
 
-def connect(timeout_s: float = 60.0):
+def connect(timeout_s: float):
+    """All ranks have come, however late the machine started them; only then collectives time out after ``timeout_s``."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=200))
+    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
     liveness.start_watch(rank=rank, world_size=world_size, heartbeat_s=0.2, stall_s=2.0)
-    state = SimpleNamespace(rank=rank, world_size=world_size, control_group=dist.group.WORLD)
+    dist.barrier()
+    state = SimpleNamespace(rank=rank, world_size=world_size, control_group=group)
     assert not any_rank(False, state) and any_rank(rank == BAD, state)
     return state
 
@@ -54,7 +57,7 @@ def elsewhere(state):
     """Lives, but never comes to the collective; the time-out of collectives is 3 s here."""
     if state.rank == BAD:
         liveness.doing("counting sheep")
-        time.sleep(30)
+        time.sleep(200)
     any_rank(False, state)
 
 
@@ -75,7 +78,7 @@ def source_dies(state):
 
 def source_late(state):
     if state.rank == BAD:
-        time.sleep(30)
+        time.sleep(200)
     broadcast_object(None, state, source=BAD, timeout_s=1.5)
 
 

@@ -93,4 +93,4 @@ def test_loading_does_not_need_the_random_states_file_of_every_rank(model, tmp_p
 
 def test_a_rank_that_stalls_while_saving_is_named(model, tmp_path):
     with pytest.raises(AssertionError, match=r"in planning a checkpoint: rank 1 \(.*\) gave no sign of life for 3 s"):
-        run_ranks(2, f"{WORKER}:stopped_while_saving", model, str(tmp_path), timeout=60)
+        run_ranks(2, f"{WORKER}:stopped_while_saving", model, str(tmp_path))

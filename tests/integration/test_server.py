@@ -38,7 +38,7 @@ def url(path, tmp_path_factory):
     deadline = time.monotonic() + 200
     while True:
         try:
-            urllib.request.urlopen(address + "/health", timeout=2)
+            urllib.request.urlopen(address + "/health", timeout=10)
             break
         except OSError:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
@@ -78,4 +78,4 @@ def test_a_server_that_is_down_is_named_after_bounded_attempts(path):
     started = time.monotonic()
     with pytest.raises(RolloutError, match=f"{address}/collective_rpc: .*; gave up after 2 attempts"):
         make_engine(config, model_path=path, device="cpu", worker_extension=None)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 100

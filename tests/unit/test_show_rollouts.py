@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def show(*arguments):
     command = [sys.executable, "tools/show_rollouts.py", *map(str, arguments)]
     environment = dict(os.environ, COLUMNS="100")
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
 
 
 @pytest.fixture(scope="module")

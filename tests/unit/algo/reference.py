@@ -18,7 +18,10 @@ def log_power_mean(x, p):
         return x.mean()
     if abs(p) < 1e-5:
         return x.mean() + p * x.var(correction=0) / 2
-    return torch.log1p(torch.expm1(p * x).mean()) / p
+    excess = torch.expm1(p * x).mean()
+    if excess < -0.5:  # so near -1 that the mean's own digits are lost in it
+        return (torch.logsumexp(p * x, 0) - math.log(len(x))) / p
+    return torch.log1p(excess) / p
 
 
 def ess_fraction(x, p):

@@ -123,7 +123,7 @@ def test_every_worker_gets_every_bucket_also_one_that_is_slow(kind):
     workers = [Worker(description, 7), Worker(description, 7, at=2, trouble=lambda receiver: time.sleep(0.5))]
     send(sender, 7)
     for worker in workers:
-        worker.join(timeout=20)
+        worker.join(timeout=100)
         assert worker.error is None and worker.received == list(range(7))
     sender.finish()
     sender.close()
@@ -141,17 +141,17 @@ def test_a_worker_that_fails_ends_the_update_for_all_at_once():
     with pytest.raises(WeightSyncError, match="gave up before bucket"):
         send(sender, 9)
     sender.give_up()
-    good.join(timeout=10)
+    good.join(timeout=100)
     assert "the trainer gave up" in str(good.error) and "bad tensor" in str(bad.error)
 
 
 def test_workers_that_do_not_come_are_counted_and_waits_are_bounded():
-    sender = open_sender("shared_memory", timeout_s=1.5)
+    sender = open_sender("shared_memory", timeout_s=4.0)
     alone = Worker(sender.description(), 3)
-    with pytest.raises(WeightSyncError, match="1 of 2 rollout workers came to bucket 0 in 1.5 s"):
+    with pytest.raises(WeightSyncError, match="1 of 2 rollout workers came to bucket 0 in 4 s"):
         send(sender, 3)
-    alone.join(timeout=10)
-    assert "did not send bucket 0 within 1.5 s" in str(alone.error)
+    alone.join(timeout=100)
+    assert "did not send bucket 0 within 4 s" in str(alone.error)
     with pytest.raises(WeightSyncError, match="gave up before bucket 0"):
         send(sender, 3, gone=lambda: True)
 

@@ -339,7 +339,7 @@ def killed(self):
 Writer.finish = killed
 convert(Path({str(source)!r}), Path({str(tmp_path / "out")!r}))
 """
-        code = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode
+        code = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=250).returncode
         assert code == -signal.SIGKILL and [path.name for path in tmp_path.iterdir()] == ["out.partial"]
         convert(source, tmp_path / "out", VERIFY)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -409,7 +409,7 @@ def test_memory_holds_one_parameter(hf, tmp_path, monkeypatch):
 def test_command_lines(hf, tmp_path):
     def tool(name, *arguments):
         command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
     there = tool("convert_hf_to_megatron.py", "--hf", hf, "--out", tmp_path / "megatron", "--verify")
     assert there.returncode == 0 and "50 tensors" in there.stdout and "read again and equal" in there.stdout, there.stderr
