@@ -135,7 +135,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         stop=tuple(options.stop), seed=options.seed,
     )  # fmt: skip
     data = DataConfig(
-        source="", problem_field=options.problem_field, answer_field=options.answer_field, template=options.template,
+        source="-", problem_field=options.problem_field, answer_field=options.answer_field, template=options.template,
         system_prompt=options.system_prompt, max_problems=options.max_problems, max_prompt_tokens=ANY_LENGTH,
     )  # fmt: skip
     rollout = _rollout_config(options)

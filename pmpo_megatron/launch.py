@@ -97,7 +97,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         return command() or 0
     except ConfigError as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)  # some quote a library at length
         return EXIT_CONFIG
     except PmpoError as error:
         print(f"error (rank {rank}): {type(error).__name__}: {error}", file=sys.stderr, flush=True)

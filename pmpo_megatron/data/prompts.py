@@ -44,7 +44,7 @@ class DataConfig(Section):
     system_prompt: str | None = setting(None, "template chat: the system message")
     max_prompt_tokens: int = setting(1024, "longer prompts are left out, and counted", unit="tokens", minimum=1)
     max_problems: int | None = setting(None, "only the first so many", minimum=1)
-    problems: int = setting(4096, "arithmetic: problems generated", minimum=1)
+    problems: int = setting(4096, "arithmetic: problems generated", minimum=1, maximum=1_000_000)
     levels: tuple[int, ...] = setting((1, 2, 3), "arithmetic: difficulty levels, taken in turn")
     seed: int = setting(0, "arithmetic: seed of the problems", minimum=0)
 

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "pmpo_megatron"
 LAYERS = [
-    {"errors", "types", "config"},
+    {"errors", "types", "yaml_values", "config"},
     {"algo", "data", "rewards"},
     {"parallel"},
     {"hf"},
