@@ -20,7 +20,7 @@ from pmpo_megatron.benchmarks.summary import describe_benchmark, write_model_sum
 from pmpo_megatron.config import apply_overrides, build, to_plain
 from pmpo_megatron.data.prompts import TEMPLATES, DataConfig, load_prompts
 from pmpo_megatron.errors import ConfigError
-from pmpo_megatron.launch import quiet_libraries, run_command, set_up_logging
+from pmpo_megatron.launch import close_on_interrupt, quiet_libraries, run_command, set_up_logging
 from pmpo_megatron.rewards import RewardConfig, RewardScorer
 from pmpo_megatron.rewards.functions import find_function
 from pmpo_megatron.rollout.engine import RolloutConfig, SamplingConfig, make_engine
@@ -246,6 +246,7 @@ def command(options: argparse.Namespace) -> int:
     plan = make_plan(options)
     if plan.rollout.engine == "server" and not models[0].is_hugging_face:
         raise ConfigError("--urls", f"the servers cannot be given {models[0].path}; name the directory they were started with")
+    close_on_interrupt()
     for model in models:
         evaluate_model(model, plan)
     print(write_summary(plan.out), end="")

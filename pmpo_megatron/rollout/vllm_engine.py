@@ -120,7 +120,7 @@ class VLLMEngine:
 
         try:
             _all_at_once(start, processes)
-        except RolloutError:
+        except BaseException:  # also an interrupt
             _end(self._processes)
             raise
 
