@@ -18,18 +18,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.yaml_values import apply_overrides, read_yaml, show
+
+__all__ = ["Section", "apply_overrides", "build", "convert", "describe", "field_types", "read_yaml", "setting", "to_plain"]
 
 SectionT = TypeVar("SectionT", bound="Section")
+LARGEST_FLOAT = 1e30  # what is squared or multiplied stays within float32's and float64's range
+LARGEST_INT = 2**63 - 1  # signed, 64 bits: what tensors, files and random generators hold
+LARGEST = {"s": 1e6, "GiB": 1e6, "MiB": 1e6, "tokens": 2**40}  # by unit; poll() counts milliseconds in 32 bits
+NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 
 def setting(
@@ -48,9 +53,11 @@ def setting(
         default: the value when none is given; left out, the field is required. A mutable default is copied.
         help: one line for ``--print-config`` and the configuration reference.
         unit: unit of the value, e.g. ``tokens`` or ``s``.
-        minimum, maximum: inclusive bounds; ``above``: exclusive lower bound.
+        minimum, maximum: inclusive bounds; ``above``: exclusive lower bound. Without ``maximum`` the unit's (`LARGEST`)
+            holds, and for every number that of its type.
         choices: the only values allowed.
     """
+    maximum = LARGEST.get(unit) if maximum is None else maximum
     metadata = {"help": help, "unit": unit, "minimum": minimum, "above": above, "maximum": maximum, "choices": choices}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -91,11 +98,10 @@ def convert(value: Any, expected: Any, name: str) -> Any:
     """``value`` as ``expected``, without guessing: int -> float, list -> tuple and numeric strings such as 1e-6 only.
 
     Raises:
-        ConfigError: ``value`` has another type; names the field, the value and the type that would be right.
+        ConfigError: ``value`` has another type, or no field can hold it (see `_check_value`); names the field, the value and
+            what would be right.
     """
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if expected is Any:
-        return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -108,17 +114,37 @@ def convert(value: Any, expected: Any, name: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(convert(v, arguments[0], f"{name}[{i}]") for i, v in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {k: convert(v, arguments[1], f"{name}.{k}") for k, v in value.items()}
+        keys = [convert(key, arguments[0], f"{name}: key") for key in value]
+        return {key: convert(v, arguments[1], f"{name}.{key}") for key, v in zip(keys, value.values(), strict=True)}
     if expected is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-6 as a string
+            return _check_value(float(value), name)  # YAML reads 1e-6 as a string
         except ValueError:
             pass
+        except OverflowError:
+            raise ConfigError(name, f"{show(value)} is beyond {LARGEST_FLOAT:g}") from None
     elif isinstance(origin or expected, type) and isinstance(value, origin or expected):
         if not (isinstance(value, bool) and expected is int):
-            return value
+            return _check_value(value, name)
     wanted = getattr(expected, "__name__", str(expected))
-    raise ConfigError(name, f"{value!r} is a {type(value).__name__}; expected {wanted}")
+    raise ConfigError(name, f"{show(value)} is a {type(value).__name__}; expected {wanted}")
+
+
+def _check_value(value: Any, name: str) -> Any:
+    """``value``, if any field may hold it, whatever its own range: finite, of 64 bits, text that can be used."""
+    if isinstance(value, float):
+        if math.isnan(value):
+            raise ConfigError(name, "is not a number")
+        if abs(value) > LARGEST_FLOAT:
+            raise ConfigError(name, f"{value!r} is beyond {LARGEST_FLOAT:g}" if math.isfinite(value) else "is infinite")
+    elif isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise ConfigError(name, f"{show(value)} needs more than 64 bits")
+    elif isinstance(value, str):
+        if not value:
+            raise ConfigError(name, "is empty")
+        if NO_CHARACTER.search(value):
+            raise ConfigError(name, f"{show(value)} holds NUL or half of a surrogate pair, which are no text")
+    return value
 
 
 def _check_range(item: dataclasses.Field, value: Any) -> None:
@@ -126,12 +152,10 @@ def _check_range(item: dataclasses.Field, value: Any) -> None:
     if value is None or not rules:
         return
     if rules.get("choices") is not None and value not in rules["choices"]:
-        raise ConfigError(item.name, f"{value!r} is not one of {', '.join(map(repr, rules['choices']))}")
+        raise ConfigError(item.name, f"{show(value)} is not one of {', '.join(map(repr, rules['choices']))}")
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
     unit = f" {rules['unit']}" if rules.get("unit") else ""
-    if math.isnan(value):
-        raise ConfigError(item.name, "is not a number")
     if rules.get("minimum") is not None and value < rules["minimum"]:
         raise ConfigError(item.name, f"{value!r} must be at least {rules['minimum']}{unit}")
     if rules.get("above") is not None and value <= rules["above"]:
@@ -144,7 +168,7 @@ def unknown_key(field: str, key: str, known: Sequence[str]) -> ConfigError:
     """The error for a key that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-    return ConfigError(field, f"unknown key {key!r}{hint}")
+    return ConfigError(field, f"unknown key {show(key)}{hint}")
 
 
 def build(section: type[SectionT], values: Mapping[str, Any] | None) -> SectionT:
@@ -156,14 +180,17 @@ def build(section: type[SectionT], values: Mapping[str, Any] | None) -> SectionT
     if isinstance(values, section):
         return values
     if values is not None and not isinstance(values, Mapping):
-        raise ConfigError("", f"{values!r} is not a mapping of the fields of {section.__name__}")
+        raise ConfigError("", f"{show(values)} is not a mapping of the fields of {section.__name__}")
     given = dict(values or {})
-    arguments = section.base_for(given)
+    for key in given:
+        if not isinstance(key, str):
+            raise ConfigError("", f"the key {show(key)} is a {type(key).__name__}, not text")
     fields = {item.name: item for item in dataclasses.fields(section)}
     hints = field_types(section)
+    arguments = _base(section, given, fields)
     for key, value in given.items():
         if key not in fields:
-            raise unknown_key("", str(key), list(fields)).within(str(key))
+            raise unknown_key("", key, list(fields)).within(show(key)[1:-1])
         kind = _section_type(hints[key])
         if kind is not None and not (value is None and _optional(hints[key])):
             try:
@@ -182,6 +209,17 @@ def build(section: type[SectionT], values: Mapping[str, Any] | None) -> SectionT
     return section(**arguments)
 
 
+def _base(section: type[Section], given: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`Section.base_for`, which may edit ``given``; what it takes beside fields, such as a preset, is a name."""
+    names = {key: value for key, value in given.items() if key not in fields and not isinstance(value, str)}
+    try:
+        return section.base_for(given)
+    except (TypeError, ValueError):
+        for key, value in names.items():
+            raise ConfigError(key, f"{show(value)} is a {type(value).__name__}; expected a name") from None
+        raise
+
+
 def _section_type(expected: Any) -> type[Section] | None:
     for option in (expected, *typing.get_args(expected)):
         if isinstance(option, type) and issubclass(option, Section):
@@ -191,64 +229,6 @@ def _section_type(expected: Any) -> type[Section] | None:
 
 def _optional(expected: Any) -> bool:
     return type(None) in typing.get_args(expected)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in ``path``. Duplicate keys are errors, because YAML would silently keep the last.
-
-    Raises:
-        ConfigError: the file is absent, is not YAML, or is not a mapping; the message has file and line.
-    """
-    try:
-        values = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), f"is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict | None):
-        raise ConfigError(str(path), "must hold a mapping of sections")
-    return values or {}
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """yaml.SafeLoader that refuses a mapping with the same key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``values`` with every ``section.key=value`` of ``overrides`` put in; the value is read as YAML.
-
-    Raises:
-        ConfigError: an override without ``=``, or a path that runs through something that is not a section.
-    """
-    result = _copy(values)
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        if not equals or not path:
-            raise ConfigError(override, "an override has the form section.key=value")
-        *parents, key = path.split(".")
-        target = result
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise ConfigError(path, f"{parent!r} is a value, not a section")
-        try:
-            target[key] = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
-            raise ConfigError(path, f"{text!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    return result
-
-
-def _copy(values: Any) -> Any:
-    return {k: _copy(v) for k, v in values.items()} if isinstance(values, dict) else values
 
 
 def to_plain(section: Section) -> dict[str, Any]:

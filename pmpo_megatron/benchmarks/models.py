@@ -40,7 +40,10 @@ class Model:
     @property
     def max_length(self) -> int | None:
         """Prompt and response at most, as the model's configuration says."""
-        return read_config(self.side).get("max_position_embeddings")
+        length = read_config(self.side).get("max_position_embeddings")
+        if length is not None and (not isinstance(length, int) or length < 1):
+            raise CheckpointError(f"{self.side / 'config.json'}: max_position_embeddings is {length!r:.80}, not a whole number")
+        return length
 
 
 def find_models(arguments: Sequence[str], hf: Path | None) -> list[Model]:

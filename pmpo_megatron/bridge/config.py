@@ -21,8 +21,8 @@ class BridgeConfig(Section):
         "started here cuda_ipc on GPUs and shared_memory on CPU, for servers and other nodes nccl on GPUs and gloo on CPU",
         choices=("auto", "shared_memory", "cuda_ipc", "nccl", "gloo", "disk"),
     )
-    bucket_mib: float = setting(256.0, "weights sent together; both ends hold two buckets", unit="MiB", above=0.0)
-    timeout_s: float = setting(300.0, "longest wait of either end for the other's part of a bucket", unit="s", above=0.0)
+    bucket_mib: float = setting(256.0, "weights sent together; both ends hold two buckets", unit="MiB", minimum=0.001)
+    timeout_s: float = setting(300.0, "longest wait of either end for the other's part of a bucket", unit="s", minimum=0.001)
     address: str | None = setting(
         None, "name or address of rank 0's host for servers' workers, which connect to it; null: its host name"
     )

@@ -17,7 +17,6 @@ from pmpo_megatron.benchmarks.run import Task, run_tasks
 from pmpo_megatron.benchmarks.sources import BENCHMARKS, PAPER, Benchmark, find_benchmarks, problem_file
 from pmpo_megatron.benchmarks.statistics import default_ks
 from pmpo_megatron.benchmarks.summary import describe_benchmark, write_model_summary, write_summary
-from pmpo_megatron.commands.launch import quiet_libraries, run_command, set_up_logging
 from pmpo_megatron.config import apply_overrides, build, to_plain
 from pmpo_megatron.data.prompts import TEMPLATES, DataConfig, load_prompts
 from pmpo_megatron.errors import ConfigError
@@ -25,6 +24,7 @@ from pmpo_megatron.rewards import RewardConfig, RewardScorer
 from pmpo_megatron.rewards.functions import find_function
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.factory import make_engine
+from pmpo_megatron.training.launch import close_on_interrupt, quiet_libraries, run_command, set_up_logging
 
 logger = logging.getLogger("pmpo_megatron.commands.evaluate")  # also where this file is run as __main__
 ANY_LENGTH = 1 << 40  # prompts that are too long are counted by run_tasks, not left out
@@ -136,7 +136,7 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
         stop=tuple(options.stop), seed=options.seed,
     )  # fmt: skip
     data = DataConfig(
-        source="", problem_field=options.problem_field, answer_field=options.answer_field, template=options.template,
+        source="-", problem_field=options.problem_field, answer_field=options.answer_field, template=options.template,
         system_prompt=options.system_prompt, max_problems=options.max_problems, max_prompt_tokens=ANY_LENGTH,
     )  # fmt: skip
     rollout = _rollout_config(options)
@@ -247,6 +247,7 @@ def command(options: argparse.Namespace) -> int:
     plan = make_plan(options)
     if plan.rollout.engine == "server" and not models[0].is_hugging_face:
         raise ConfigError("--urls", f"the servers cannot be given {models[0].path}; name the directory they were started with")
+    close_on_interrupt()
     for model in models:
         evaluate_model(model, plan)
     print(write_summary(plan.out), end="")

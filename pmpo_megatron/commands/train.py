@@ -6,10 +6,9 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
-
-from pmpo_megatron.commands.launch import (
+from pmpo_megatron.training.launch import (
     StopRequest,
     quiet_libraries,
     rank_environment,
@@ -17,11 +16,11 @@ from pmpo_megatron.commands.launch import (
     set_up_logging,
     world_size_of_environment,
 )
-from pmpo_megatron.config import apply_overrides, build, describe, read_yaml, to_plain
-from pmpo_megatron.planner import memory_report
-from pmpo_megatron.training.checks import check_run
-from pmpo_megatron.training.run_config import RunConfig
 
+if TYPE_CHECKING:
+    from pmpo_megatron.training.run_config import RunConfig
+
+# Imports that take seconds are in the functions that need them: `main` answers an interrupt from its first moment on.
 logger = logging.getLogger("pmpo_megatron.commands.train")  # also where this file is run as __main__
 
 
@@ -41,12 +40,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_config(options: argparse.Namespace) -> RunConfig:
+    from pmpo_megatron.config import apply_overrides, build, read_yaml
+    from pmpo_megatron.training.run_config import RunConfig
+
     values = read_yaml(options.config) if options.config else {}
     return build(RunConfig, apply_overrides(values, options.overrides))
 
 
 def print_config(options: argparse.Namespace) -> None:
     """The reference without a file; with one, the values that a run of it would use."""
+    import yaml
+
+    from pmpo_megatron.config import describe, to_plain
+    from pmpo_megatron.training.run_config import RunConfig
+
     if options.config:
         print(yaml.safe_dump(to_plain(load_config(options)), sort_keys=False), end="")
         return
@@ -55,7 +62,7 @@ def print_config(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``pmpo-train``; returns the exit code: 0 done or stopped on request, 2 bad input, 1 failed."""
+    """Entry point of ``pmpo-train``; the exit code: 0 done or stopped on request, 2 bad input, 1 failed, 130 interrupted."""
     return run_command(lambda: command(parse(arguments)))
 
 
@@ -63,6 +70,9 @@ def command(options: argparse.Namespace) -> int:
     if options.print_config:
         print_config(options)
         return 0
+    from pmpo_megatron.planner import memory_report
+    from pmpo_megatron.training.checks import check_run
+
     config = load_config(options)
     if options.dry_run:
         world_size = options.world_size if options.world_size is not None else world_size_of_environment()
@@ -73,12 +83,11 @@ def command(options: argparse.Namespace) -> int:
     rank, world_size = rank_environment()
     set_up_logging(rank)
     quiet_libraries()
-    stop = StopRequest().install()
     for line in [*check_run(config, world_size), *memory_report(config, world_size)]:
         logger.info("%s", line)
     from pmpo_megatron.training.assembly import run  # imports Megatron and vLLM's client: not needed to check or to print
 
-    return run(config, stop)
+    return run(config, StopRequest().install())
 
 
 if __name__ == "__main__":

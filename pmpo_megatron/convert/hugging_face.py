@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pmpo_megatron.errors import MappingError
-from pmpo_megatron.hf.safetensors import INDEX, SINGLE, SafetensorsReader
+from pmpo_megatron.hf.safetensors import INDEX, SINGLE, SafetensorsReader, read_index
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -73,10 +73,7 @@ class SafetensorsWeights:
     def __init__(self, directory: Path) -> None:
         self.info: dict[str, TensorInfo] = {}
         self._open: tuple[Path, BinaryIO] | None = None
-        try:
-            files = SafetensorsReader(directory).files
-        except (ValueError, KeyError) as error:
-            raise MappingError(f"{directory / INDEX}: damaged: {error!r}") from None
+        files = SafetensorsReader(directory).files
         headers = {path: _read_header(path) for path in sorted(set(files.values()))}
         for name, path in files.items():
             if name not in headers[path]:
@@ -110,7 +107,7 @@ class PickleWeights:
     def __init__(self, directory: Path) -> None:
         self._loaded: tuple[Path, dict[str, torch.Tensor]] | None = None
         if (directory / PICKLE_INDEX).exists():
-            files = set(json.loads((directory / PICKLE_INDEX).read_text())["weight_map"].values())
+            files = set(read_index(directory / PICKLE_INDEX).values())
         else:
             files = {PICKLE_SINGLE}
         self.info = {}

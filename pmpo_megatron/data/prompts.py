@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import logging
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -16,8 +15,6 @@ from pmpo_megatron.config import Section, setting
 from pmpo_megatron.data.arithmetic import make_problems
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.types import Prompt
-
-logger = logging.getLogger(__name__)
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 BOXED = "Please reason step by step, and put your final answer within \\boxed{{}}."
@@ -44,7 +41,7 @@ class DataConfig(Section):
     system_prompt: str | None = setting(None, "template chat: the system message")
     max_prompt_tokens: int = setting(1024, "longer prompts are left out, and counted", unit="tokens", minimum=1)
     max_problems: int | None = setting(None, "only the first so many", minimum=1)
-    problems: int = setting(4096, "arithmetic: problems generated", minimum=1)
+    problems: int = setting(4096, "arithmetic: problems generated", minimum=1, maximum=1_000_000)
     levels: tuple[int, ...] = setting((1, 2, 3), "arithmetic: difficulty levels, taken in turn")
     seed: int = setting(0, "arithmetic: seed of the problems", minimum=0)
 
@@ -76,32 +73,77 @@ class PromptSet:
         return self.prompts[index]
 
 
-def load_prompts(config: DataConfig, tokenizer: Any) -> PromptSet:
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of the checkpoint directory ``path``.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever the files lead to
+        raise ConfigError("model.path", f"{path}: its tokenizer cannot be read: {error}") from None
+
+
+def check_rows(config: DataConfig) -> int:
+    """Reads all problems of ``config.source`` as `load_prompts` does, without a tokenizer; how many there are.
+
+    Raises:
+        DataError, ConfigError: as `load_prompts`.
+    """
+    count = 0
+    for where, row in read_rows(config):
+        _fields(config, where, row)
+        count += 1
+    if not count:
+        raise ConfigError("data.source", f"{config.source}: holds no problem")
+    return count
+
+
+def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None = None) -> PromptSet:
     """Reads, formats and tokenises all problems of ``config.source``.
 
     Args:
         tokenizer: of transformers.
+        vocab_size: of the model, if it is known: its embedding has no row for a greater token.
 
     Raises:
-        DataError: a file cannot be read, or a line or row lacks a field or holds another type; gives file and line.
-        ConfigError: no problem is short enough.
+        DataError: a file cannot be read, or a line or row lacks a field, holds another type, or has no token; gives file
+            and line.
+        ConfigError: no problem is short enough, or the tokenizer is another model's.
     """
     prompts, too_long = [], 0
     for where, row in read_rows(config):
         problem, answers = _fields(config, where, row)
         text, special = render(config, problem, tokenizer)
-        token_ids = tokenizer.encode(text, add_special_tokens=special)
+        token_ids = _encode(tokenizer, text, special, where)
+        if vocab_size is not None and max(token_ids) >= vocab_size:
+            raise ConfigError(
+                "model.path",
+                f"its tokenizer gives token {max(token_ids)} ({where}), but the model has only {vocab_size} tokens",
+            )
         if len(token_ids) > config.max_prompt_tokens:
             too_long += 1
             continue
         extra = {k: v for k, v in row.items() if k not in (config.problem_field, config.answer_field)}
         prompts.append(Prompt(len(prompts), tuple(token_ids), problem, answers, extra))
-    if too_long:
-        logger.warning("%s: %d of %d prompts are longer than %d tokens and left out", config.source, too_long,
-                       too_long + len(prompts), config.max_prompt_tokens)  # fmt: skip
     if not prompts:
         raise ConfigError("data.source", f"{config.source}: no prompt is left ({too_long} too long)")
     return PromptSet(tuple(prompts), too_long)
+
+
+def _encode(tokenizer: Any, text: str, special: bool, where: str) -> list[int]:
+    """The tokens of a prompt: at least one of its own, beside those that the tokenizer puts around any text."""
+    try:
+        token_ids = tokenizer.encode(text, add_special_tokens=special)
+        own = token_ids if len(token_ids) > 4 else tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises whatever its files lead to
+        raise DataError(f"{where}: the tokenizer fails on the prompt {text[:80]!r}: {error!r}") from None
+    if not own:
+        raise DataError(f"{where}: the tokenizer gives no token for the prompt {text[:80]!r}: does it know these characters?")
+    return token_ids
 
 
 def render(config: DataConfig, problem: str, tokenizer: Any) -> tuple[str, bool]:
@@ -111,7 +153,10 @@ def render(config: DataConfig, problem: str, tokenizer: Any) -> tuple[str, bool]
         messages.append({"role": "user", "content": problem})
         if not tokenizer.chat_template:
             raise ConfigError("data.template", "chat: the model's tokenizer has no chat template; name another")
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
+        except Exception as error:  # a template is a program of the model's
+            raise ConfigError("data.template", f"chat: the tokenizer's chat template fails: {error!r}") from None
     template = TEMPLATES.get(config.template, config.template)
     return template.replace("{{}}", "{}").replace("{problem}", problem), config.template not in ("qwen-math", "r1")
 

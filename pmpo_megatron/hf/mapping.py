@@ -102,7 +102,7 @@ class WeightMapping:
             rank, size: of this rank's tensor-parallel group.
 
         Raises:
-            MappingError: a parameter or tensor has no counterpart, or another shape.
+            MappingError: a parameter or tensor has no counterpart, or another shape, or is not finite.
         """
         for name, parameter in parameters:
             entry = self.entry(name)
@@ -111,6 +111,10 @@ class WeightMapping:
                 raise MappingError(f"{name}: Megatron has shape {tuple(parameter.shape)}, the checkpoint {tuple(shard.shape)}")
             with torch.no_grad():
                 parameter.copy_(shard)
+                if parameter.numel() and not all(value.isfinite() for value in parameter.aminmax()):  # both are NaN if any is
+                    raise MappingError(
+                        f"{' and '.join(entry.hf)}: the weights hold NaN or inf, or what {parameter.dtype} cannot"
+                    )
 
 
 def _some(names: list[str]) -> str:

@@ -14,6 +14,19 @@ from typing import Any
 from pmpo_megatron.errors import MappingError
 from pmpo_megatron.units import round_up
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+POSITIONS = 1 << 31
+LARGEST = {
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": POSITIONS,
+}
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -74,10 +87,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MappingError(f"{path}: {error.strerror}; a Hugging Face checkpoint directory is needed") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MappingError(f"{path}: is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise MappingError(f"{path}: is not a JSON object")
@@ -96,6 +109,8 @@ def read_shape(directory: str | Path) -> ModelShape:
 def shape_of(config: Mapping[str, Any], *, where: str = "config") -> ModelShape:
     """As `read_shape`, from the values of ``config.json``; ``where`` stands in error messages."""
     names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise MappingError(f"{where}: architectures is {names!r:.80}, not a list of names")
     known = architectures()
     supported = [name for name in names if name in known]
     if not supported:
@@ -104,7 +119,7 @@ def shape_of(config: Mapping[str, Any], *, where: str = "config") -> ModelShape:
         return known[supported[0]].shape(config, supported[0])
     except KeyError as error:
         raise MappingError(f"{where}: {error} is missing") from None
-    except MappingError as error:
+    except (MappingError, TypeError, ValueError) as error:  # a list where a mapping belongs, and the like
         raise MappingError(f"{where}: {error}") from None
 
 
@@ -114,7 +129,21 @@ def llama_like(config: Mapping[str, Any], architecture: str, *, qkv_bias: bool, 
     Raises:
         MappingError: the config asks for something outside this family (sliding window, biases, other rope scaling).
     """
-    heads = config["num_attention_heads"]
+    if config.get("quantization_config"):
+        raise MappingError("quantization_config is set; only weights that are not quantised are supported")
+    heads = _integer(config, "num_attention_heads")
+    groups = _integer(config, "num_key_value_heads", default=heads)
+    if heads % groups:
+        raise MappingError(f"num_key_value_heads {groups} must divide num_attention_heads {heads}")
+    hidden = _integer(config, "hidden_size")
+    if config.get("head_dim") is None and hidden % heads:
+        raise MappingError(f"num_attention_heads {heads} must divide hidden_size {hidden}, because head_dim is missing")
+    head_dim = _integer(config, "head_dim", default=hidden // heads)
+    if head_dim % 2:
+        raise MappingError(f"head_dim is {head_dim}; rotary embedding needs an even one")
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise MappingError(f"dtype is {dtype!r:.80}; supported: {', '.join(DTYPES)}")
     if config.get("use_sliding_window"):
         raise MappingError("use_sliding_window is true; only full attention is supported")
     if config.get("mlp_bias"):
@@ -124,21 +153,21 @@ def llama_like(config: Mapping[str, Any], architecture: str, *, qkv_bias: bool, 
     theta, scaling = _rope(config)
     return ModelShape(
         architecture=architecture,
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
+        vocab_size=_integer(config, "vocab_size"),
+        hidden_size=hidden,
+        num_layers=_integer(config, "num_hidden_layers"),
         num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        ffn_hidden_size=config["intermediate_size"],
-        norm_epsilon=config["rms_norm_eps"],
+        num_query_groups=groups,
+        head_dim=head_dim,
+        ffn_hidden_size=_integer(config, "intermediate_size"),
+        norm_epsilon=_positive(config, "rms_norm_eps"),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        max_position_embeddings=config["max_position_embeddings"],
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        max_position_embeddings=_integer(config, "max_position_embeddings"),
+        dtype=dtype,
     )
 
 
@@ -148,11 +177,32 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if share != 1.0:
         raise MappingError(f"partial_rotary_factor is {share}; only rotary embedding of whole heads is supported")
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    theta = _positive({"rope_theta": parameters.get("rope_theta") or config.get("rope_theta") or 10000.0}, "rope_theta")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "llama3":
         raise MappingError(f"rope scaling {kind!r} is not supported; supported: default, llama3")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return float(theta), RopeScaling(**{name: parameters[name] for name in names})
+    return theta, RopeScaling(
+        *(_positive(parameters, name) for name in names[:3]),
+        original_max_position_embeddings=_integer(parameters, names[3], POSITIONS),
+    )
+
+
+def _integer(values: Mapping[str, Any], name: str, limit: int | None = None, *, default: int | None = None) -> int:
+    """The whole number ``name``, from 1 to what any model has (`LARGEST`): a slip must not become a layout that never ends."""
+    value = values[name] if default is None else values.get(name)
+    if value is None and default is not None:
+        return default
+    limit = limit or LARGEST[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+        raise MappingError(f"{name} is {value!r:.80}; it must be a whole number from 1 to {limit}")
+    return value
+
+
+def _positive(values: Mapping[str, Any], name: str) -> float:
+    value = values[name]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1e30:
+        raise MappingError(f"{name} is {value!r:.80}; it must be a number above 0")
+    return float(value)

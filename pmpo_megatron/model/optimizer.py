@@ -24,9 +24,9 @@ class OptimizerConfig(Section):
     decay_steps: int | None = setting(None, "linear, cosine: when min_learning_rate is reached", unit="optimizer steps")
     min_learning_rate: float = setting(0.0, "linear, cosine: last learning rate", minimum=0.0)
     weight_decay: float = setting(0.0, "decoupled decay of matrices; never of norms and biases", minimum=0.0)
-    beta1: float = setting(0.9, "Adam's beta1", minimum=0.0, maximum=1.0)
-    beta2: float = setting(0.95, "Adam's beta2", minimum=0.0, maximum=1.0)
-    epsilon: float = setting(1e-8, "Adam's epsilon", above=0.0)
+    beta1: float = setting(0.9, "Adam's beta1", minimum=0.0, maximum=0.999999)
+    beta2: float = setting(0.95, "Adam's beta2", minimum=0.0, maximum=0.999999)
+    epsilon: float = setting(1e-8, "Adam's epsilon", minimum=1e-30)
     clip_grad: float = setting(1.0, "largest norm of the whole gradient; 0: no limit", minimum=0.0)
     distributed: bool = setting(True, "shard optimizer states over the data-parallel ranks")
 

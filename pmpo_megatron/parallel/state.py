@@ -27,9 +27,9 @@ class ParallelConfig(Section):
     )
     context: int = setting(1, "context-parallel size: each sequence's tokens are split", minimum=1)
     sequence_parallel: bool = setting(False, "split activations outside matrix products over the tensor-parallel ranks")
-    timeout_s: float = setting(1800.0, "longest wait in a collective before the run fails", unit="s", above=0.0)
-    heartbeat_s: float = setting(5.0, "how often each rank says that it lives", unit="s", above=0.0)
-    stall_s: float = setting(120.0, "a rank without a sign of life for so long is taken for dead", unit="s", above=0.0)
+    timeout_s: float = setting(1800.0, "longest wait in a collective before the run fails", unit="s", minimum=0.001)
+    heartbeat_s: float = setting(5.0, "how often each rank says that it lives", unit="s", minimum=0.001)
+    stall_s: float = setting(120.0, "a rank without a sign of life for so long is taken for dead", unit="s", minimum=0.001)
 
     def validate(self) -> None:
         if self.sequence_parallel and self.tensor == 1:

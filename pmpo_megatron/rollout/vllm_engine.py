@@ -121,7 +121,7 @@ class VLLMEngine:
 
         try:
             _all_at_once(start, processes)
-        except RolloutError:
+        except BaseException:  # also an interrupt
             _end(self._processes)
             raise
 
@@ -227,7 +227,10 @@ def engine_settings(config: RolloutConfig, *, model_path: str, device: str, work
     if config.max_model_len is not None:
         settings["max_model_len"] = config.max_model_len
     if device == "cpu":
-        settings |= dict(enforce_eager=True, kv_cache_memory_bytes=int((config.kv_cache_gib or DEFAULT_CPU_KV_CACHE_GIB) * GIB))
+        # A prompt that is computed in pieces breaks a seeded request there: PyTorch's CPU generators have no offset. Whole
+        # prompts need a batch of at least max_model_len tokens, which is vLLM's default without chunks.
+        settings |= dict(enforce_eager=True, enable_chunked_prefill=False)
+        settings["kv_cache_memory_bytes"] = int((config.kv_cache_gib or DEFAULT_CPU_KV_CACHE_GIB) * GIB)
     else:
         settings |= dict(enforce_eager=config.enforce_eager, gpu_memory_utilization=config.gpu_memory_utilization)
         if config.kv_cache_gib is not None:

@@ -5,6 +5,7 @@ Which of them does what, `vllm_engine` decides; `node_agent` starts those of oth
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,29 @@ import torch
 
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout import vllm_child
+
+_starting: set[VLLMProcess] = set()
+
+
+def give_up_starts() -> None:
+    """Ends every process that is being started in another thread; its `start` raises, if need be once it was forked."""
+    for process in list(_starting):
+        process.given_up = True
+        process.interrupt()
+
+
+@contextlib.contextmanager
+def _without_interrupts():
+    """What is started here never sees SIGINT, which a terminal sends to all of a run's processes: its parent ends it.
+
+    The mask is inherited, also by what the fork server forks later, and is in place before any of its code runs.
+    """
+    resource_tracker.ensure_running()  # starting it would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class EngineDied(Exception):
@@ -72,6 +97,7 @@ class VLLMProcess(ABC):
         self.launch = launch
         self._connection: Connection | None = None
         self._sending = threading.Lock()  # `interrupt` comes from another thread
+        self.given_up = False
         self._end: tuple[str, str] | None = None  # why a process on another node died, and the end of its log
 
     def start(self, timeout_s: float) -> None:
@@ -80,13 +106,18 @@ class VLLMProcess(ABC):
         Raises:
             RolloutError: it does not start; with the end of its log.
         """
+        _starting.add(self)
         try:
             self._connection = self.open()
+            if self.given_up:
+                raise EngineDied("the start was given up")
             self._wait("ready", timeout_s, "the start of the rollout engine")
         except (EngineDied, RolloutError, OSError) as error:
             log = self.log_tail()
             self.kill()
             raise RolloutError(f"the rollout engine did not start: {error}. {log}") from None
+        finally:
+            _starting.discard(self)
 
     def call(
         self, method: str, arguments: tuple, *, timeout_s: float, what: str, on_finished: Callable[[list], None] | None = None
@@ -179,7 +210,8 @@ class LocalProcess(VLLMProcess):
         alive, self._alive = self._context.Pipe(duplex=False)
         arguments = (theirs, alive, str(self._log_path), self.launch.settings, self._environment)
         self._process = self._context.Process(target=vllm_child.serve, args=arguments, name="vllm")
-        self._process.start()
+        with _without_interrupts():
+            self._process.start()
         theirs.close()
         alive.close()
         return connection
@@ -197,7 +229,7 @@ class LocalProcess(VLLMProcess):
             return "It wrote no log."
 
     def interrupt(self) -> None:
-        if self._process is not None:
+        if self._process is not None and self._process.pid is not None:
             self._process.kill()
 
     def kill(self) -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer
 
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.checkpoint.store import CheckpointStore
 from pmpo_megatron.config import to_plain
-from pmpo_megatron.data.prompts import load_prompts
+from pmpo_megatron.data.prompts import PromptSet, load_prompts, load_tokenizer
 from pmpo_megatron.data.sampler import PromptSampler
+from pmpo_megatron.hf.shape import read_shape
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.monitor import RunLog, write_report
 from pmpo_megatron.parallel.collectives import broadcast_object, gather_objects
@@ -26,9 +23,10 @@ from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.node_agent import NodeAgent
-from pmpo_megatron.rollout.vllm_process import NodeAddress
+from pmpo_megatron.rollout.vllm_process import NodeAddress, give_up_starts
 from pmpo_megatron.training.collector import Collector
 from pmpo_megatron.training.held_out import Evaluator
+from pmpo_megatron.training.launch import StopRequest
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.training.trainer import RunProgress, Trainer
 
@@ -36,13 +34,15 @@ logger = logging.getLogger(__name__)
 WORKER_EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
 
 
-def run(config: RunConfig, stop: Callable[[], bool]) -> int:
+def run(config: RunConfig, stop: StopRequest) -> int:
     """Runs ``config`` on the processes that torchrun started; returns the exit code. Collective."""
     state = initialize(config.parallel, device=config.run.device, seed=config.run.seed)
     logger.info("%s", state.describe())
     try:
         with ExitStack() as parts:
+            stop.close = lambda: (report_failure(KeyboardInterrupt("interrupted")), parts.close())
             trainer = build_trainer(config, state, stop, parts)
+            stop.started()
             finished = trainer.run()
             if trainer.log is not None:
                 trainer.log.close()
@@ -55,8 +55,9 @@ def run(config: RunConfig, stop: Callable[[], bool]) -> int:
     return 0
 
 
-def build_trainer(config: RunConfig, state: ParallelState, stop: Callable[[], bool], parts: ExitStack) -> Trainer:
+def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, parts: ExitStack) -> Trainer:
     """Everything that a run consists of, at the point that its newest checkpoint holds; ``parts`` closes what was opened."""
+    data = _load_data(config) if state.is_main else None  # before anything slow: what is wrong with it is said in seconds
     nodes = _other_nodes(config.rollout, state, parts)
     starting = _start_engine(config, state, parts, nodes) if state.is_main else None
     if state.device.type == "cuda":
@@ -76,7 +77,7 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: Callable[[], bo
     engine = starting.result() if starting is not None else None
     bridge = WeightBridge(policy, engine, config.bridge)
     parts.callback(bridge.close)
-    collector, evaluator, log = _main_parts(config, engine, progress, parts) if state.is_main else (None, None, None)
+    collector, evaluator, log = _main_parts(config, engine, data, progress, parts) if state.is_main else (None, None, None)
     return Trainer(
         config,
         policy=policy,
@@ -116,15 +117,39 @@ def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nod
         nodes=nodes,
     )
     thread.shutdown(wait=False)
-    parts.callback(lambda: future.exception() is None and future.result().close())
+    parts.callback(_end_engine, future)
     return future
 
 
+def _end_engine(future: Future[RolloutEngine]) -> None:
+    """One that still starts, because another part could not, is ended and not waited for."""
+    if not future.done():
+        give_up_starts()
+    elif future.exception() is None:
+        future.result().close()
+
+
+def _load_data(config: RunConfig) -> tuple[PromptSet, PromptSet | None]:
+    """The prompts to train on, and those held out."""
+    tokenizer, vocab_size = load_tokenizer(config.model.path), read_shape(config.model.path).vocab_size
+    train, held_out = (
+        None if data is None else load_prompts(data, tokenizer, vocab_size=vocab_size)
+        for data in (config.data, config.evaluation.data)
+    )
+    for found in filter(None, (train, held_out)):
+        if found.too_long:
+            logger.warning("%d of %d prompts are too long and left out", found.too_long, found.too_long + len(found))
+    return train, held_out
+
+
 def _main_parts(
-    config: RunConfig, engine: RolloutEngine, progress: RunProgress, parts: ExitStack
+    config: RunConfig,
+    engine: RolloutEngine,
+    data: tuple[PromptSet, PromptSet | None],
+    progress: RunProgress,
+    parts: ExitStack,
 ) -> tuple[Collector, Evaluator | None, RunLog]:
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    prompts = load_prompts(config.data, tokenizer)
+    prompts, held_out = data
     sampler = PromptSampler(len(prompts), config.run.seed)
     if progress.sampler:
         sampler.restore(progress.sampler)
@@ -141,14 +166,15 @@ def _main_parts(
         examples=config.monitor.rollout_samples,
     )
     parts.callback(collector.close)
-    return collector, _make_evaluator(config, engine, scorer, tokenizer), _open_log(config, progress)
+    return collector, _make_evaluator(config, engine, scorer, held_out), _open_log(config, progress)
 
 
-def _make_evaluator(config: RunConfig, engine: RolloutEngine, scorer: RewardScorer, tokenizer: Any) -> Evaluator | None:
-    if config.evaluation.data is None:
+def _make_evaluator(
+    config: RunConfig, engine: RolloutEngine, scorer: RewardScorer, held_out: PromptSet | None
+) -> Evaluator | None:
+    if held_out is None:
         return None
-    prompts = load_prompts(config.evaluation.data, tokenizer)
-    return Evaluator(config.evaluation, prompts=prompts, engine=engine, scorer=scorer, sampling=config.sampling)
+    return Evaluator(config.evaluation, prompts=held_out, engine=engine, scorer=scorer, sampling=config.sampling)
 
 
 def _open_log(config: RunConfig, progress: RunProgress) -> RunLog:

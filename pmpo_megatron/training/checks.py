@@ -6,10 +6,13 @@ import importlib.util
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
-from pmpo_megatron.data.prompts import DataConfig, read_rows
-from pmpo_megatron.errors import ConfigError, PmpoError
+from pmpo_megatron.data.prompts import DataConfig, check_rows, load_prompts, load_tokenizer
+from pmpo_megatron.errors import ConfigError, MappingError, PmpoError
 from pmpo_megatron.hf.known_models import model_shape
+from pmpo_megatron.hf.mapping import WeightMapping
+from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.shards import sequence_multiple
@@ -32,16 +35,21 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
     if world_size < 1:
         raise ConfigError("--world-size", f"{world_size} must be at least 1")
     data_parallel = _in_section("parallel", lambda: config.parallel.data_parallel_size(world_size))
-    shape = model_shape(config.model.path) if dry_run else read_shape(config.model.path)
+    shape, weights = _check_model(config.model.path, dry_run=dry_run)
     check_layout(shape, config.parallel)
     _check_lengths(config, shape)
     _check_objective(config)
     for name in config.rewards.functions:
         find_function(name)
-    lines = [_describe_model(config, shape), _describe_layout(config, world_size, data_parallel), _describe_batch(config)]
-    lines.append(_check_data("data", config.data))
-    if config.evaluation.data is not None:
-        lines.append(_check_data("evaluation.data", config.evaluation.data))
+    lines = [
+        f"{_describe_model(config, shape)}; {weights}",
+        _describe_layout(config, world_size, data_parallel),
+        _describe_batch(config),
+    ]
+    tokenizer = load_tokenizer(config.model.path) if not dry_run or _has_weights(config.model.path) else None
+    for name, data in (("data", config.data), ("evaluation.data", config.evaluation.data)):
+        if data is not None:
+            lines.append(_check_data(name, data, tokenizer, shape))
     if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -50,6 +58,25 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
         raise ConfigError("monitor.wandb_project", "needs the package wandb, which is not installed: pip install wandb")
     _check_directory(Path(config.run.directory))
     return lines
+
+
+def _check_model(path: str, *, dry_run: bool) -> tuple[ModelShape, str]:
+    """The model's shape, and what is known of its weights from their files' headers."""
+    try:
+        shape = model_shape(path) if dry_run else read_shape(path)
+        if dry_run and not _has_weights(path):
+            return shape, "its weights are not here"
+        reader, mapping = SafetensorsReader(path), WeightMapping(shape)
+        mapping.check_names(reader.names, where=path)
+        reader.check(mapping.hf_shapes)
+    except MappingError as error:
+        raise ConfigError("model.path", str(error)) from None
+    return shape, f"{len(reader.names)} tensors, by their headers; values are checked while they are loaded"
+
+
+def _has_weights(path: str) -> bool:
+    """Whether the model is there: a dry run plans for a published one by its name or its config.json alone."""
+    return any(any(Path(path).glob(pattern)) for pattern in ("*.safetensors*", "*.bin"))
 
 
 def _check_directory(directory: Path) -> None:
@@ -99,22 +126,23 @@ def _check_objective(config: RunConfig) -> None:
         logger.warning("round.asynchronous without objective.importance: one-round-old rollouts are not corrected for")
 
 
-def _check_data(name: str, data: DataConfig) -> str:
-    """One line about the source; every line of a local file is read."""
-    if data.source != "arithmetic" and Path(data.source).suffix not in (".jsonl", ".json", ".parquet"):
+def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: ModelShape) -> str:
+    """One line about the source; what is on this machine is read as the run will read it."""
+    path = Path(data.source)
+    if data.source != "arithmetic" and path.suffix not in (".jsonl", ".json", ".parquet") and not path.exists():
         return f"{name}: {data.source} [{data.split}], a Hugging Face data set: not opened before the start"
     try:
-        count = 0
-        for where, row in read_rows(data):
-            count += 1
-            for field in (data.problem_field, data.answer_field):
-                if row.get(field) is None:
-                    raise ConfigError(f"{name}.source", f"{where}: no field {field!r}; it has {', '.join(row)}")
-    except ConfigError:
-        raise
+        if tokenizer is None:
+            return f"{name}: {data.source}, {check_rows(data)} problems; not tokenised, because the model is not here"
+        prompts = load_prompts(data, tokenizer, vocab_size=shape.vocab_size)
+    except ConfigError as error:
+        if not error.field.startswith("data."):
+            raise
+        raise ConfigError(f"{name}.{error.field.removeprefix('data.')}", error.problem) from None
     except PmpoError as error:
         raise ConfigError(f"{name}.source", str(error)) from None
-    return f"{name}: {data.source}, {count} problems"
+    left_out = f", {prompts.too_long} longer ones left out" if prompts.too_long else ""
+    return f"{name}: {data.source}, {len(prompts)} problems{left_out}"
 
 
 def _describe_model(config: RunConfig, shape: ModelShape) -> str:

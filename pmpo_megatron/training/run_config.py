@@ -15,7 +15,7 @@ from pmpo_megatron.model.policy import ModelConfig
 from pmpo_megatron.monitor import MonitorConfig
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.rewards import RewardConfig
-from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
+from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig, check_temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class RunSection(Section):
     """Where a run lives and how long it goes on."""
 
     directory: str = setting("runs/run", "where checkpoints, metrics, rollouts and the report are written")
-    rounds: int = setting(100, "rounds of rollouts and training", minimum=1)
+    rounds: int = setting(100, "rounds of rollouts and training", minimum=1, maximum=1_000_000_000)
     seed: int = setting(0, "seed of prompt order, sampling and mini-batch order", minimum=0)
     device: str = setting("auto", "where Megatron runs", choices=("auto", "cpu", "cuda"))
 
@@ -32,7 +32,9 @@ class RunSection(Section):
 class BatchConfig(Section):
     """How a round's trajectories become optimizer steps and micro-batches."""
 
-    prompts_per_round: int = setting(128, "prompts sampled in a round, each with its group of responses", minimum=1)
+    prompts_per_round: int = setting(
+        128, "prompts sampled in a round, each with its group of responses", minimum=1, maximum=1_000_000
+    )
     steps_per_round: int = setting(8, "optimizer steps on a round's trajectories, each on its own share", minimum=1)
     max_tokens_per_micro_batch: int = setting(
         16384, "tokens packed into one micro-batch, over all context-parallel ranks", unit="tokens", minimum=16
@@ -76,8 +78,11 @@ class EvaluationConfig(Section):
     data: DataConfig | None = setting(None, "held-out problems; null: no evaluation")
     every_rounds: int = setting(10, "rounds between evaluations; also before the first and after the last", minimum=1)
     max_problems: int = setting(256, "at most this many of them, the first ones", minimum=1)
-    samples: int = setting(1, "responses to each problem", minimum=1)
-    temperature: float = setting(0.0, "sampling temperature; 0 is greedy", minimum=0.0)
+    samples: int = setting(1, "responses to each problem", minimum=1, maximum=65536)
+    temperature: float = setting(0.0, "sampling temperature; 0 is greedy", minimum=0.0, maximum=1000.0)
+
+    def validate(self) -> None:
+        check_temperature(self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)

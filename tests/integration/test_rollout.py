@@ -14,6 +14,7 @@ from pmpo_megatron.errors import DataError, RolloutError
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.replay import RecordingEngine, ReplayEngine
+from pmpo_megatron.types import Prompt
 from tests.integration.engine_worker import engine_for, prompts, save_model
 
 
@@ -71,6 +72,14 @@ def test_responses_end_at_the_end_token_or_the_limit(engine, path):
             assert rollout.token_ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in rollout.token_ids[:-1]
         else:
             assert len(rollout.token_ids) == 20
+
+
+def test_more_prompt_tokens_than_a_batch_holds(engine):
+    """vLLM would compute the last prompt of a full batch in two pieces, for which a seeded request has no generator on CPU."""
+    many = [Prompt(index, tuple(range(2, 80)) * 3, "", ("1",)) for index in range(30)]  # 7,020 tokens; a batch takes 4,096
+    groups = engine.generate(many, sampling(samples_per_prompt=1, max_tokens=3), round_index=0)
+    alone = engine.generate(many[17:18], sampling(samples_per_prompt=1, max_tokens=3), round_index=0)
+    assert len(groups) == 30 and groups[17].rollouts[0].token_ids == alone[0].rollouts[0].token_ids
 
 
 def test_a_text_that_ends_responses_is_kept_in_them(engine):

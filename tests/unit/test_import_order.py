@@ -9,7 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "pmpo_megatron"
 LAYERS = [
     {"errors", "units"},
-    {"types", "config"},
+    {"types", "yaml_values"},
+    {"config"},
     {"algo"},
     {"data", "rewards"},
     {"parallel"},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -17,13 +19,20 @@ logger = logging.getLogger(__name__)
 
 EXIT_CONFIG = 2  # the user's input is wrong; nothing was started
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+CLOSE_S = 10.0  # longest time that closing takes after an interrupt
 
 
 class StopRequest:
-    """True once SIGTERM, SIGINT or SIGUSR1 (Slurm's warning) asks the run to save and exit; a second SIGINT ends at once."""
+    """True once SIGTERM, SIGINT or SIGUSR1 (Slurm's warning) asks the run to save and exit; a second SIGINT ends at once.
+
+    While the run starts there is nothing to save yet: until `started` is called the first SIGINT calls ``close`` and ends it.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self.close: Callable[[], object] = lambda: None
+        self._starting = True
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -33,11 +42,26 @@ class StopRequest:
             signal.signal(number, self._on_signal)
         return self
 
+    def started(self) -> None:
+        self._starting = False
+
     def _on_signal(self, number: int, frame: object) -> None:
+        if self._starting and number == signal.SIGINT:
+            self._end_start()
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
         logger.warning("%s: saving and stopping at the next safe point", self.signal)
+
+    def _end_start(self) -> None:
+        """Here and not by an exception, which would pass through imports of libraries, and some catch everything."""
+        signal.signal(signal.SIGINT, _leave)  # a second one does not wait until everything is closed
+        limit = threading.Timer(CLOSE_S, _leave)
+        limit.daemon = True
+        limit.start()
+        with contextlib.suppress(Exception):
+            self.close()
+        _leave()
 
 
 def rank_environment() -> tuple[int, int]:
@@ -90,21 +114,50 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _rank() -> int:
+    """Before anything is checked; nonsense counts as 0, and is named later."""
+    return int(rank) if (rank := os.environ.get("RANK", "0")).isdigit() else 0
+
+
+def _leave(*signal_and_frame: object) -> None:
+    """Ends this process where it is; children notice that it is gone. No exception passes through libraries' imports."""
+    if _rank() == 0:
+        os.write(2, b"interrupted\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
+def close_on_interrupt() -> None:
+    """From here on an interrupt is a KeyboardInterrupt, because there is something to close; before, it just ends."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_command(command: Callable[[], int | None]) -> int:
-    """``command()`` with errors turned into messages: a user's mistake gets one line, a defect its traceback."""
-    rank = int(rank) if (rank := os.environ.get("RANK", "0")).isdigit() else 0
+    """``command()`` with errors turned into messages: a user's mistake gets one line, a defect its traceback.
+
+    An interrupt ends the process at once, until `close_on_interrupt` or `StopRequest` says that there is something to close.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, _leave) if in_main_thread else None
+    try:
+        return _run_command(command, _rank())
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
+
+
+def _run_command(command: Callable[[], int | None], rank: int) -> int:
     try:
         return command() or 0
     except ConfigError as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)  # some quote a library at length
         return EXIT_CONFIG
     except PmpoError as error:
         print(f"error (rank {rank}): {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
+        sys.stdout.flush()
+        _leave()  # everything is closed; threads that still wait for an engine would hold up the end
     except Exception:
         print(f"error (rank {rank}):\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return EXIT_FAILED
