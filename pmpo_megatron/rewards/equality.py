@@ -142,7 +142,7 @@ def _same_value(left: str, right: str, *, evaluated: bool) -> bool:
     target, gold = _parse(left), _parse(right)
     if target is None or gold is None:
         return False
-    if _other_variables(target, gold):
+    if _other_variables(target, gold) or _other_small_number(target, gold):
         return False
     if evaluated and is_value(right, gold):
         if not is_value(left, target) or not numeric_functions(target) <= numeric_functions(gold):
@@ -157,6 +157,19 @@ def _other_variables(target, gold) -> bool:
     if not (isinstance(target, Expr) and isinstance(gold, Expr)):
         return False
     return {str(symbol) for symbol in target.free_symbols} != {str(symbol) for symbol in gold.free_symbols}
+
+
+def _other_small_number(target, gold) -> bool:
+    """Whether two numbers near 0 differ by more than 1e-4 of them; math-verify rounds to 6 decimals: 4.6e-24 would be 1e-27."""
+    from sympy import Expr, Float
+
+    if not all(isinstance(number, Expr) and not number.free_symbols for number in (target, gold)):
+        return False
+    if not (target.has(Float) or gold.has(Float)):
+        return False
+    sizes = [complex(number.evalf()) for number in (target, gold)]
+    largest = max(map(abs, sizes))
+    return 0 < largest < 1e-2 and abs(sizes[0] - sizes[1]) > 1e-4 * largest
 
 
 def _parse(text: str):
