@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pmpo_megatron.config import Section, setting
 from pmpo_megatron.errors import ConfigError
 
+LONGEST_TIMEOUT_S = 86400.0  # a day: timers of the system overflow far beyond it, and every response would score 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(Section):
@@ -16,8 +18,13 @@ class RewardConfig(Section):
         {"math": 1.0},
         "weight of each function: math, boxed, exact, or package.module:name of your own (response, answer) -> float",
     )
+    evaluated: bool = setting(
+        True, "math: what is still to be evaluated, as 17+25 for 42, is no answer unless the accepted one is"
+    )
     workers: int = setting(4, "worker processes", minimum=1)
-    timeout_s: float = setting(5.0, "a response that takes longer scores 0 and its worker is killed", unit="s", above=0.0)
+    timeout_s: float = setting(
+        5.0, "a response that takes longer scores 0 and its worker is killed", unit="s", above=0.0, maximum=LONGEST_TIMEOUT_S
+    )
     memory_gib: float = setting(4.0, "address space of a worker", unit="GiB", above=0.0)
     overlong_penalty: float = setting(0.0, "largest penalty for length (DAPO, 2503.14476 eq. 13); 0: none", minimum=0.0)
     overlong_tokens: int = setting(

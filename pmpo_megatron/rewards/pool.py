@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import pickle
 import selectors
 import signal
 import subprocess
@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pmpo_megatron.errors import ConfigError, PmpoError
-from pmpo_megatron.rewards.frames import HEADER
+from pmpo_megatron.rewards.config import LONGEST_TIMEOUT_S
 from pmpo_megatron.rewards.functions import find_function
+from pmpo_megatron.rewards.worker import HEADER
 from pmpo_megatron.units import GIB
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
 MAX_FAILED_STARTS = 3
 MAX_KINDS_OF_ERROR = 20
+LARGEST_MESSAGE = 1 << 20  # bytes: scores, and an error's first 500 characters for each function
 OUT_OF_RANGE = "a score outside [0, 1], clipped; NaN becomes 0"
 Answers = str | Sequence[str]
 
@@ -49,24 +51,28 @@ class RewardPool:
         workers: processes.
         timeout: seconds that one response may take; then its worker is killed, and it scores 0.
         memory_gib: address space of a worker; a response that needs more scores 0.
+        evaluated: ``math`` refuses an expression that is still to be evaluated, unless the accepted answer is one.
 
     Raises:
         ConfigError: a function does not exist, or a number is out of range.
     """
 
     def __init__(
-        self, functions: str | Sequence[str] = "math", *, workers: int = 2, timeout: float = 5.0, memory_gib: float = 4.0
-    ) -> None:
+        self, functions: str | Sequence[str] = "math", *, workers: int = 2, timeout: float = 5.0, memory_gib: float = 4.0,
+        evaluated: bool = True,
+    ) -> None:  # fmt: skip
         self.functions = [functions] if isinstance(functions, str) else list(functions)
         if not self.functions:
             raise ConfigError("rewards.functions", "is empty: name at least one")
         if workers < 1 or not timeout > 0 or not memory_gib > 0:
             raise ConfigError("rewards", f"workers {workers}, timeout {timeout} and memory_gib {memory_gib} must be above 0")
+        if timeout > LONGEST_TIMEOUT_S:
+            raise ConfigError("rewards", f"timeout {timeout} must be at most {LONGEST_TIMEOUT_S:g} s")
         for name in self.functions:
             find_function(name)
         self.timeout, self.stats = timeout, PoolStats()
         self._turn = threading.RLock()
-        self._workers = [_Worker(self.functions, int(memory_gib * GIB), timeout) for _ in range(workers)]
+        self._workers = [_Worker(self.functions, int(memory_gib * GIB), timeout, evaluated) for _ in range(workers)]
 
     def __enter__(self) -> RewardPool:
         return self
@@ -140,7 +146,7 @@ class RewardPool:
 
     def _receive(self, worker: _Worker, results: list[list[float]], selector: selectors.BaseSelector) -> None:
         try:
-            message = worker.receive()
+            message = worker.receive(len(self.functions))
         except EOFError:
             self._replace(worker, selector, timed_out=False)
             return
@@ -187,9 +193,9 @@ def _items(responses: Sequence[str], answers: Sequence[Answers]) -> list[tuple[s
 class _Worker:
     """One process, what it works on, and until when."""
 
-    def __init__(self, functions: list[str], memory_bytes: int, timeout: float) -> None:
+    def __init__(self, functions: list[str], memory_bytes: int, timeout: float, evaluated: bool) -> None:
         self.timeout = timeout
-        arguments = [",".join(functions), str(memory_bytes), str(timeout)]
+        arguments = [",".join(functions), str(memory_bytes), str(timeout), str(evaluated)]
         self.command = [sys.executable, "-m", "pmpo_megatron.rewards.worker", *arguments]
         self.failed_starts = 0
         self._start()
@@ -222,7 +228,7 @@ class _Worker:
 
     def send(self, item: object) -> bool:
         """Hands ``item`` over; False if the worker did not take all of it within its time-out."""
-        data = pickle.dumps(item)
+        data = json.dumps(item).encode()
         view = memoryview(HEADER.pack(len(data)) + data)
         try:
             while view:
@@ -239,8 +245,12 @@ class _Worker:
             selector.register(self.process.stdin, selectors.EVENT_WRITE)
             return bool(selector.select(timeout=max(0.0, self.deadline - time.monotonic())))
 
-    def receive(self) -> object | None:
-        """The next message, or None until it is complete. Raises EOFError if the process is gone."""
+    def receive(self, count: int) -> list[float | str] | str | None:
+        """The next message: "ready", or ``count`` scores or errors; None until it is complete.
+
+        Raises:
+            EOFError: the process is gone, or sends what is no message: its function has written to the pipe itself.
+        """
         data = self.process.stdout.read(1 << 16)
         if data == b"":
             raise EOFError
@@ -248,7 +258,22 @@ class _Worker:
         if len(self._buffer) < HEADER.size:
             return None
         size = HEADER.unpack_from(self._buffer)[0]
+        if size > LARGEST_MESSAGE:
+            raise EOFError
         if len(self._buffer) < HEADER.size + size:
             return None
         message, self._buffer = self._buffer[HEADER.size : HEADER.size + size], self._buffer[HEADER.size + size :]
-        return pickle.loads(message)
+        try:
+            return _checked(json.loads(message), count, working=self.item is not None)
+        except (ValueError, RecursionError):
+            raise EOFError from None
+
+
+def _checked(message: object, count: int, *, working: bool) -> list[float | str] | str:
+    """``message`` if a worker may send it now; else ValueError."""
+    if message == "ready" and not working:
+        return message
+    scores = message if isinstance(message, list) and working else []
+    if len(scores) != count or any(type(score) not in (int, float, str) for score in scores):
+        raise ValueError
+    return scores

@@ -1,23 +1,27 @@
-"""A worker process: reads pickled (response, answers) from standard input and writes a score for each.
+"""A worker process: reads (response, answers) from standard input and writes a score for each.
 
+A message is a length, then JSON: reading a pickle runs what it says, and a reward function may write anything.
 A program of its own (``python -m pmpo_megatron.rewards.worker``) instead of multiprocessing: nothing of the trainer is
 forked or imported again, whatever threads and process groups it holds.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import os
-import pickle
 import resource
 import signal
+import struct
 import sys
 
-from pmpo_megatron.rewards.frames import HEADER
+HEADER = struct.Struct("<Q")
 
 
 def main() -> None:
     names, memory_bytes, timeout_s = sys.argv[1].split(","), int(sys.argv[2]), float(sys.argv[3])
+    evaluated = sys.argv[4] == "True"
     # Private copies of standard input and output, so that a function that reads or prints cannot garble the messages.
     source, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -27,9 +31,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.setrecursionlimit(3000)
 
-    from pmpo_megatron.rewards.functions import find_function
+    from pmpo_megatron.rewards.functions import find_function, math
 
-    functions = [find_function(name) for name in names]
+    functions = [functools.partial(math, evaluated=evaluated) if name == "math" else find_function(name) for name in names]
     if "math" in names:
         import math_verify  # noqa: F401  the slow import happens before the first time-out begins
 
@@ -57,11 +61,11 @@ def _read(stream) -> object | None:
     header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
         return None
-    return pickle.loads(stream.read(HEADER.unpack(header)[0]))
+    return json.loads(stream.read(HEADER.unpack(header)[0]))
 
 
 def _write(stream, value: object) -> None:
-    data = pickle.dumps(value)
+    data = json.dumps(value).encode()
     stream.write(HEADER.pack(len(data)) + data)
     stream.flush()
 

@@ -2,12 +2,16 @@
 
 import json
 import os
+import pickle
 import re
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +20,7 @@ import pytest
 from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.rewards import RewardConfig, RewardPool, RewardScorer
 from pmpo_megatron.rewards.extraction import boxed_answers, extract_answer
-from pmpo_megatron.rewards.pool import OUT_OF_RANGE
+from pmpo_megatron.rewards.pool import OUT_OF_RANGE, _checked
 
 CHILD_SLEEPS = "98.76543"  # seconds: a command line that no other process has
 DATA = Path(os.environ.get("PMPO_DATA", Path(__file__).parents[4] / "shared/data"))
@@ -225,6 +229,67 @@ pool.score(["hang"], ["x"])"""
     while worker.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not worker.exists()
+
+
+def sends_a_pickle_bomb(response, answers):
+    """Writes to the results' pipe what would make a file if it were unpickled, and goes on as if nothing had been."""
+    if response.startswith("bomb"):
+        bomb = pickle.dumps(Bomb(response.removeprefix("bomb")))
+        for name in os.listdir("/proc/self/fd"):
+            if os.path.exists(f"/proc/self/fd/{name}") and int(name) > 2 and stat.S_ISFIFO(os.fstat(int(name)).st_mode):
+                with suppress(OSError):
+                    os.write(int(name), struct.pack("<Q", len(bomb)) + bomb)
+    return 0.5
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_worker_that_sends_a_pickle_is_replaced_and_nothing_is_executed(tmp_path):
+    with RewardPool(f"{__name__}:sends_a_pickle_bomb", workers=1, timeout=5.0) as pool:
+        assert pool.score(["a", f"bomb{tmp_path}/made", "a"], ["x"] * 3) == [0.5, 0.0, 0.5]
+        assert pool.stats.crashes == 1
+    assert not list(tmp_path.iterdir())
+    pickle.loads(pickle.dumps(Bomb(f"{tmp_path}/made"))).close()
+    assert list(tmp_path.iterdir())  # so it would have been seen
+
+
+@pytest.mark.parametrize("message", ["3", '{"a": 1}', "[1, 2]", "[null]", "[true]", '"ready"', "[" * 100_000, "no JSON"])
+def test_only_scores_are_taken_from_a_busy_worker(message):
+    with pytest.raises((ValueError, RecursionError)):
+        _checked(json.loads(message), 1, working=True)
+    assert _checked([0.5, "an error"], 2, working=True) == [0.5, "an error"]
+
+
+def takes_one(response):
+    return 1.0
+
+
+def takes_three(response, answers, problem):
+    return 1.0
+
+
+def takes_names(response, *, answers):
+    return 1.0
+
+
+@pytest.mark.parametrize("name", ["takes_one", "takes_three", "takes_names"])
+def test_a_function_of_another_signature_is_refused_before_anything_starts(name):
+    with pytest.raises(ConfigError, match=rf"{name}' must be a function of \(response, answers\)"):
+        RewardPool(f"{__name__}:{name}")
+
+
+def test_a_time_out_beyond_what_timers_hold_is_refused():
+    assert RewardConfig(timeout_s=86400.0).timeout_s == 86400.0
+    with pytest.raises(ConfigError, match="timeout_s.*at most 86400"):
+        RewardConfig(timeout_s=1e12)
+    with pytest.raises(ConfigError, match="at most 86400"):
+        RewardPool("math", timeout=1e12)
 
 
 def test_unknown_functions_are_refused_before_anything_starts():
