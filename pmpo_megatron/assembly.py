@@ -67,8 +67,8 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: Callable[[], bo
     if config.objective.kl_coefficient:
         reference = Policy.build(config.model, None, config.parallel, state)
     store = CheckpointStore(Path(config.run.directory) / "checkpoints", config.checkpoint, policy)
-    saved = store.load_latest() if config.checkpoint.resume else store.set_aside()
-    progress = Progress(**saved) if saved else Progress()
+    saved = store.load_latest(Progress.of) if config.checkpoint.resume else store.set_aside()
+    progress = Progress.of(saved) if saved else Progress()
     if saved:
         logger.info("going on after round %d of %d", progress.round, config.run.rounds)
     engine = starting.result() if starting is not None else None

@@ -7,8 +7,13 @@ import logging
 import os
 from pathlib import Path
 
+import torch
+
+from pmpo_megatron.checkpoint import files
+from pmpo_megatron.checkpoint.space import checkpoint_bytes, describe_bytes
 from pmpo_megatron.data.prompts import DataConfig, read_rows
 from pmpo_megatron.errors import ConfigError, PmpoError
+from pmpo_megatron.hf.mapping import Mapping
 from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.shards import sequence_multiple
@@ -48,6 +53,10 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
     if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError("monitor.wandb_project", "needs the package wandb, which is not installed: pip install wandb")
     _check_directory(Path(config.run.directory))
+    if config.checkpoint.keep_best and config.evaluation.data is None:
+        raise ConfigError("checkpoint.keep_best", "needs evaluation.data: the best are those of the highest held-out accuracy")
+    if not dry_run:
+        _check_space(config, shape)
     return lines + memory_report(config, world_size)
 
 
@@ -58,6 +67,24 @@ def _check_directory(directory: Path) -> None:
         raise ConfigError("run.directory", f"{directory}: {present} is a file, not a directory")
     if not os.access(present, os.W_OK | os.X_OK):
         raise ConfigError("run.directory", f"{directory}: {present} cannot be written to")
+
+
+def _check_space(config: RunConfig, shape: ModelShape) -> None:
+    """Whether the first checkpoint of a run has room; where there are some, a save that has none is left out."""
+    root = Path(config.run.directory) / "checkpoints"
+    if files.list_checkpoints(root):
+        return
+    dtype = config.model.torch_dtype(torch.device("cuda" if _on_gpu(config) else "cpu"))
+    needed, free = checkpoint_bytes(Mapping(shape), dtype, distributed=config.optimizer.distributed), files.free_bytes(root)
+    if needed > free:
+        raise ConfigError(
+            "run.directory",
+            f"{root}: a checkpoint needs {describe_bytes(needed)}, {describe_bytes(free)} are free; choose a larger disk",
+        )
+
+
+def _on_gpu(config: RunConfig) -> bool:
+    return config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
 
 
 def _in_section(section: str, call):

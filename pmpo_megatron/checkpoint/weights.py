@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pmpo_megatron.checkpoint.index import INDEX_FILE, read_index
 from pmpo_megatron.errors import CheckpointError
 from pmpo_megatron.model.policy import Policy
 
@@ -22,6 +23,7 @@ def load_model_weights(policy: Policy, directory: str | Path) -> None:
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint import CheckpointException
 
+    read_index(Path(directory) / INDEX_FILE)  # before PyTorch unpickles it
     wanted = {}
     for index, module in enumerate(policy.modules):
         described = module.sharded_state_dict()

@@ -19,8 +19,9 @@ from pmpo_megatron.checkpoint.convert.hugging_face import (
     byte_view,
     open_weights,
 )
-from pmpo_megatron.checkpoint.convert.megatron import INDEX_FILE, MegatronReader, MegatronWriter
+from pmpo_megatron.checkpoint.convert.megatron import MegatronReader, MegatronWriter
 from pmpo_megatron.checkpoint.convert.output import output_directory
+from pmpo_megatron.checkpoint.index import INDEX_FILE
 from pmpo_megatron.errors import CheckpointError, MappingError
 from pmpo_megatron.hf.mapping import Mapping
 from pmpo_megatron.hf.safetensors import copy_side_files
