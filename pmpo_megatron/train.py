@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import yaml
 
+from pmpo_megatron.checkpoint.run_lock import RunLock
 from pmpo_megatron.config import apply_overrides, build, describe, read_yaml, to_plain
 from pmpo_megatron.launch import (
     StopRequest,
@@ -18,6 +20,7 @@ from pmpo_megatron.launch import (
     set_up_logging,
     world_size_of_environment,
 )
+from pmpo_megatron.parallel.processes import end_with_launcher
 from pmpo_megatron.run_checks import check_run
 from pmpo_megatron.run_config import RunConfig
 
@@ -69,15 +72,17 @@ def command(options: argparse.Namespace) -> int:
             print(line)
         print("dry run: nothing wrong found")
         return 0
+    end_with_launcher()
     rank, world_size = rank_environment()
     set_up_logging(rank)
     quiet_libraries()
     stop = StopRequest().install()
     for line in check_run(config, world_size):
         logger.info("%s", line)
-    from pmpo_megatron.assembly import run  # imports Megatron and vLLM's client: not needed to check or to print
+    with closing(RunLock(config.run.directory)) if rank == 0 else nullcontext():
+        from pmpo_megatron.assembly import run  # imports Megatron and vLLM's client: not needed to check or to print
 
-    return run(config, stop)
+        return run(config, stop)
 
 
 if __name__ == "__main__":
