@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,15 +72,24 @@ def choose(rollouts: Sequence[dict[str, Any]], round_index: int | None, order: s
     return chosen
 
 
+def readable(value: Any) -> str:
+    """``value`` as text in which nothing can command the terminal: a model may write escape sequences, too."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else escape(c) for c in str(value))
+
+
+def escape(character: str) -> str:
+    return character.encode("unicode_escape", errors="backslashreplace").decode()
+
+
 def show(rollout: Mapping[str, Any], console: Console) -> None:
     """One response: a heading with its numbers, the prompt, the response, the accepted answers."""
-    details = "".join(f", {key} {value}" for key, value in rollout.items() if key not in SHOWN)
+    details = "".join(f", {readable(key)} {readable(value)}" for key, value in rollout.items() if key not in SHOWN)
     reward = float(rollout["reward"])
     console.print(Rule(style="green" if reward > 0 else "red"))
-    console.print(Text(f"round {rollout['step']}, reward {reward:g}{details}"))
-    console.print(Text(str(rollout["prompt"]).strip(), style="bold"))
-    console.print(Text(str(rollout["response"]).strip()))
-    console.print(Text(f"accepted: {' | '.join(map(str, rollout.get('answers', [])))}", style="dim"))
+    console.print(Text(f"round {readable(rollout['step'])}, reward {reward:g}{details}"))
+    console.print(Text(readable(rollout["prompt"]).strip(), style="bold"))
+    console.print(Text(readable(rollout["response"]).strip()))
+    console.print(Text(f"accepted: {' | '.join(map(readable, rollout.get('answers', [])))}", style="dim"))
 
 
 def main() -> int:

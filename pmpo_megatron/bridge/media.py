@@ -17,7 +17,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from pmpo_megatron.parallel.processes import owned_prefix
+
 SLOTS = 2
+FILES = "pmpo-weights-"  # how the names of files and directories of weights begin
+SHARED_MEMORY = "/dev/shm"
 LOOPBACK = "127.0.0.1"
 
 
@@ -85,13 +89,13 @@ class _Slots:
 class SharedFile(_Slots):
     """A file in the host's memory that both ends map, once: mapping costs a page fault for every 4 KiB, more than copying."""
 
-    def __init__(self, path: str, slot_bytes: int) -> None:
-        self.path, self.slot_bytes = Path(path), slot_bytes
+    def __init__(self, path: str, slot_bytes: int, *, owner: bool = False) -> None:
+        self.path, self.slot_bytes, self._owner = Path(path), slot_bytes, owner
         self.memory = torch.from_file(path, shared=True, size=SLOTS * slot_bytes, dtype=torch.uint8)
 
     @staticmethod
     def create(slot_bytes: int, directory: str | None) -> SharedFile:
-        descriptor, path = tempfile.mkstemp(prefix="pmpo-weights-", dir=directory or "/dev/shm")
+        descriptor, path = tempfile.mkstemp(prefix=owned_prefix(FILES), dir=directory or SHARED_MEMORY)
         try:
             os.posix_fallocate(descriptor, 0, SLOTS * slot_bytes)  # a full /dev/shm says so here, not by SIGBUS later
         except OSError:
@@ -99,7 +103,12 @@ class SharedFile(_Slots):
             raise
         finally:
             os.close(descriptor)
-        return SharedFile(path, slot_bytes)
+        return SharedFile(path, slot_bytes, owner=True)
+
+    def connect(self) -> None:
+        """Every worker has mapped the file: without its name the memory goes with the processes, however they end."""
+        if self._owner:
+            self.path.unlink(missing_ok=True)
 
     def description(self) -> dict[str, Any]:
         return {"kind": "shared_memory", "path": str(self.path), "slot_bytes": self.slot_bytes}
@@ -206,6 +215,7 @@ class HereAndThere:
         self._here, self._there = here, there
 
     def connect(self) -> None:
+        self._here.connect()
         self._there.connect()
 
     def slot(self, number: int) -> torch.Tensor:

@@ -20,11 +20,13 @@ from pmpo_megatron.bridge.buckets import bucket_bytes, pieces_in, plan_buckets
 from pmpo_megatron.bridge.channel import Sender
 from pmpo_megatron.bridge.config import ON_GPU, BridgeConfig, choose_transport
 from pmpo_megatron.bridge.fingerprint import fingerprint
+from pmpo_megatron.bridge.media import FILES, SHARED_MEMORY
 from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.errors import RolloutError, WeightSyncError
 from pmpo_megatron.hf.safetensors import SafetensorsWriter
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.parallel.collectives import broadcast_object
+from pmpo_megatron.parallel.processes import owned_prefix, sweep
 from pmpo_megatron.rollout.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
@@ -177,6 +179,8 @@ class _Outbox:
         self.device = policy.state.device
         self._sender: Sender | None = None
         self._directory: Path | None = None
+        for place in (config.directory,) if config.directory else (SHARED_MEMORY, tempfile.gettempdir()):
+            sweep(FILES, place)
 
     def deliver(self, stream: Stream, transport: str, source: WeightSource, version: int) -> float:
         """Has every worker load the tensors of ``stream``, compares fingerprints, and drops what old weights left in caches.
@@ -279,7 +283,7 @@ class _Outbox:
 
     def _write_files(self, stream: Stream) -> tuple[dict[str, int], list[str]]:
         if self._directory is None:
-            self._directory = Path(tempfile.mkdtemp(prefix="pmpo-weights-", dir=self.config.directory))
+            self._directory = Path(tempfile.mkdtemp(prefix=owned_prefix(FILES), dir=self.config.directory))
         for old in self._directory.glob("*.safetensors*"):
             old.unlink()
         writer, sent = SafetensorsWriter(self._directory), {}

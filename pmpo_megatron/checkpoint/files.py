@@ -4,26 +4,57 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+from pmpo_megatron.checkpoint.config import CheckpointConfig
 from pmpo_megatron.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-PREFIX = "round-"
+PROGRESS = "progress.json"
 PARTIAL = ".partial"
+NAME = re.compile(r"round-(\d{8})")  # everything else in the directory is somebody else's: never read, never removed
 BLOCK = 16 << 20
 
 
 def checkpoint_path(root: Path, round_index: int) -> Path:
-    return root / f"{PREFIX}{round_index:08d}"
+    return root / f"round-{round_index:08d}"
+
+
+def round_of(path: Path) -> int:
+    """The number in the name of a checkpoint."""
+    return int(NAME.fullmatch(path.name)[1])
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints in ``root``, newest first."""
-    return sorted((path for path in root.glob(f"{PREFIX}*") if not path.name.endswith(PARTIAL)), reverse=True)
+    """Complete checkpoints in ``root``, newest first; none where ``root`` is not there."""
+    return _directories(root, "")
+
+
+def _directories(root: Path, suffix: str) -> list[Path]:
+    """Real directories in ``root`` with the name of a checkpoint and ``suffix``, newest first."""
+    try:
+        with os.scandir(root) as entries:
+            found = [
+                entry.name
+                for entry in entries
+                if entry.name.endswith(suffix)
+                and NAME.fullmatch(entry.name.removesuffix(suffix) if suffix else entry.name)
+                and entry.is_dir(follow_symlinks=False)
+            ]
+    except FileNotFoundError:
+        return []
+    return [root / name for name in sorted(found, reverse=True)]
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can be written at ``path``, which need not be there yet."""
+    present = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(present).free
 
 
 def checksum(path: Path) -> int:
@@ -59,27 +90,56 @@ def write_manifest(directory: Path, files: dict[str, list[int]]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, list[int]]:
-    """{relative name: [bytes, checksum]}.
+    """{relative name: [bytes, checksum]}, of at least one file, all of them inside ``directory``.
 
     Raises:
         CheckpointError: it is absent or damaged.
     """
+    path = directory / MANIFEST
     try:
-        return json.loads((directory / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory / MANIFEST}: absent or damaged: {error}") from None
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: absent or damaged: {error}") from None
+    found = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{path}: damaged: it names no files")
+    for name, entry in found.items():
+        if not (isinstance(entry, list) and len(entry) == 2 and all(type(number) is int for number in entry)):
+            raise CheckpointError(f"{path}: damaged: {name!r} has no size and checksum")
+        if "\0" in name or PurePosixPath(name).is_absolute() or not set(name.split("/")).isdisjoint({"", ".", ".."}):
+            raise CheckpointError(f"{path}: damaged: {name!r} is not a file of the checkpoint")
+    return found
+
+
+def read_progress(directory: Path) -> dict[str, Any]:
+    """What the run wrote into the checkpoint about itself.
+
+    Raises:
+        CheckpointError: it is absent or damaged.
+    """
+    path = directory / PROGRESS
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: absent or damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: damaged: a {type(found).__name__} instead of named values")
+    return found
 
 
 def find_damage(directory: Path, files: dict[str, list[int]]) -> str | None:
     """What is wrong with ``files`` (a part of the manifest): the first file missing, cut short or changed."""
     for name, (size, expected) in files.items():
         path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if checksum(path) != expected:
-            return f"{name} is damaged (its checksum differs)"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if checksum(path) != expected:
+                return f"{name} is damaged (its checksum differs)"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
@@ -95,11 +155,31 @@ def publish(partial: Path, final: Path) -> None:
         os.close(descriptor)
 
 
-def remove_old(root: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints, and what interrupted saves left."""
-    for path in list_checkpoints(root)[keep:]:
-        doomed = path.with_name(path.name + PARTIAL)
-        path.rename(doomed)  # never half-removed under its final name
-        shutil.rmtree(doomed, ignore_errors=True)
-    for path in root.glob(f"*{PARTIAL}"):
+def choose_kept(rounds: Iterable[int], config: CheckpointConfig, accuracy: Mapping[int, float]) -> set[int]:
+    """Those of ``rounds`` whose checkpoints stay: the newest, every n-th, and the best of those that were evaluated."""
+    ordered = sorted(rounds, reverse=True)
+    kept = set(ordered[: config.keep])
+    if config.keep_every is not None:
+        kept |= {number for number in ordered if number % config.keep_every == 0}
+    evaluated = [number for number in ordered if number in accuracy]
+    return kept | set(sorted(evaluated, key=lambda number: -accuracy[number])[: config.keep_best])
+
+
+def remove_old(
+    root: Path, config: CheckpointConfig, *, accuracy: Mapping[int, float] | None = None, damaged: Collection[Path] = ()
+) -> None:
+    """Removes the checkpoints that ``config`` does not keep, and what interrupted saves left.
+
+    Args:
+        accuracy: on held-out problems, by round.
+        damaged: found so, and not kept: they count for nothing.
+    """
+    found = {round_of(path): path for path in list_checkpoints(root)}
+    kept = choose_kept((number for number, path in found.items() if path not in damaged), config, accuracy or {})
+    for number, path in found.items():
+        if number not in kept:
+            doomed = path.with_name(path.name + PARTIAL)
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)  # never half-removed under its final name
+    for path in _directories(root, PARTIAL):
         shutil.rmtree(path, ignore_errors=True)

@@ -7,6 +7,7 @@ import logging
 import random
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.config import CheckpointConfig
+from pmpo_megatron.checkpoint.index import INDEX_FILE, read_index
 from pmpo_megatron.checkpoint.save import Save, sharded_state
+from pmpo_megatron.checkpoint.space import bytes_of, describe_bytes
 from pmpo_megatron.errors import CheckpointError
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.parallel.collectives import any_rank, barrier, broadcast_object, gather_objects
@@ -39,11 +42,20 @@ class CheckpointStore:
         self.state: ParallelState = policy.state
         self._saved: int | None = None
         self._pending: Save | None = None
+        self._damaged: set[Path] = set()  # newer than what was loaded
+        self._accuracy: dict[int, float] = {}
 
     def due(self, round_index: int) -> bool:
         return round_index % self.config.every_rounds == 0
 
-    def save(self, round_index: int, progress: dict[str, Any], *, required: bool = False) -> bool:
+    def save(
+        self,
+        round_index: int,
+        progress: dict[str, Any],
+        *,
+        required: bool = False,
+        accuracy: Mapping[int, float] | None = None,
+    ) -> bool:
         """Writes the checkpoint after ``round_index`` rounds; False if that failed, which is logged. Nothing before the
         first update of the policy.
 
@@ -52,12 +64,14 @@ class CheckpointStore:
         Args:
             progress: the run's own state, JSON; rank 0's is written.
             required: write it now, and raise instead of returning False.
+            accuracy: on held-out problems, by round: it decides which checkpoints are the best.
 
         Raises:
             CheckpointError: it could not be written and is ``required``. The checkpoints before it are intact.
         """
         self.wait()
-        if self._saved == round_index:
+        self._accuracy = dict(accuracy or {})
+        if self._saved == round_index and self._is_there(round_index):
             return True
         if self.policy.scheduler.num_updates == 0:
             return True  # the policy is the checkpoint that it was made from, and Adam has no state yet
@@ -83,21 +97,25 @@ class CheckpointStore:
             save, self._pending = self._pending, None
             self._complete(save, required=False)
 
+    def _is_there(self, round_index: int) -> bool:
+        """Whether nobody has removed the checkpoint of that round."""
+        found = files.checkpoint_path(self.root, round_index) in files.list_checkpoints(self.root)
+        return broadcast_object(found, self.state)
+
     def _prepare(self, save: Save, progress: dict[str, Any]) -> str | None:
         """Rank 0: an empty directory with the run's progress; what is wrong, if anything."""
         try:
+            if self._saved is not None and not self.root.is_dir():
+                logger.warning("%s was removed while the run goes on; it is made again", self.root)
             shutil.rmtree(save.partial, ignore_errors=True)
-            (save.partial / "megatron").mkdir(parents=True)
-            needed, free = self._size_of_newest(), shutil.disk_usage(self.root).free
+            needed, free = bytes_of(self.policy), files.free_bytes(self.root)
             if needed > free:
-                return f"the checkpoint before it has {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
-            (save.partial / "progress.json").write_text(json.dumps(progress))
+                return f"it needs {describe_bytes(needed)} and {describe_bytes(free)} are free"
+            (save.partial / "megatron").mkdir(parents=True)
+            (save.partial / files.PROGRESS).write_text(json.dumps(progress))
         except OSError as error:
             return str(error)
         return None
-
-    def _size_of_newest(self) -> int:
-        return next((sum(p.stat().st_size for p in files.data_files(d)) for d in files.list_checkpoints(self.root)), 0)
 
     def _complete(self, save: Save, required: bool) -> bool:
         """Waits for every rank's files, and publishes them with their checksums."""
@@ -117,7 +135,8 @@ class CheckpointStore:
             rest = [p for p in files.data_files(save.partial) if str(p.relative_to(save.partial)) not in described]
             files.write_manifest(save.partial, described | files.describe_files(save.partial, rest))
             files.publish(save.partial, save.final)
-            files.remove_old(self.root, self.config.keep)
+            self._damaged.discard(save.final)
+            files.remove_old(self.root, self.config, accuracy=self._accuracy, damaged=self._damaged)
         except OSError as error:
             return str(error)
         return None
@@ -125,16 +144,17 @@ class CheckpointStore:
     def _explain(self, problem: str) -> str:
         """``problem`` in one line; PyTorch's writer does not say that the disk is full, so we look."""
         lines = [line for line in problem.splitlines() if line.strip(" )")]
-        free = shutil.disk_usage(self.root).free
+        free = files.free_bytes(self.root)
         full = f"the disk is full, {free / 2**20:.0f} MiB are free: " if free < FULL_BYTES else ""
         return full + " ... ".join(dict.fromkeys((lines[0], lines[-1])))
 
     def _failed(self, save: Save, problem: str, required: bool) -> bool:
-        before = "the checkpoints before it are intact" if files.list_checkpoints(self.root) else "there is none before it"
+        others = bool(files.list_checkpoints(self.root))
+        before = "the checkpoints before it are intact" if others else "there is none before it"
         message = f"{save.final}: not saved ({problem}); {before}"
         if self.state.is_main:
             shutil.rmtree(save.partial, ignore_errors=True)
-            logger.error("%s", message)
+            logger.log(logging.ERROR if required or not others else logging.WARNING, "%s", message)
         if required:
             raise CheckpointError(message)
         return False
@@ -149,33 +169,42 @@ class CheckpointStore:
             logger.info("%d checkpoints of an earlier run are now in %s", len(found), attic)
         barrier(self.state, "the checkpoints of an earlier run")
 
-    def load_latest(self) -> dict[str, Any] | None:
+    def load_latest(self, check: Callable[[dict[str, Any]], object] | None = None) -> dict[str, Any] | None:
         """Restores the newest whole checkpoint and returns its progress; None if there is none.
 
         A damaged one is reported and the one before it used.
+
+        Args:
+            check: raises CheckpointError for a progress that the run cannot go on from.
 
         Raises:
             CheckpointError: there are checkpoints, but all are damaged.
         """
         candidates = broadcast_object([str(p) for p in files.list_checkpoints(self.root)], self.state)
         for candidate in map(Path, candidates):
-            damage = self._find_damage(candidate)
+            damage = self._find_damage(candidate, check)
             if damage is None:
                 self._load(candidate)
-                self._saved = int(candidate.name.removeprefix(files.PREFIX))
-                return json.loads((candidate / "progress.json").read_text())
+                self._saved = files.round_of(candidate)
+                return broadcast_object(files.read_progress(candidate) if self.state.is_main else None, self.state)
+            self._damaged.add(candidate)
             if self.state.is_main:
                 logger.error("%s: %s; trying the checkpoint before it", candidate, damage)
         if candidates:
             raise CheckpointError(f"{self.root}: every checkpoint is damaged; move them away to start anew")
         return None
 
-    def _find_damage(self, directory: Path) -> str | None:
-        """Every rank checks its share of the files."""
+    def _find_damage(self, directory: Path, check: Callable[[dict[str, Any]], object] | None) -> str | None:
+        """Every rank checks its share of the files; rank 0 also what the run wrote about itself."""
         try:
             manifest = files.read_manifest(directory)
             names = sorted(manifest)[self.state.rank :: self.state.world_size]
             mine = files.find_damage(directory, {name: manifest[name] for name in names})
+            if mine is None and self.state.is_main:
+                progress = files.read_progress(directory)
+                read_index(directory / "megatron" / INDEX_FILE)
+                if check is not None:
+                    check(progress)
         except CheckpointError as error:
             mine = str(error)
         return next((found for found in gather_objects(mine, self.state) if found), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,14 +81,19 @@ def command(options: argparse.Namespace) -> int:
             print(line)
         print("dry run: nothing wrong found")
         return 0
+    from pmpo_megatron.parallel.processes import end_with_launcher
+
+    end_with_launcher()
     rank, world_size = rank_environment()
     set_up_logging(rank)
     quiet_libraries()
     for line in [*check_run(config, world_size), *memory_report(config, world_size)]:
         logger.info("%s", line)
+    from pmpo_megatron.checkpoint.run_lock import RunLock
     from pmpo_megatron.training.assembly import run  # imports Megatron and vLLM's client: not needed to check or to print
 
-    return run(config, StopRequest().install())
+    with closing(RunLock(config.run.directory)) if rank == 0 else nullcontext():
+        return run(config, StopRequest().install())
 
 
 if __name__ == "__main__":

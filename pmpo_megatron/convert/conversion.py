@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from pmpo_megatron.checkpoint import files
+from pmpo_megatron.checkpoint.index import INDEX_FILE
 from pmpo_megatron.convert.hugging_face import (
     HfWeights,
     SafetensorsStream,
@@ -19,7 +20,7 @@ from pmpo_megatron.convert.hugging_face import (
     byte_view,
     open_weights,
 )
-from pmpo_megatron.convert.megatron import INDEX_FILE, MegatronReader, MegatronWriter
+from pmpo_megatron.convert.megatron import MegatronReader, MegatronWriter
 from pmpo_megatron.convert.output import output_directory
 from pmpo_megatron.errors import CheckpointError, MappingError
 from pmpo_megatron.hf.mapping import WeightMapping

@@ -13,7 +13,6 @@ import contextlib
 import io
 import json
 import os
-import pathlib
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,13 +33,13 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from pmpo_megatron.checkpoint.index import INDEX_FILE, read_index
 from pmpo_megatron.errors import CheckpointError
 from pmpo_megatron.hf.entries import Entry, VocabularyEntry
 from pmpo_megatron.hf.mapping import TRANSFORMER_ENGINE_NAMES
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 DATA_FILE = "__0_0.distcp"
-INDEX_FILE = ".metadata"
 LAYERS = "decoder.layers."
 MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
 EXTRA_STATE = "_extra_state"
@@ -141,7 +140,7 @@ class MegatronReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.metadata = _read_index(directory / INDEX_FILE)
+        self.metadata = read_index(directory / INDEX_FILE)
         self._reader = FileSystemReader(directory)
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         self._check_files()
@@ -244,36 +243,3 @@ class _IntoOneTensor(LoadPlanner):
         raise NotImplementedError
 
     set_up_planner = create_local_plan = create_global_plan = finish_plan = load_bytes = _unused
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickles the index of a checkpoint and nothing else: data classes of torch.distributed.checkpoint, sizes and dtypes."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
-            return getattr(torch, name)
-        if (module, name) in {("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}:
-            return super().find_class(module, name)
-        # By name: what pathlib imports would be reachable as an attribute of it, the operating system for one.
-        if module.split(".")[0] == "pathlib" and name in ("Path", "PosixPath", "PurePath", "PurePosixPath"):
-            return getattr(pathlib, name)
-        if module.startswith("torch.distributed.checkpoint."):
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        if module.startswith("megatron.core.dist_checkpointing."):  # plans that Megatron keeps there; not looked at
-            return type(name, (), {})
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
-
-
-def _read_index(path: Path) -> Metadata:
-    try:
-        with path.open("rb") as file:
-            metadata = _IndexUnpickler(file).load()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; {path.parent} is not a distributed checkpoint") from None
-    except Exception as error:  # unpickling raises whatever the damaged bytes lead to
-        raise CheckpointError(f"{path}: damaged: {error}") from None
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path}: is not the index of a distributed checkpoint")
-    return metadata

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,15 @@ class JsonLines:
         if size < self.size:
             os.ftruncate(self._file, size)
             self._cut_torn_line()
+
+    def replace(self, lines: Iterable[bytes]) -> None:
+        """Has ``lines`` in place of the present ones, however that ends."""
+        other = self.path.with_name(f"{self.path.name}.tmp")
+        with other.open("wb") as file:
+            file.writelines(lines)
+        os.replace(other, self.path)
+        os.close(self._file)
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND)
 
     def close(self) -> None:
         os.close(self._file)

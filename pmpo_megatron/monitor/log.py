@@ -27,6 +27,7 @@ from pmpo_megatron.monitor.config import MonitorConfig
 from pmpo_megatron.monitor.jsonl import JsonLines
 from pmpo_megatron.monitor.metrics import Distribution, Metric, summarize
 from pmpo_megatron.monitor.progress import make_progress
+from pmpo_megatron.monitor.resume import changed_settings, cut_back
 from pmpo_megatron.monitor.trackers import make_trackers
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,10 @@ class RunLog:
         self._step = 0 if resume is None else int(resume["step"])
         self._files = {name: JsonLines(self.directory / file) for name, file in FILES.items()}
         if resume is not None:
-            for name, file in self._files.items():
-                file.rewind(int(resume["bytes"].get(name, 0)))
+            if lost := cut_back(self._files, resume, step_name=step_name):
+                logger.warning("the record before the resume is not whole: %s", lost)
+            for line in changed_settings(_read_description(self.directory).get("config", run), run):
+                logger.info("changed since the last start: %s", line)
         self._trackers = make_trackers(config, self.directory, run, first_step=0 if resume is None else self._step + 1)
         _describe_run(self.directory, run, step=self._step, total_steps=total_steps, step_name=step_name)
         self._progress = make_progress(config.progress, total_steps=total_steps, step_name=step_name, first_step=self._step)
@@ -151,11 +154,7 @@ def _set_aside(directory: Path) -> None:
 
 
 def _describe_run(directory: Path, run: Mapping[str, Any], *, step: int, total_steps: int, step_name: str) -> None:
-    path = directory / "run.json"
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
+    path, known = directory / "run.json", _read_description(directory)
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     values = {
         "title": directory.resolve().name,
@@ -170,6 +169,15 @@ def _describe_run(directory: Path, run: Mapping[str, Any], *, step: int, total_s
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(values, indent=1, default=str) + "\n")
     os.replace(temporary, path)
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    """``run.json`` of an earlier start; empty where there is none, or no whole one."""
+    try:
+        known = json.loads((directory / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) and isinstance(known.get("config", {}), dict) else {}
 
 
 def _versions() -> dict[str, str]:

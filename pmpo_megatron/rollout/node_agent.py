@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import socket
-import tempfile
 import threading
 from contextlib import suppress
 from multiprocessing import AuthenticationError
@@ -18,6 +17,7 @@ from multiprocessing.connection import Connection, Listener, answer_challenge, d
 from pathlib import Path
 
 from pmpo_megatron.errors import RolloutError
+from pmpo_megatron.parallel.processes import temporary_directory
 from pmpo_megatron.rollout.vllm_child import ELSEWHERE
 from pmpo_megatron.rollout.vllm_process import LocalProcess, NodeAddress
 
@@ -30,7 +30,7 @@ class NodeAgent:
     def __init__(self) -> None:
         self._listener = Listener((address_here(), 0), backlog=64)
         self.address = NodeAddress(*self._listener.address, secrets.token_bytes(32))
-        self._directory = tempfile.TemporaryDirectory(prefix="pmpo-vllm-")
+        self._directory = temporary_directory("pmpo-vllm-")
         self._joined: list[_Joined] = []
         threading.Thread(target=self._accept, daemon=True, name="node-agent").start()
 

@@ -6,7 +6,6 @@ Never in the trainer's process: vLLM initialises torch.distributed and, when it 
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pmpo_megatron.errors import RolloutError
+from pmpo_megatron.parallel.processes import temporary_directory
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.engine import request_seed
 from pmpo_megatron.rollout.vllm_process import EngineDied, Launch, LocalProcess, NodeAddress, RemoteProcess, VLLMProcess
@@ -49,7 +49,7 @@ class VLLMEngine:
         self.on_restart: Callable[[VLLMEngine], None] | None = None
         self.broken: str | None = None
         self.elsewhere, self.on_loopback = bool(nodes), all(node.host.startswith("127.") for node in nodes)
-        self._directory = tempfile.TemporaryDirectory(prefix="pmpo-vllm-")
+        self._directory = temporary_directory("pmpo-vllm-")
         settings = engine_settings(config, model_path=model_path, device=device, worker_extension=worker_extension)
         launches = [Launch(settings, device, config.threads, number, config.engines) for number in range(config.engines)]
         here = [LocalProcess(launch, Path(self._directory.name) / f"engine-{launch.number}.log") for launch in launches]

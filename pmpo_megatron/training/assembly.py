@@ -70,8 +70,8 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, pa
     if config.objective.kl_coefficient:
         reference = Policy.build(config.model, None, config.parallel, state)
     store = CheckpointStore(Path(config.run.directory) / "checkpoints", config.checkpoint, policy)
-    saved = store.load_latest() if config.checkpoint.resume else store.set_aside()
-    progress = RunProgress(**saved) if saved else RunProgress()
+    saved = store.load_latest(RunProgress.of) if config.checkpoint.resume else store.set_aside()
+    progress = RunProgress.of(saved) if saved else RunProgress()
     if saved:
         logger.info("going on after round %d of %d", progress.round, config.run.rounds)
     engine = starting.result() if starting is not None else None

@@ -8,6 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pmpo_megatron.checkpoint import files
+from pmpo_megatron.checkpoint.space import checkpoint_bytes, describe_bytes
 from pmpo_megatron.data.prompts import DataConfig, check_rows, load_prompts, load_tokenizer
 from pmpo_megatron.errors import ConfigError, MappingError, PmpoError
 from pmpo_megatron.hf.known_models import model_shape
@@ -57,6 +61,10 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
     if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError("monitor.wandb_project", "needs the package wandb, which is not installed: pip install wandb")
     _check_directory(Path(config.run.directory))
+    if config.checkpoint.keep_best and config.evaluation.data is None:
+        raise ConfigError("checkpoint.keep_best", "needs evaluation.data: the best are those of the highest held-out accuracy")
+    if not dry_run:
+        _check_space(config, shape)
     return lines
 
 
@@ -86,6 +94,27 @@ def _check_directory(directory: Path) -> None:
         raise ConfigError("run.directory", f"{directory}: {present} is a file, not a directory")
     if not os.access(present, os.W_OK | os.X_OK):
         raise ConfigError("run.directory", f"{directory}: {present} cannot be written to")
+
+
+def _check_space(config: RunConfig, shape: ModelShape) -> None:
+    """Whether the first checkpoint of a run has room; where there are some, a save that has none is left out."""
+    root = Path(config.run.directory) / "checkpoints"
+    if files.list_checkpoints(root):
+        return
+    dtype = config.model.torch_dtype(torch.device("cuda" if _on_gpu(config) else "cpu"))
+    needed, free = (
+        checkpoint_bytes(WeightMapping(shape), dtype, distributed=config.optimizer.distributed),
+        files.free_bytes(root),
+    )
+    if needed > free:
+        raise ConfigError(
+            "run.directory",
+            f"{root}: a checkpoint needs {describe_bytes(needed)}, {describe_bytes(free)} are free; choose a larger disk",
+        )
+
+
+def _on_gpu(config: RunConfig) -> bool:
+    return config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
 
 
 def _in_section(section: str, call):

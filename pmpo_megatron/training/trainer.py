@@ -10,8 +10,10 @@ from typing import Any
 
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.checkpoint.store import CheckpointStore
+from pmpo_megatron.config import convert, field_types
 from pmpo_megatron.data.mini_batches import split_into_steps, weigh
 from pmpo_megatron.data.packing import pack
+from pmpo_megatron.errors import CheckpointError, ConfigError
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.model.step import TokenScores, optimizer_step, score
 from pmpo_megatron.model.step_results import StepResult
@@ -40,6 +42,40 @@ class RunProgress:
     evaluated: int = -1  # the last round that was evaluated before
     sampler: dict[str, Any] = field(default_factory=dict)
     log: dict[str, Any] | None = None  # RunLog.cursor()
+    accuracy: dict[str, float] = field(default_factory=dict)  # held-out, by round; keys are text, as JSON has them
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> RunProgress:
+        """What a checkpoint holds.
+
+        Raises:
+            CheckpointError: it is not the progress of a run; names the value.
+        """
+        hints = field_types(RunProgress)
+        required = {"round", "policy_version", "sampler", "log"}
+        if absent := sorted(required - values.keys()):
+            raise CheckpointError(f"progress.json: damaged: {', '.join(absent)} is missing")
+        if unknown := sorted(values.keys() - hints.keys()):
+            raise CheckpointError(f"progress.json: {', '.join(unknown)}: unknown; written by another version?")
+        try:
+            found = RunProgress(**{name: convert(value, hints[name], name) for name, value in values.items()})
+            convert([*found.accuracy.values()], tuple[float, ...], "accuracy")
+            _check_places(found)
+        except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"progress.json: damaged: {error}") from None
+        return found
+
+
+def _check_places(progress: RunProgress) -> None:
+    """Raises where the positions that a run goes on from are not whole numbers of at least 0."""
+    log, sampler = progress.log or {"step": 0, "bytes": {}}, progress.sampler
+    places = {f"log.bytes.{name}": size for name, size in log["bytes"].items()} | {"log.step": log["step"]}
+    places |= {f"sampler.{name}": sampler[name] for name in ("num_prompts", "seed", "epoch", "position") if sampler}
+    places |= {"round": progress.round, "policy_version": progress.policy_version, "skipped": progress.skipped_in_a_row}
+    places |= {f"accuracy of round {name}": int(name) for name in progress.accuracy}
+    for name, value in places.items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name} is {value!r}")
 
 
 class Trainer:
@@ -183,7 +219,7 @@ class Trainer:
         with self.timer.phase("evaluation"):
             found = self.bridge.attend(lambda: self.evaluator.evaluate(done))
         if self.log is not None:
-            self.log.log(done, found)
+            self.progress.accuracy[str(done)] = self.log.log(done, found)["eval/accuracy_mean"]
 
     def record(self, batch: RoundBatch, results: list[StepResult], mismatch: dict[str, Metric]) -> None:
         """Metrics of a finished round, on rank 0."""
@@ -201,4 +237,5 @@ class Trainer:
         with self.timer.phase("checkpoint"):
             if self.log is not None:
                 self.progress.log = self.log.cursor()
-            self.store.save(self.progress.round, asdict(self.progress), required=required)
+            accuracy = {int(done): value for done, value in self.progress.accuracy.items()}
+            self.store.save(self.progress.round, asdict(self.progress), required=required, accuracy=accuracy)

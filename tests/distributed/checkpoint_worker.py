@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import pickle
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,8 +16,10 @@ import torch
 
 from pmpo_megatron.algo.objective import PRESETS
 from pmpo_megatron.bridge.source import WeightSource
-from pmpo_megatron.checkpoint import save
+from pmpo_megatron.checkpoint import files, save
 from pmpo_megatron.checkpoint.config import CheckpointConfig
+from pmpo_megatron.checkpoint.index import read_index
+from pmpo_megatron.checkpoint.space import bytes_of
 from pmpo_megatron.checkpoint.store import CheckpointStore
 from pmpo_megatron.errors import CheckpointError
 from pmpo_megatron.model.optimizer import OptimizerConfig
@@ -124,6 +130,100 @@ def retention(path: str, root: str) -> dict:
         error = str(failure)
     shut_down()
     return {"names": names, "second": second, "error": error}
+
+
+def foreign_names(path: str, root: str) -> dict:
+    """Copies and links that a user makes beside the checkpoints, while saves and a load go on."""
+    run, place = Run(path, root, {}), Path(root)
+    run.train(1)
+    run.store.save(1, {"round": 1}, required=True)
+    for name in ("round-best", "round-best-2", "round-00000006.bak"):
+        shutil.copytree(place / "round-00000001", place / name)
+    (place / "round-latest").symlink_to("round-00000001")
+    for number in (2, 3, 4):
+        run.store.save(number, {"round": number}, required=True)
+    progress = run.store.load_latest()
+    found = {"names": sorted(p.name for p in place.iterdir()), "progress": progress}
+    shut_down()
+    return found
+
+
+def broken_records(path: str, root: str) -> list[str]:
+    """The newest checkpoint's manifest, progress and index replaced by other things: which round each load falls back to."""
+    run, place = Run(path, root, {}), Path(root)
+    run.train(1)
+    for number in (1, 2):
+        run.store.save(number, {"round": number}, required=True)
+    newest, found = place / "round-00000002", []
+    whole = {name: (newest / name).read_bytes() for name in ("manifest.json", "progress.json", "megatron/.metadata")}
+    crafted = pickle.dumps(os.getcwd)  # a function that is no description of a tensor
+    changes = [
+        ("manifest.json", text) for text in (b"[]", b'{"files": {}}', b'{"files": {"../x": [1, 2]}}', b'{"files": {"x": 5}}')
+    ]
+    changes += [("progress.json", b"[1]"), ("progress.json", b"{"), ("megatron/.metadata", crafted)]
+    for name, content in changes:
+        (newest / name).write_bytes(content)
+        if name != "manifest.json":  # whoever changed it took its checksum again
+            described = json.loads(whole["manifest.json"])["files"] | files.describe_files(newest, [newest / name])
+            files.write_manifest(newest, described)
+        found.append((name, run.store.load_latest()["round"]))
+        for other, content in whole.items():
+            (newest / other).write_bytes(content)
+    found.append(("nothing", run.store.load_latest()["round"]))
+    shut_down()
+    return found
+
+
+def removed_directory(path: str, root: str) -> dict:
+    """``checkpoints`` is removed between saves, and once while one is written; the run goes on."""
+    run, place = Run(path, root, {}), Path(root)
+    run.train(1)
+    run.store.save(1, {"round": 1}, required=True)
+    shutil.rmtree(place)
+    again = run.store.save(2, {"round": 2})
+    shutil.rmtree(place)
+    same = run.store.save(2, {"round": 2}, required=True)
+    there = sorted(p.name for p in place.iterdir())
+    original = files.write_manifest
+    files.write_manifest = lambda *_: shutil.rmtree(place) or original(*_)
+    during = run.store.save(3, {"round": 3})
+    files.write_manifest = original
+    after = run.store.save(4, {"round": 4}, required=True)
+    found = {
+        "again": again,
+        "same": same,
+        "there": there,
+        "during": during,
+        "after": after,
+        "progress": run.store.load_latest(),
+    }
+    shut_down()
+    return found
+
+
+def space(path: str, root: str) -> dict:
+    """The bytes that a checkpoint was said to need, what it has, and saves where one less is free."""
+    run, place = Run(path, root, {}), Path(root)
+    run.train(1)
+    needed, free = bytes_of(run.policy), files.free_bytes
+    files.free_bytes = lambda path: needed - 1
+    first = run.store.save(1, {"round": 1})
+    files.free_bytes = free
+    run.store.save(1, {"round": 1}, required=True)
+    size = sum(p.stat().st_size for p in (place / "round-00000001/megatron").glob("*.distcp"))
+    index = read_index(place / "round-00000001/megatron/.metadata").state_dict_metadata.values()
+    stored = sum(math.prod(v.size) * v.properties.dtype.itemsize for v in index if hasattr(v, "size"))
+    files.free_bytes = lambda path: needed - 1
+    second = run.store.save(2, {"round": 2})
+    try:
+        run.store.save(2, {"round": 2}, required=True)
+        error = None
+    except CheckpointError as failure:
+        error = str(failure)
+    files.free_bytes = free
+    left = sorted(p.name for p in place.iterdir())
+    shut_down()
+    return {"needed": needed, "stored": stored, "size": size, "saves": [first, second], "error": error, "left": left}
 
 
 def stopped_while_saving(path: str, root: str) -> None:

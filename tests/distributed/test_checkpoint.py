@@ -75,6 +75,27 @@ class TestIntegrity:
         assert found["second"] == {"round": 4}, "the newest is damaged: the one before it is used"
         assert "every checkpoint is damaged" in found["error"]
 
+    def test_copies_and_links_of_a_user_are_neither_removed_nor_read(self, model, tmp_path):
+        [found] = run_ranks(1, f"{WORKER}:foreign_names", model, str(tmp_path / "c"))
+        foreign = ["round-00000006.bak", "round-best", "round-best-2", "round-latest"]
+        assert found["names"] == sorted(["round-00000003", "round-00000004", *foreign])
+        assert found["progress"] == {"round": 4}
+
+    def test_records_of_another_shape_fall_back_to_the_checkpoint_before(self, model, tmp_path):
+        [found] = run_ranks(1, f"{WORKER}:broken_records", model, str(tmp_path / "c"))
+        assert len(found) == 8 and all(number == (2 if what == "nothing" else 1) for what, number in found), found
+
+    def test_a_directory_that_is_removed_is_made_again(self, model, tmp_path):
+        [found] = run_ranks(1, f"{WORKER}:removed_directory", model, str(tmp_path / "c"))
+        assert found["again"] is True and found["same"] is True and found["there"] == ["round-00000002"]
+        assert found["during"] is False and found["after"] is True and found["progress"] == {"round": 4}
+
+    def test_the_space_for_a_checkpoint_is_known_before_it_is_written(self, model, tmp_path):
+        [found] = run_ranks(1, f"{WORKER}:space", model, str(tmp_path / "c"))
+        assert found["needed"] <= found["stored"] <= found["size"] and found["stored"] < 1.02 * found["needed"]
+        assert found["saves"] == [False, False] and found["left"] == ["round-00000001"]
+        assert f"it needs {found['needed']} bytes and {found['needed'] - 1} bytes are free" in found["error"]
+
     def test_a_full_disk_keeps_the_checkpoint_before(self, model, tmp_path):
         [found] = run_ranks(1, f"{WORKER}:full_disk", model, str(tmp_path / "c"))
         assert found["saved"] is False

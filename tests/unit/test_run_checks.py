@@ -60,3 +60,23 @@ def test_the_command_itself(arguments, variables, message):
         env=dict(os.environ, PYTHONPATH=str(ROOT), **variables), capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_disk_too_small_for_any_checkpoint_is_an_error_before_anything_starts(capfd, tmp_path, monkeypatch):
+    from pmpo_megatron.checkpoint import files
+    from tests.tiny_models import save_tiny_model
+
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
+    model, directory = save_tiny_model("qwen2", tmp_path / "model"), tmp_path / "run"
+    settings = ["data.source=arithmetic", "sampling.max_tokens=16", "data.max_prompt_tokens=16", "run.device=cpu"]
+    settings += ["rollout.max_model_len=64", "rollout.kv_cache_gib=0.1"]
+    code = main([f"model.path={model}", f"run.directory={directory}", *settings])
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert code == 2 and not directory.exists()
+    assert line.startswith(f"error: run.directory: {directory}/checkpoints: a checkpoint needs ")
+    assert line.endswith(" bytes, 1000 bytes are free; choose a larger disk")
+
+
+def test_the_best_checkpoints_cannot_be_told_without_an_evaluation(capfd, tmp_path):
+    code, output = dry_run(capfd, tmp_path, "checkpoint.keep_best=1")
+    assert code == 2 and "checkpoint.keep_best: needs evaluation.data" in output.err

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,16 @@ def test_what_cannot_be_shown_is_said(run, tmp_path):
     for message, arguments in cases.items():
         found = show(*arguments)
         assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_response_cannot_command_the_terminal(tmp_path):
+    """Colours, a title, a cleared screen, a bell, the eight-bit form, text that runs backwards: shown, not obeyed."""
+    log = RunLog(MonitorConfig(progress="off", tensorboard=False), tmp_path, run={}, total_steps=1)
+    evil = "\x1b]0;title\x07 \x1b[2J \x9b31m \u202ereversed \r gone \x7f"
+    log.log(1, {"a": 1.0}, rollouts=[{"prompt": evil, "response": evil, "reward": 1.0, "answers": [evil], "note": evil}])
+    log.close()
+    text = subprocess.run(
+        [sys.executable, "tools/show_rollouts.py", str(tmp_path)], cwd=ROOT, capture_output=True, timeout=60
+    ).stdout.decode()
+    assert not {c for c in text if unicodedata.category(c) in ("Cc", "Cf")} - {"\n"}
+    assert text.count("\\x1b]0;title\\x07 \\x1b[2J \\x9b31m \\u202ereversed \\r") == 4

@@ -1,5 +1,6 @@
 """What weights travel by: transports, buckets, fingerprints, and a channel whose ends come late, fail or go away."""
 
+import os
 import threading
 import time
 
@@ -159,3 +160,18 @@ def test_workers_that_do_not_come_are_counted_and_waits_are_bounded():
 def test_memory_that_is_not_there_is_an_error_at_once():
     with pytest.raises(OSError):
         Sender("shared_memory", slot_bytes=1 << 50, workers=1, device=CPU, timeout_s=1.0)
+
+
+def test_shared_memory_has_no_name_once_every_worker_has_mapped_it(tmp_path):
+    """So a run that is killed leaves nothing; until then the name says whose it is."""
+    sender = Sender("shared_memory", slot_bytes=64, workers=1, device=CPU, timeout_s=30.0, directory=str(tmp_path))
+    [file] = tmp_path.iterdir()
+    assert f"-{os.getpid()}-" in file.name
+    worker = Worker(sender.description(), 5)
+    for number in range(5):
+        sender.slot(lambda: False)[0] = number
+        sender.send(1)
+        assert not list(tmp_path.iterdir())
+    worker.join(timeout=20)
+    assert worker.error is None and worker.received == list(range(5))
+    sender.close()

@@ -67,6 +67,65 @@ def test_a_resumed_run_leaves_the_record_of_an_uninterrupted_one(tmp_path):
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["resumed"][0]["after_step"] == 3
 
 
+KILLED_RUN = {"optimizer": {"learning_rate": 0.1, "schedule": "constant"}}
+
+
+def resumed(directory, cursor, caplog, run=None):
+    """What opening the record again says."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="pmpo_megatron"):
+        log = RunLog(QUIET, directory, run=run or KILLED_RUN, total_steps=6, resume=cursor)
+    log_steps(log, [5, 6])
+    log.close()
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """A record of five steps, with the cursor of the fourth; its directory."""
+    log = RunLog(QUIET, tmp_path, run=KILLED_RUN, total_steps=6)
+    log_steps(log, [1, 2, 3, 4])
+    cursor = json.loads(json.dumps(log.cursor()))
+    log_steps(log, [5])
+    log.close()
+    return tmp_path, cursor
+
+
+def test_what_was_lost_before_a_resume_is_said_once_and_the_rest_is_kept(killed, caplog):
+    directory, cursor = killed
+    path = directory / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = b"\x00" * (len(lines[1]) - 1) + b"\n"
+    lines[2] = b'{"step": "x"}'.ljust(len(lines[2]) - 1) + b"\n"
+    path.write_bytes(b"".join(lines))
+    [said] = resumed(directory, cursor, caplog)
+    assert "metrics.jsonl (0 bytes gone, 2 lines garbled; rounds 2 to 3 are missing)" in said and "traj" not in said
+    assert [r["step"] for r in contents(directory)["metrics"]] == [1, 4, 5, 6]
+    assert (directory / "metrics.jsonl.damaged").read_bytes() == b"".join(lines[:4])
+    resumed(directory, cursor, caplog)  # the cursor counts bytes that are gone now
+    assert [r["step"] for r in contents(directory)["metrics"]] == [1, 4, 5, 6], "no step comes twice"
+
+
+def test_records_that_are_gone_or_cut_before_a_resume_are_named(killed, caplog):
+    directory, cursor = killed
+    (directory / "metrics.jsonl").unlink()
+    os.truncate(directory / "trajectories.jsonl", 100)
+    [said] = resumed(directory, cursor, caplog)
+    assert f"metrics.jsonl ({cursor['bytes']['metrics']} bytes gone, 0 lines garbled; rounds 1 to 4 are missing)" in said
+    assert "trajectories.jsonl (" in said and "rollouts" not in said
+    assert [r["step"] for r in contents(directory)["metrics"]] == [5, 6]
+
+
+def test_settings_that_changed_at_a_resume_are_listed_once(killed, caplog):
+    directory, cursor = killed
+    run = {"optimizer": {"learning_rate": 0.2, "schedule": "constant"}, "objective": {"rule": "ess"}}
+    expected = ["optimizer.learning_rate: 0.1 -> 0.2", 'objective.rule: not set -> "ess"']
+    assert resumed(directory, cursor, caplog, run) == [f"changed since the last start: {line}" for line in expected]
+    assert resumed(directory, cursor, caplog, run) == []
+    (directory / "run.json").write_text("[]")
+    assert resumed(directory, cursor, caplog, run) == []
+
+
 def test_a_new_run_in_an_old_directory_loses_nothing(tmp_path):
     for value in (1, 2, 3):
         log = RunLog(QUIET, tmp_path, run={}, total_steps=6)
