@@ -27,7 +27,7 @@ def split_into_steps(samples: Sequence[Sample], *, steps: int, seed: int, round_
 
 
 def weigh(samples: Sequence[Sample], *, kind: str, max_length: int, mask_truncated: bool) -> list[Sample]:
-    """``samples`` of one optimizer step with c_i set (objective.md section 4): the step's only denominator.
+    """``samples`` of one optimizer step with c_i set (docs/objective.md, "Settings"): the step's only denominator.
 
     A truncated response gets weight 0 if ``mask_truncated``; it still counts in N, so that masking some responses does
     not make the others bolder.

@@ -57,7 +57,7 @@ class Sample:
     """One trajectory, scored and ready to train on.
 
     ``sample_id`` is unique within the round; ``group_id`` is the position of its group in the round.
-    ``weight`` is c_i of the whole optimizer step (objective.md section 4), so micro-batches only ever add up.
+    ``weight`` is c_i of the whole optimizer step (docs/objective.md, "Settings"), so micro-batches only ever add up.
     """
 
     sample_id: int

@@ -95,7 +95,7 @@ def optimizer_step(
 
     Args:
         micro_batches: this data-parallel rank's, equally many on every rank; their weights c_i hold the denominator of
-            the whole step (objective.md section 4).
+            the whole step (docs/objective.md, "Settings").
         old_log_probs: for each micro-batch what `score` gave at the start of the round.
         progress: share of training done, for scheduled p.
         temperature: of the distribution that was sampled from; the same as in `score`.
