@@ -1,4 +1,4 @@
-"""Rewards of groups -> advantages, and the weights c_i of an optimizer step (objective.md section 4)."""
+"""Rewards of groups -> advantages, and the weights c_i of a step (docs/objective.md, "Settings")."""
 
 from __future__ import annotations
 

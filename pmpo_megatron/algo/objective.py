@@ -1,6 +1,6 @@
 """The PMPO objective: clip, choose p, aggregate by the power mean, and give a gradient that is right on any sharding.
 
-Source: arXiv 2601.22521; objective.md's sections are cited as (section n). One call makes one collective: each rank
+Source: arXiv 2601.22521. The mathematics is in docs/objective.md, "The formulas". One call makes one collective: each rank
 tabulates its own tokens (`power_sums.tabulate`), the table is summed over the ranks that share the trajectories, and
 everything after that - p, ESS, M_p, the loss - is the same arithmetic on every rank.
 
@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from pmpo_megatron.algo.exponent import exponents
 from pmpo_megatron.algo.objective_config import PRESETS, ObjectiveConfig
-from pmpo_megatron.algo.power_sums import CLIPPED, LOG_RATIO_LIMIT, NON_FINITE, PowerSums, tabulate
+from pmpo_megatron.algo.power_sums import LOG_RATIO_LIMIT, OneOrder, PowerSums, tabulate, tabulate_order
 from pmpo_megatron.errors import ConfigError, NonFiniteError
 
 __all__ = ["PRESETS", "ObjectiveConfig", "ObjectiveOutput", "evaluate_objective"]
@@ -77,7 +76,7 @@ def evaluate_objective(
         old_log_probs_T: [T], from the same code path at the start of the round.
         trajectory_T: int64 [T] in [0, N); -1 where a token is not a response token. In any order.
         advantages_N: [N].
-        weights_N: [N], c_i of the whole optimizer step (section 4): the only denominator.
+        weights_N: [N], c_i of the whole optimizer step (docs/objective.md, "Settings"): the only denominator.
         config: the objective; see `PRESETS`.
         token_weights_T: [T], detached importance correction of each token's gradient (not of the reported loss).
         progress: share of training done, in [0, 1], for scheduled p.
@@ -90,52 +89,125 @@ def evaluate_objective(
     """
     tokens = dict(log_probs_T=log_probs_T, old_log_probs_T=old_log_probs_T, trajectory_T=trajectory_T)
     _check_arguments(tokens | {"token_weights_T": token_weights_T}, advantages_N, weights_N, progress)
-    num_trajectories = advantages_N.numel()
     advantage_N, weight_N = advantages_N.detach().double(), weights_N.detach().double()
     usable_N = advantage_N.isfinite() & weight_N.isfinite()
     advantage_N, weight_N = torch.where(usable_N, advantage_N, 0.0), torch.where(usable_N, weight_N, 0.0)
     segment_T = trajectory_T.clamp(min=-1) + 1
 
-    log_ratio_T, finite_T, within_T = _log_ratios(log_probs_T.detach(), old_log_probs_T.detach(), token_weights_T)
-    x_T, clipped_T = _clip(log_ratio_T, advantage_N, segment_T, config)
+    clipped = _clip(log_probs_T.detach(), old_log_probs_T.detach(), token_weights_T, advantage_N, segment_T, config)
+    chosen = _choose_order(clipped, segment_T, len(advantage_N), config, progress, sum_over_shards)
+    mean = _aggregate(chosen, advantage_N, weight_N, usable_N, config)
+    coefficient_T = _differentiate(clipped, segment_T, chosen, mean, token_weights_T)
 
-    table = tabulate(x_T, segment_T, num_trajectories, clipped_T=clipped_T, finite_T=finite_T, interval=config.interval)
-    sums = PowerSums.read(sum_over_shards(table), config.interval)
-    length_N = sums.length_N
-    clip_fraction_N = sums.moments[:, CLIPPED] / length_N.clamp(min=1)
-    non_finite_N = (sums.moments[:, NON_FINITE] > 0) | ~usable_N
+    sums, ess_fraction_N = chosen.sums, torch.exp(chosen.log_ess_fraction_N)
+    return ObjectiveOutput(
+        loss=mean.loss,
+        surrogate=_Surrogate.apply(log_probs_T, coefficient_T, clipped.log_ratio_T),
+        p_N=chosen.p_N,
+        ess_N=ess_fraction_N * sums.length_N,
+        target_ess_N=(ess_fraction_N if chosen.target_N is None else chosen.target_N) * sums.length_N,
+        clip_fraction_N=mean.clip_fraction_N,
+        length_N=sums.length_N,
+        power_mean_N=mean.power_mean_N,
+        non_finite_N=(sums.non_finite_N > 0) | ~usable_N,
+    )
 
-    p_N, target_N = exponents(config.exponent_rule, sums, clip_fraction_N, progress)
-    log_mean_N, log_power_mean_N, log_ess_fraction_N = sums.at(p_N)
-    power_mean_N, ess_fraction_N = torch.exp(log_power_mean_N), torch.exp(log_ess_fraction_N)
 
-    value_N, counts_N = power_mean_N, (length_N > 0) & ~non_finite_N
-    passes_N = counts_N
+@dataclass(frozen=True)
+class _Clipped:
+    """This rank's tokens [T]: float64 log-ratios before and after the clip, where it binds, and what is usable."""
+
+    log_ratio_T: torch.Tensor
+    x_T: torch.Tensor
+    binds_T: torch.Tensor
+    finite_T: torch.Tensor
+    within_T: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """p of each trajectory, its target if it has one, and what the sums are at p; `power_T` is exp(p * x) if known."""
+
+    sums: PowerSums | OneOrder
+    p_N: torch.Tensor
+    target_N: torch.Tensor | None
+    log_mean_N: torch.Tensor
+    log_power_mean_N: torch.Tensor
+    log_ess_fraction_N: torch.Tensor
+    power_T: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """M_p, its part in the loss, and what a token's gradient is multiplied with besides its exp(p * x)."""
+
+    loss: torch.Tensor
+    power_mean_N: torch.Tensor
+    clip_fraction_N: torch.Tensor
+    share_N: torch.Tensor
+
+
+def _clip(log_probs_T, old_log_probs_T, token_weights_T, advantage_N, segment_T, config: ObjectiveConfig) -> _Clipped:
+    """Log-ratios, and their token-level clip, one-sided by the advantage's sign (docs/objective.md, "The formulas")."""
+    log_ratio_T, finite_T, within_T = _log_ratios(log_probs_T, old_log_probs_T, token_weights_T)
+    if config.clip_level == "sequence":
+        return _Clipped(log_ratio_T, log_ratio_T, torch.zeros_like(finite_T), finite_T, within_T)
+    low, high = config.log_bounds  # float64, as full_like makes them; torch.where of two numbers would be float32
+    upper_N = torch.full_like(advantage_N, high).masked_fill(advantage_N <= 0, math.inf)
+    lower_N = torch.full_like(advantage_N, low).masked_fill(advantage_N >= 0, -math.inf)
+    x_T = torch.minimum(log_ratio_T, _of_token(upper_N, segment_T)).maximum(_of_token(lower_N, segment_T))
+    return _Clipped(log_ratio_T, x_T, x_T != log_ratio_T, finite_T, within_T)
+
+
+def _choose_order(
+    clipped: _Clipped,
+    segment_T: torch.Tensor,
+    num_trajectories: int,
+    config: ObjectiveConfig,
+    progress: float,
+    sum_over_shards: Callable[[torch.Tensor], torch.Tensor],
+) -> _Chosen:
+    """p by the rule, from the one collective: of sums at a p that is known beforehand, else of sums for all orders."""
+    rule, power_T, target_N = config.exponent_rule, None, None
+    counted = dict(clipped_T=clipped.binds_T, finite_T=clipped.finite_T)
+    if (p := rule.known_p(progress)) is not None:
+        table, power_T = tabulate_order(clipped.x_T, segment_T, num_trajectories, **counted, p=p)
+        sums = OneOrder(p, sum_over_shards(table)[1:])
+        p_N = torch.full_like(sums.length_N, p)
+    else:
+        table = tabulate(clipped.x_T, segment_T, num_trajectories, **counted, interval=config.interval)
+        sums = PowerSums.read(sum_over_shards(table), config.interval)
+        p_N, target_N = rule.choose(sums, sums.clip_fraction_N)
+    return _Chosen(sums, p_N, target_N, *sums.at(p_N), power_T)
+
+
+def _aggregate(
+    chosen: _Chosen, advantage_N: torch.Tensor, weight_N: torch.Tensor, usable_N: torch.Tensor, config: ObjectiveConfig
+) -> _Mean:
+    """loss = -sum c A M_p, and for its derivative -c A M w[t] with w[t] = exp(p x[t]) / sum exp(p x) all but exp(p x[t])."""
+    sums, power_mean_N = chosen.sums, torch.exp(chosen.log_power_mean_N)
+    counts_N = (sums.length_N > 0) & (sums.non_finite_N == 0) & usable_N
+    value_N, passes_N, clip_fraction_N = power_mean_N, counts_N, sums.clip_fraction_N
     if config.clip_level == "sequence":
         value_N, binds_N = _clip_power_mean(power_mean_N, advantage_N, config)
         passes_N, clip_fraction_N = counts_N & ~binds_N, (binds_N & counts_N).double()
     scale_N = weight_N * advantage_N
     loss = -(torch.where(counts_N, scale_N * value_N, 0.0)).sum()
+    share_N = -scale_N * torch.exp(-chosen.log_mean_N) * power_mean_N / sums.length_N.clamp(min=1)
+    return _Mean(loss, power_mean_N, clip_fraction_N, torch.where(passes_N, share_N, 0.0))
 
-    # d loss / d log_ratio[t] = -c A M w[t], with w[t] = exp(p x[t]) / sum exp(p x) (section 2); clipped tokens pass none.
-    share_N = torch.where(passes_N, -scale_N * torch.exp(-log_mean_N) * power_mean_N / length_N.clamp(min=1), 0.0)
-    coefficient_T = _of_token(p_N, segment_T).mul_(x_T).exp_()
-    coefficient_T.mul_(_of_token(share_N, segment_T)).mul_(within_T & ~clipped_T)
+
+def _differentiate(
+    clipped: _Clipped, segment_T: torch.Tensor, chosen: _Chosen, mean: _Mean, token_weights_T: torch.Tensor | None
+) -> torch.Tensor:
+    """d loss / d log_ratio [T] for this rank's tokens; clipped ones, and those beyond the clamp, pass none."""
+    power_T = chosen.power_T
+    if power_T is None:
+        power_T = _of_token(chosen.p_N, segment_T).mul_(clipped.x_T).exp_()
+    coefficient_T = _of_token(mean.share_N, segment_T).mul_(power_T).mul_(clipped.within_T & ~clipped.binds_T)
     if token_weights_T is not None:
-        coefficient_T.mul_(torch.where(finite_T, token_weights_T.detach(), 0.0))
-    surrogate = _Surrogate.apply(log_probs_T, coefficient_T, log_ratio_T)
-
-    return ObjectiveOutput(
-        loss=loss,
-        surrogate=surrogate,
-        p_N=p_N,
-        ess_N=ess_fraction_N * length_N,
-        target_ess_N=(ess_fraction_N if target_N is None else target_N) * length_N,
-        clip_fraction_N=clip_fraction_N,
-        length_N=length_N,
-        power_mean_N=power_mean_N,
-        non_finite_N=non_finite_N,
-    )
+        coefficient_T.mul_(torch.where(clipped.finite_T, token_weights_T.detach(), 0.0))
+    return coefficient_T
 
 
 def _check_arguments(
@@ -185,19 +257,6 @@ def _log_ratios(
         difference_T = torch.where(finite_T, difference_T, 0.0)
     bounded_T = difference_T.nan_to_num(0.0, 0.0, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return bounded_T.double(), finite_T, within_T
-
-
-def _clip(
-    log_ratio_T: torch.Tensor, advantage_N: torch.Tensor, segment_T: torch.Tensor, config: ObjectiveConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token-level clip, one-sided by the advantage's sign (section 1): (clipped log-ratios [T], where it binds [T])."""
-    if config.clip_level == "sequence":
-        return log_ratio_T, torch.zeros_like(log_ratio_T, dtype=torch.bool)
-    low, high = config.log_bounds  # float64, as full_like makes them; torch.where of two numbers would be float32
-    upper_N = torch.full_like(advantage_N, high).masked_fill(advantage_N <= 0, math.inf)
-    lower_N = torch.full_like(advantage_N, low).masked_fill(advantage_N >= 0, -math.inf)
-    bounded_T = torch.minimum(log_ratio_T, _of_token(upper_N, segment_T)).maximum(_of_token(lower_N, segment_T))
-    return bounded_T, bounded_T != log_ratio_T
 
 
 def _clip_power_mean(

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
+from functools import cached_property
 from typing import Any
 
-from pmpo_megatron.algo.exponent import ExponentRule
 from pmpo_megatron.algo.power_sums import LOG_RATIO_LIMIT, OrderInterval
+from pmpo_megatron.algo.rules import P_LIMIT, RULES, Rule, find_rule, make_rule, parameter_fields
 from pmpo_megatron.config import Section, setting, unknown_key
 from pmpo_megatron.errors import ConfigError
 
 BOUNDS = ("eps_low_log", "eps_high_log", "eps_low_ratio", "eps_high_ratio")
-P_LIMIT = 10.0  # |2p * log-ratio| <= 400 keeps exp within float64
+
+# The parameters of all rules as fields beside the others, each declared by its rule's class alone.
+_RuleParameters = make_dataclass("_RuleParameters", parameter_fields(), bases=(Section,), frozen=True, kw_only=True)
+PARAMETERS = tuple(item.name for item in fields(_RuleParameters))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig(Section):
+class ObjectiveConfig(_RuleParameters):
     """What is optimised. `PRESETS` names the usual combinations; in YAML `preset: grpo` is the base that other keys change."""
 
-    rule: str = setting("ess", "how p is chosen", choices=("ess", "ess_floor", "linear", "fixed", "schedule"))
-    p: float | None = setting(None, "rule fixed: the order", minimum=-P_LIMIT, maximum=P_LIMIT)
-    p_min: float | None = setting(None, "rules linear, ess_floor: least p (0)", minimum=-P_LIMIT, maximum=P_LIMIT)
-    p_max: float | None = setting(None, "rules linear, ess_floor: largest p (1)", minimum=-P_LIMIT, maximum=P_LIMIT)
-    p_start: float | None = setting(None, "rule schedule: p at the beginning", minimum=-P_LIMIT, maximum=P_LIMIT)
-    p_end: float | None = setting(None, "rule schedule: p at the end", minimum=-P_LIMIT, maximum=P_LIMIT)
-    ess_floor: float | None = setting(None, "rule ess_floor: target ESS of an unclipped trajectory", unit="of its length")
+    rule: str = setting("ess", f"how p is chosen: {', '.join(RULES)}, or package.module:Name of your own")
+    rule_parameters: dict[str, Any] = setting({}, "parameters of a rule of your own, by name")
     clip_level: str = setting("token", "what is clipped: each token's ratio, or M_p", choices=("token", "sequence"))
     eps_low_log: float | None = setting(0.4, "lower clip bound", unit="log-ratio", above=0.0, maximum=LOG_RATIO_LIMIT)
     eps_high_log: float | None = setting(0.4, "upper clip bound", unit="log-ratio", above=0.0, maximum=LOG_RATIO_LIMIT)
     eps_low_ratio: float | None = setting(None, "lower clip bound: ratios from 1 - eps", unit="ratio", above=0.0)
     eps_high_ratio: float | None = setting(None, "upper clip bound: ratios to 1 + eps", unit="ratio", above=0.0)
-    trajectory_weight: str = setting("uniform", "c_i (section 4)", choices=("uniform", "length", "constant"))
+    trajectory_weight: str = setting(
+        "uniform", "weight c_i of a trajectory in the step", choices=("uniform", "length", "constant")
+    )
     advantage: str = setting("grpo", "advantage within a group", choices=("grpo", "dr_grpo", "rloo"))
     kl_coefficient: float = setting(0.0, "weight of the KL to the reference model; 0: no reference", minimum=0.0)
     kl_estimator: str = setting("k3", "estimator of that KL", choices=("k1", "k2", "k3"))
@@ -59,7 +60,8 @@ class ObjectiveConfig(Section):
             other = ({"log", "ratio"} - given).pop()
             base |= {f"eps_low_{other}": None, f"eps_high_{other}": None}
         if "rule" in values and values["rule"] != base.get("rule", "ess"):
-            base |= dict.fromkeys(("p", "p_min", "p_max", "p_start", "p_end", "ess_floor"))
+            find_rule(values["rule"])  # which says more than the first of its parameters that is not known
+            base |= dict.fromkeys(PARAMETERS) | {"rule_parameters": {}}
         return base
 
     @property
@@ -69,50 +71,25 @@ class ObjectiveConfig(Section):
             return -self.eps_low_log, self.eps_high_log
         return math.log1p(-self.eps_low_ratio), math.log1p(self.eps_high_ratio)
 
-    @property
-    def exponent_rule(self) -> ExponentRule:
-        given = {name: getattr(self, name) for name in ("p", "p_min", "p_max", "p_start", "p_end", "ess_floor")}
-        return ExponentRule(self.rule, **{name: value for name, value in given.items() if value is not None})
+    @cached_property
+    def exponent_rule(self) -> Rule:
+        given = {name: value for name in PARAMETERS if (value := getattr(self, name)) is not None}
+        return make_rule(self.rule, given, self.rule_parameters)
 
-    @property
+    @cached_property
     def interval(self) -> OrderInterval:
         """The orders that p, and 2p for the ESS, can reach."""
-        rule = self.exponent_rule
-        reach = {"fixed": (rule.p, rule.p), "schedule": (rule.p_start, rule.p_end)}.get(rule.name, (rule.p_min, rule.p_max))
-        return OrderInterval.covering(min(reach), max(reach))
-
-
-USES = {
-    "ess": (),
-    "ess_floor": ("ess_floor", "p_min", "p_max"),
-    "linear": ("p_min", "p_max"),
-    "fixed": ("p",),
-    "schedule": ("p_start", "p_end"),
-}
-REQUIRED = {"ess_floor": ("ess_floor",), "fixed": ("p",), "schedule": ("p_start", "p_end")}
+        return OrderInterval.covering(*self.exponent_rule.p_range())
 
 
 def _check_rule(config: ObjectiveConfig) -> None:
-    rule = config.rule
-    for name in ("p", "p_min", "p_max", "p_start", "p_end", "ess_floor"):
-        if getattr(config, name) is not None and name not in USES[rule]:
-            users = [other for other, names in USES.items() if name in names]
-            raise ConfigError(name, f"has no effect with rule {rule!r}; it belongs to {', '.join(users)}")
-    for name in REQUIRED.get(rule, ()):
-        if getattr(config, name) is None:
-            raise ConfigError(name, f"is required by rule {rule!r}")
-    parameters = config.exponent_rule
-    if rule in ("linear", "ess_floor") and parameters.p_min > parameters.p_max:
-        raise ConfigError("p_min", f"{parameters.p_min} is above p_max = {parameters.p_max}")
-    if rule == "ess_floor":
-        if not 0 < parameters.ess_floor <= 1:
-            raise ConfigError("ess_floor", f"{parameters.ess_floor} must lie in (0, 1], a fraction of the length")
-        if parameters.p_min < 0:
-            raise ConfigError("p_min", f"{parameters.p_min} must be at least 0: the ESS falls with |p|, so it fixes only |p|")
-    if config.clip_level == "sequence" and rule not in ("fixed", "schedule"):
+    if config.exponent_rule.known_p(0.0) is None and config.clip_level == "sequence":
         raise ConfigError(
-            "rule", f"{rule!r} chooses p by the fraction of clipped tokens, but clip_level 'sequence' clips no token"
+            "rule", f"{config.rule!r} chooses p by the clipped tokens of a trajectory, but clip_level 'sequence' clips no token"
         )
+    low, high = config.exponent_rule.p_range()
+    if not -P_LIMIT <= low <= high <= P_LIMIT:
+        raise ConfigError("rule", f"{config.rule!r} chooses p in [{low}, {high}], which must lie in +-{P_LIMIT:g}")
 
 
 def _check_bounds(config: ObjectiveConfig) -> None:

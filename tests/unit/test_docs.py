@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from pmpo_megatron.algo import exponent
-from pmpo_megatron.algo.exponent import ExponentRule
-from pmpo_megatron.algo.power_sums import OrderInterval, PowerSums, tabulate
+from pmpo_megatron.algo.objective import ObjectiveConfig, evaluate_objective
+from pmpo_megatron.config import build, to_plain
+from pmpo_megatron.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -100,45 +101,53 @@ def test_files_and_modules_that_are_named_exist(page):
 
 
 class TestTheExampleOfARule:
-    """docs/adding_a_rule.md, executed: its function equals its plain form, and its changes fit the code as it is."""
+    """docs/adding_a_rule.md: its file, written as it stands there, is found, checked and used by the name in its YAML."""
 
     text = (ROOT / "docs/adding_a_rule.md").read_text()
-    function, plain, extra = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    rule = ExponentRule("ess_quadratic", ess_floor=0.8)
 
-    def test_the_function_equals_its_plain_form(self):
-        names, lengths = dict(vars(exponent)), (1, 2, 7, 300)
-        exec(self.function, names)
-        exec(f"def choose_p(x, f, rule, flat):\n{self.plain}", names | {"math": math}, names)
+    @pytest.fixture
+    def values(self, tmp_path, monkeypatch):
+        """The section of the page's YAML, with the page's file where Python finds it."""
+        [code] = re.findall(r"^```python\n(.*?)^```$", self.text, re.MULTILINE | re.DOTALL)
+        [values] = re.findall(r"^```yaml\n(.*?)^```$", self.text, re.MULTILINE | re.DOTALL)
+        (tmp_path / "my_rules.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        yield yaml.safe_load(values)["objective"]
+        sys.modules.pop("my_rules", None)
+
+    def test_it_equals_its_plain_form(self, values):
+        config, lengths = build(ObjectiveConfig, values), (1, 2, 7, 300, 5)
         generator = torch.Generator().manual_seed(0)
-        x_T = [torch.randn(length, generator=generator, dtype=torch.float64).clamp(max=1) for length in lengths]
-        x_T.append(torch.full((5,), 0.2, dtype=torch.float64))
-        fractions = [0.0, 0.5, 2 / 7, 0.01, 1.0]
-        p_N, target_N = names["_ess_quadratic"](self.rule, self.sums(x_T), torch.tensor(fractions, dtype=torch.float64), 0.0)
-        flat = [True, False, False, False, True]
-        expected = [names["choose_p"](x, f, self.rule, is_flat) for x, f, is_flat in zip(x_T, fractions, flat, strict=True)]
-        assert p_N.tolist() == pytest.approx([p for p, _ in expected], abs=1e-9)
-        assert target_N.tolist() == pytest.approx([target for _, target in expected])
-        assert any(0 < p < 1 for p, _ in expected)
+        x_T = [torch.randn(length, generator=generator, dtype=torch.float64) for length in lengths]
+        x_T[-1] = torch.full((5,), 0.2, dtype=torch.float64)
+        trajectory_T = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
+        ones_N, zeros_T = torch.ones(len(lengths)), torch.zeros(sum(lengths), dtype=torch.float64)
+        order_T = torch.randperm(sum(lengths), generator=generator)
+        out = evaluate_objective(torch.cat(x_T)[order_T], zeros_T, trajectory_T[order_T], ones_N, ones_N, config)
+        for x, p, ess in zip(x_T, out.p_N.tolist(), out.target_ess_N.tolist(), strict=True):
+            target = 0.8 + 0.2 * float((x > 0.4).double().mean())
+            variance = float(x.clamp(max=0.4).var(correction=0))
+            expected = 1.0 if variance < 1e-12 else min(1.0, math.sqrt((1 / target - 1) / variance))
+            assert p == pytest.approx(expected, abs=1e-9) and ess == pytest.approx(target * len(x))
+        assert 0 < out.p_N.min() < 1
 
-    def sums(self, x_T):
-        interval, x = OrderInterval.covering(0.0, 1.0), torch.cat(x_T)
-        segment_T = torch.cat([torch.full((len(part),), i + 1) for i, part in enumerate(x_T)])
-        no, yes = torch.zeros_like(x, dtype=torch.bool), torch.ones_like(x, dtype=torch.bool)
-        return PowerSums.read(tabulate(x, segment_T, len(x_T), clipped_T=no, finite_T=yes, interval=interval), interval)
+    def test_its_parameters_are_checked(self, values):
+        for parameters, field, words in (
+            ({"floor": 1.0}, "rule_parameters.floor", "below 1"),
+            ({"floor": "high"}, "rule_parameters.floor", "expected float"),
+            ({"flor": 0.5}, "rule_parameters.flor", "did you mean 'floor'"),
+        ):
+            with pytest.raises(ConfigError, match=words) as caught:
+                build(ObjectiveConfig, values | {"rule_parameters": parameters})
+            assert caught.value.field == field
+        with pytest.raises(ConfigError, match="ess_target: has no effect with rule 'my_rules:Quadratic'; it belongs to ess"):
+            build(ObjectiveConfig, values | {"ess_target": 0.9})
+        with pytest.raises(ConfigError, match="clips no token"):
+            build(ObjectiveConfig, values | {"clip_level": "sequence"})
 
-    def test_the_lines_to_change_are_there(self):
-        code = (ROOT / "pmpo_megatron/algo/objective_config.py").read_text().splitlines()
-        [diff] = re.findall(r"^```diff\n(.*?)^```$", self.text, re.MULTILINE | re.DOTALL)
-        old = [line[1:] for line in diff.splitlines() if not line.startswith("+")]
-        assert len(old) == 5 and all(code.count(line) == 1 for line in old)
-
-    def test_where_the_text_says_that_lines_go_they_fit(self):
-        assert self.extra.strip().startswith('"quadratic": ObjectiveConfig(')
-        assert "\nEXTRA = {\n" in (ROOT / "tests/unit/algo/test_objective.py").read_text()
-        reference = (ROOT / "tests/unit/algo/reference.py").read_text()
-        body = reference.partition("def choose_p(x, f, config, progress):")[2].partition("\n\n\n")[0].splitlines()
-        assert body[-3].startswith("    target = ") and body[-1].startswith("    return ")
+    def test_a_run_records_it_and_reads_it_again(self, values):
+        config = build(ObjectiveConfig, values)
+        assert build(ObjectiveConfig, yaml.safe_load(yaml.safe_dump(to_plain(config)))) == config
 
 
 def cited_headings(text):

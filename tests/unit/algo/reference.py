@@ -41,21 +41,24 @@ def bisect(x, target, low=0.0, high=1.0):
 
 def choose_p(x, f, config, progress):
     flat = x.var(correction=0) <= FLAT + 1e-14 * (x * x).mean()
-    rule = config.exponent_rule
-    if rule.name == "fixed":
-        return rule.p, None
-    if rule.name == "schedule":
-        return rule.p_start + (rule.p_end - rule.p_start) * progress, None
-    if rule.name == "linear":
-        return rule.p_max - (rule.p_max - rule.p_min) * f, None
-    if rule.name == "ess":
-        n1 = ess_fraction(x, 1.0)
-        target = float(n1 + (1 - n1) * f)
+    if config.rule == "fixed":
+        return config.p, None
+    if config.rule == "schedule":
+        return config.p_start + (config.p_end - config.p_start) * progress, None
+    low = 0.0 if config.p_min is None else config.p_min
+    if config.rule == "linear":
+        high, reference = (1.0 if value is None else value for value in (config.p_max, config.clip_reference))
+        return high - (high - low) * min(1.0, f / reference), None
+    n1 = float(ess_fraction(x, 1.0))
+    if config.rule == "ess_relative":
+        target = n1 + (1 - n1) * f
         p = 1.0 if flat or f == 0 else 0.0 if f == 1 else bisect(x, target)
         return p, target
-    target = rule.ess_floor + (1 - rule.ess_floor) * f
-    p = 1.0 if flat else bisect(x, target, rule.p_min, rule.p_max)
-    return min(max(p, rule.p_min), rule.p_max), target
+    keep = 0.95 if config.ess_target is None else config.ess_target
+    target = keep + (1 - keep) * min(1.0, f / (0.05 if config.clip_reference is None else config.clip_reference))
+    if flat or n1 >= target:
+        return 1.0, target
+    return (bisect(x, target, low) if ess_fraction(x, low) > target else low), target
 
 
 def reference_objective(log_probs, old, trajectory, advantages, weights, config, progress=0.0):

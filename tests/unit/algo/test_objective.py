@@ -13,8 +13,11 @@ from pmpo_megatron.errors import ConfigError, NonFiniteError
 from tests.unit.algo.reference import bisect, ess_fraction, reference_objective
 
 EXTRA = {
-    "floor": ObjectiveConfig(rule="ess_floor", ess_floor=0.6),
+    "relative": ObjectiveConfig(rule="ess_relative"),
+    "target": ObjectiveConfig(ess_target=0.6, clip_reference=1.0, p_min=0.1),
     "linear": ObjectiveConfig(rule="linear", p_min=-1.0, p_max=2.0),
+    "steep": ObjectiveConfig(rule="linear", clip_reference=0.2),
+    "small": ObjectiveConfig(rule="fixed", p=0.03),
     "log_sequence": ObjectiveConfig(rule="fixed", p=0.5, clip_level="sequence", eps_low_log=0.1, eps_high_log=0.1),
 }
 CONFIGS = PRESETS | EXTRA
@@ -79,7 +82,12 @@ def test_property_matches_the_slow_reference(seed, lengths, std, outlier, name, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), low=st.floats(0.01, 3.0), high=st.floats(0.01, 3.0), rule=st.sampled_from(["ess", "linear"]))
+@given(
+    seed=st.integers(0, 10**6),
+    low=st.floats(0.01, 3.0),
+    high=st.floats(0.01, 3.0),
+    rule=st.sampled_from(["ess", "ess_relative", "linear"]),
+)
 def test_property_over_clip_bounds(seed, low, high, rule):
     assert_matches_reference(
         make_batch(seed, std=0.8), ObjectiveConfig(rule=rule, eps_low_log=low, eps_high_log=high), tolerance=1e-8
@@ -115,12 +123,12 @@ def test_ess_meets_its_target_against_bisection(length, outlier):
     if outlier is not None:
         x[-1] = outlier
     zeros, trajectory = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.long)
-    out = evaluate_objective(x, zeros, trajectory, torch.tensor([-1.0]), torch.ones(1), PRESETS["pmpo"])
+    config = ObjectiveConfig(clip_reference=0.5)
+    out = evaluate_objective(x, zeros, trajectory, torch.tensor([-1.0]), torch.ones(1), config)
     clipped = x.clamp(min=-0.4)
-    n1 = ess_fraction(clipped, 1.0)
-    target = n1 + (1 - n1) * (x < -0.4).double().mean()
+    target = 0.95 + 0.05 * min(1.0, float((x < -0.4).double().mean()) / 0.5)
     assert abs(out.target_ess_N[0] / length - target) < 1e-12
-    assert abs(out.ess_N[0] / length - target) < 1e-9 <= 1e-6
+    assert abs(out.ess_N[0] / length - target) < 1e-9
     assert abs(ess_fraction(clipped, float(out.p_N[0])) - target) < 1e-9
     assert abs(float(out.p_N[0]) - bisect(clipped, target)) < 1e-7
 
@@ -276,11 +284,26 @@ def test_token_weights_scale_each_tokens_gradient_only():
     [
         ({"preset": "pmppo"}, "preset", "did you mean 'pmpo'"),
         ({"rule": "ess", "p": 1.0}, "p", "no effect with rule 'ess'"),
-        ({"rule": "fixed"}, "p", "required by rule 'fixed'"),
+        ({"rule": "fixed"}, "p", "is required (the order)"),
         ({"rule": "schedule", "p_start": 2.0}, "p_end", "required"),
         ({"rule": "linear", "p_min": 1.0, "p_max": 0.0}, "p_min", "above p_max"),
-        ({"rule": "ess_floor", "ess_floor": 1.5}, "ess_floor", "fraction"),
-        ({"rule": "ess_floor", "ess_floor": 0.5, "p_min": -1.0}, "p_min", "at least 0"),
+        ({"ess_target": 0.0}, "ess_target", "must be above 0"),
+        ({"ess_target": 1.0}, "ess_target", "must be below 1"),
+        ({"ess_target": float("nan")}, "ess_target", "is not a number"),
+        ({"clip_reference": 0.0}, "clip_reference", "must be above 0"),
+        ({"clip_reference": 1.1}, "clip_reference", "must be at most 1"),
+        ({"rule": "linear", "clip_reference": 0.0}, "clip_reference", "must be above 0"),
+        ({"p_min": -0.1}, "p_min", "must be at least 0"),
+        ({"p_min": 1.1}, "p_min", "must be at most 1"),
+        ({"rule": "ess_relative", "ess_target": 0.9}, "ess_target", "no effect with rule 'ess_relative'; it belongs to ess"),
+        ({"rule": "fixed", "p": 1.0, "clip_reference": 0.5}, "clip_reference", "it belongs to ess, linear"),
+        ({"rule": "ess_floor", "ess_floor": 0.6}, "rule", "is now 'ess' with ess_target"),
+        ({"preset": "pmpo", "rule": "ess_floor"}, "rule", "is now 'ess' with ess_target"),
+        ({"rule": "ess_relativ"}, "rule", "did you mean 'ess_relative'"),
+        ({"rule_parameters": {"floor": 1.0}}, "rule_parameters.floor", "for a rule of your own"),
+        ({"rule": "no_such_module:Rule"}, "rule", "cannot be imported"),
+        ({"rule": "math:gone"}, "rule", "cannot be imported"),
+        ({"rule": "math:cos"}, "rule", "is not a subclass of"),
         ({"clip_level": "sequence"}, "rule", "clips no token"),
         ({"eps_low_ratio": 0.2}, "eps_low_ratio", "eps_low_ratio and eps_high_ratio"),
         ({"eps_low_log": None}, "eps_high_log", "eps_low_log and eps_high_log"),
