@@ -80,3 +80,24 @@ def test_a_disk_too_small_for_any_checkpoint_is_an_error_before_anything_starts(
 def test_the_best_checkpoints_cannot_be_told_without_an_evaluation(capfd, tmp_path):
     code, output = dry_run(capfd, tmp_path, "checkpoint.keep_best=1")
     assert code == 2 and "checkpoint.keep_best: needs evaluation.data" in output.err
+
+
+def test_a_directory_in_use_is_an_error_before_anything_expensive(capfd, tmp_path):
+    """pmpo-train itself, while another process holds the run's directory."""
+    from tests.tiny_models import save_tiny_model
+
+    hold = "import sys, time; from pmpo_megatron.checkpoint.run_lock import RunLock; lock = RunLock(sys.argv[1])"
+    model, directory = save_tiny_model("qwen2", tmp_path / "model"), tmp_path / "run"
+    command = [sys.executable, "-c", f"{hold}; print(1, flush=True); time.sleep(100)", str(directory)]
+    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"1\n"
+        settings = ["data.source=arithmetic", "sampling.max_tokens=16", "data.max_prompt_tokens=16", "run.device=cpu"]
+        settings += ["rollout.max_model_len=64", "rollout.kv_cache_gib=0.1"]
+        code = main([f"model.path={model}", f"run.directory={directory}", *settings])
+    finally:
+        holder.kill()
+        holder.wait()
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert code == 2 and line.startswith(f"error: run.directory: {directory} is in use by process {holder.pid} on host ")
+    assert [path.name for path in directory.iterdir()] == ["run.lock"]
