@@ -6,14 +6,14 @@ import math
 
 import torch
 
-from pmpo_megatron.hf.mapping import Mapping
+from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.model.policy import Policy
 
 MOMENTS = 8  # Adam's two, float32
 MASTER = 4  # the float32 copy of a weight
 
 
-def checkpoint_bytes(mapping: Mapping, dtype: torch.dtype, *, distributed: bool) -> int:
+def checkpoint_bytes(mapping: WeightMapping, dtype: torch.dtype, *, distributed: bool) -> int:
     """Of the whole model: weights and optimizer state of all ranks together. Padding and descriptions come on top.
 
     Args:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from pmpo_megatron.commands.train import main
 from pmpo_megatron.data.prompts import DataConfig, check_rows, load_prompts
 from pmpo_megatron.errors import ConfigError, DataError, MappingError
-from pmpo_megatron.hf.mapping import Mapping
+from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import read_shape
 from pmpo_megatron.hf.tiny_model import make_tokenizer
@@ -173,7 +173,7 @@ def test_headers_are_checked_before_the_start(capfd, tmp_path, broken, what):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_named_while_they_are_loaded(model, value):
-    mapping, reader = Mapping(read_shape(model)), SafetensorsReader(model)
+    mapping, reader = WeightMapping(read_shape(model)), SafetensorsReader(model)
 
     def read(name):
         tensor = reader(name).clone()

@@ -7,7 +7,7 @@ import pytest
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.config import CheckpointConfig
 from pmpo_megatron.errors import CheckpointError
-from pmpo_megatron.training.trainer import Progress
+from pmpo_megatron.training.trainer import RunProgress
 
 
 def make(root, name):
@@ -103,8 +103,8 @@ GOOD = {
     ],
 )  # fmt: skip
 def test_progress_of_wrong_types_is_damage(changed):
-    assert Progress.of(GOOD).accuracy == {} and Progress.of(GOOD | {"accuracy": {"2": 0.5}}).accuracy == {"2": 0.5}
+    assert RunProgress.of(GOOD).accuracy == {} and RunProgress.of(GOOD | {"accuracy": {"2": 0.5}}).accuracy == {"2": 0.5}
     with pytest.raises(CheckpointError, match="progress.json"):
-        Progress.of(GOOD | changed)
+        RunProgress.of(GOOD | changed)
     with pytest.raises(CheckpointError, match="round is missing"):
-        Progress.of({name: value for name, value in GOOD.items() if name != "round"})
+        RunProgress.of({name: value for name, value in GOOD.items() if name != "round"})
