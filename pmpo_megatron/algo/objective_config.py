@@ -40,6 +40,9 @@ class ObjectiveConfig(_RuleParameters):
     importance: str = setting("none", "correction for the engine's log-probs", choices=("none", "token", "sequence"))
     importance_cap: float = setting(2.0, "truncation of that correction", unit="ratio", minimum=1.0)
 
+    def __hash__(self) -> int:  # all but the mapping, which has none
+        return hash(tuple(getattr(self, item.name) for item in fields(self) if item.name != "rule_parameters"))
+
     def validate(self) -> None:
         _check_rule(self)
         _check_bounds(self)

@@ -58,7 +58,8 @@ def choose_p(x, f, config, progress):
     target = keep + (1 - keep) * min(1.0, f / (0.05 if config.clip_reference is None else config.clip_reference))
     if flat or n1 >= target:
         return 1.0, target
-    return (bisect(x, target, low) if ess_fraction(x, low) > target else low), target
+    met_by_none = target >= 1 or ess_fraction(x, low) <= target  # n(p) = 1 at p = 0 alone, but for rounding
+    return (low if met_by_none else bisect(x, target, low)), target
 
 
 def reference_objective(log_probs, old, trajectory, advantages, weights, config, progress=0.0):

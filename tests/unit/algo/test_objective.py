@@ -208,6 +208,7 @@ def test_one_collective_and_any_sharding(name):
             advantages,
             weights,
             CONFIGS[name],
+            progress=0.4,
             sum_over_shards=lambda t: (tables.append(t), t)[1],
         )
     assert len(tables) == 4
