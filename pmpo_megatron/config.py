@@ -102,6 +102,8 @@ def convert(value: Any, expected: Any, name: str) -> Any:
             what would be right.
     """
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any:
+        return _check_value(value, name)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None

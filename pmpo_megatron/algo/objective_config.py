@@ -62,8 +62,9 @@ class ObjectiveConfig(_RuleParameters):
         if len(given) == 1:
             other = ({"log", "ratio"} - given).pop()
             base |= {f"eps_low_{other}": None, f"eps_high_{other}": None}
-        if "rule" in values and values["rule"] != base.get("rule", "ess"):
-            find_rule(values["rule"])  # which says more than the first of its parameters that is not known
+        rule = values.get("rule")
+        if isinstance(rule, str) and rule != base.get("rule", "ess"):
+            find_rule(rule)  # which says more than the first of its parameters that is not known
             base |= dict.fromkeys(PARAMETERS) | {"rule_parameters": {}}
         return base
 

@@ -16,6 +16,7 @@ CALLED_BY_LIBRARIES = {
     "resolve_tensor",
     "elapsed_time",  # Megatron's timers
     "construct_mapping",  # PyYAML
+    "repr_int",  # reprlib
 }
 FOR_TESTS = {"process_ids", "join_context_shards"}  # which processes to kill; the inverse of taking shards
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from pmpo_megatron.commands.train import main
+from pmpo_megatron.hf.tiny_model import make_tokenizer
+from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,12 +64,19 @@ def test_the_command_itself(arguments, variables, message):
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
 
 
+def model_with_tokenizer(directory):
+    """A tiny model that knows the characters of the generated task."""
+    tokenizer = make_tokenizer()
+    save_tiny_model("qwen2", directory, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def test_a_disk_too_small_for_any_checkpoint_is_an_error_before_anything_starts(capfd, tmp_path, monkeypatch):
     from pmpo_megatron.checkpoint import files
-    from tests.tiny_models import save_tiny_model
 
     monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
-    model, directory = save_tiny_model("qwen2", tmp_path / "model"), tmp_path / "run"
+    model, directory = model_with_tokenizer(tmp_path / "model"), tmp_path / "run"
     settings = ["data.source=arithmetic", "sampling.max_tokens=16", "data.max_prompt_tokens=16", "run.device=cpu"]
     settings += ["rollout.max_model_len=64", "rollout.kv_cache_gib=0.1"]
     code = main([f"model.path={model}", f"run.directory={directory}", *settings])
@@ -84,10 +93,8 @@ def test_the_best_checkpoints_cannot_be_told_without_an_evaluation(capfd, tmp_pa
 
 def test_a_directory_in_use_is_an_error_before_anything_expensive(capfd, tmp_path):
     """pmpo-train itself, while another process holds the run's directory."""
-    from tests.tiny_models import save_tiny_model
-
     hold = "import sys, time; from pmpo_megatron.checkpoint.run_lock import RunLock; lock = RunLock(sys.argv[1])"
-    model, directory = save_tiny_model("qwen2", tmp_path / "model"), tmp_path / "run"
+    model, directory = model_with_tokenizer(tmp_path / "model"), tmp_path / "run"
     command = [sys.executable, "-c", f"{hold}; print(1, flush=True); time.sleep(100)", str(directory)]
     holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     try:
