@@ -7,6 +7,7 @@ import logging
 import os
 import selectors
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -20,11 +21,11 @@ from pathlib import Path
 from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.rewards.config import LONGEST_TIMEOUT_S
 from pmpo_megatron.rewards.functions import find_function
-from pmpo_megatron.rewards.worker import HEADER
 from pmpo_megatron.units import GIB
 
 logger = logging.getLogger(__name__)
 
+HEADER = struct.Struct("<Q")  # bytes of the message that follows
 START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
 MAX_FAILED_STARTS = 3
 MAX_KINDS_OF_ERROR = 20

@@ -13,10 +13,9 @@ import logging
 import os
 import resource
 import signal
-import struct
 import sys
 
-HEADER = struct.Struct("<Q")
+from pmpo_megatron.rewards.pool import HEADER
 
 
 def main() -> None:
