@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from pmpo_megatron.algo.objective_config import PRESETS, ObjectiveConfig
-from pmpo_megatron.algo.power_sums import LOG_RATIO_LIMIT, OneOrder, PowerSums, tabulate, tabulate_order
+from pmpo_megatron.algo.one_order import OneOrder, tabulate_order
+from pmpo_megatron.algo.power_sums import LOG_RATIO_LIMIT, PowerSums, tabulate
 from pmpo_megatron.errors import ConfigError, NonFiniteError
 
 __all__ = ["PRESETS", "ObjectiveConfig", "ObjectiveOutput", "evaluate_objective"]

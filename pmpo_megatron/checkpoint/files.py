@@ -96,10 +96,7 @@ def read_manifest(directory: Path) -> dict[str, list[int]]:
         CheckpointError: it is absent or damaged.
     """
     path = directory / MANIFEST
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: absent or damaged: {error}") from None
+    content = _read_json(path)
     found = content.get("files") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{path}: damaged: it names no files")
@@ -118,13 +115,17 @@ def read_progress(directory: Path) -> dict[str, Any]:
         CheckpointError: it is absent or damaged.
     """
     path = directory / PROGRESS
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: absent or damaged: {error}") from None
+    found = _read_json(path)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: damaged: a {type(found).__name__} instead of named values")
     return found
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: absent or damaged: {error}") from None
 
 
 def find_damage(directory: Path, files: dict[str, list[int]]) -> str | None:

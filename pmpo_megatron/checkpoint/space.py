@@ -8,6 +8,7 @@ import torch
 
 from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.model.policy import Policy
+from pmpo_megatron.units import GIB
 
 MOMENTS = 8  # Adam's two, float32
 MASTER = 4  # the float32 copy of a weight
@@ -33,4 +34,4 @@ def bytes_of(policy: Policy) -> int:
 
 def describe_bytes(count: int) -> str:
     """``count`` in bytes, and in GiB where that says more."""
-    return f"{count} bytes" + (f" ({count / 2**30:.2f} GiB)" if count >= 2**27 else "")
+    return f"{count} bytes" + (f" ({count / GIB:.2f} GiB)" if count >= 2**27 else "")

@@ -77,7 +77,7 @@ class SafetensorsReader:
         """
         for name, shape in shapes.items():
             if name not in self.files:
-                continue  # `Mapping.check_names` says so of all together
+                continue  # `WeightMapping.check_names` says so of all together
             path = self.files[name]
             try:
                 header = self._handle(path).get_slice(name)

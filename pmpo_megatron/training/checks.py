@@ -102,10 +102,8 @@ def _check_space(config: RunConfig, shape: ModelShape) -> None:
     if files.list_checkpoints(root):
         return
     dtype = config.model.torch_dtype(torch.device("cuda" if _on_gpu(config) else "cpu"))
-    needed, free = (
-        checkpoint_bytes(WeightMapping(shape), dtype, distributed=config.optimizer.distributed),
-        files.free_bytes(root),
-    )
+    needed = checkpoint_bytes(WeightMapping(shape), dtype, distributed=config.optimizer.distributed)
+    free = files.free_bytes(root)
     if needed > free:
         raise ConfigError(
             "run.directory",
