@@ -38,7 +38,6 @@ setup(
         "tensorboard",
         "matplotlib",
         "scipy",
-        "aiohttp",
         "xxhash",
     ],
     extras_require={
@@ -52,6 +51,7 @@ setup(
         "console_scripts": [
             "pmpo-train = pmpo_megatron.commands.train:main",
             "pmpo-evaluate = pmpo_megatron.commands.evaluate:main",
+            "pmpo-rollout-node = pmpo_megatron.commands.rollout_node:main",
         ],
     },
 )

@@ -33,15 +33,20 @@ class Rollout:
 
     ``token_ids`` are the response tokens as sampled, the stop token included. ``log_probs`` (float32, same length)
     are those of the distribution that was sampled from: temperature and truncation applied.
-    ``policy_version`` counts weight updates of the engine; it is the oldest version that produced one of the tokens.
+    ``versions`` (int32, same length) is the number of the weights that made each token, counted by the engine's updates.
     """
 
     token_ids: tuple[int, ...]
     log_probs: np.ndarray
     text: str
     finish_reason: str  # "stop": a stop token or string; "length": the token limit
-    policy_version: int
+    versions: np.ndarray
     seed: int
+
+    @property
+    def policy_version(self) -> int:
+        """The oldest version that made one of the tokens."""
+        return int(self.versions.min())
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from pmpo_megatron.rewards import RewardConfig, RewardScorer
 from pmpo_megatron.rewards.functions import find_function
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.factory import make_engine
+from pmpo_megatron.rollout.remote_process import own_nodes
 from pmpo_megatron.training.launch import close_on_interrupt, quiet_libraries, run_command, set_up_logging
 
 logger = logging.getLogger("pmpo_megatron.commands.evaluate")  # also where this file is run as __main__
@@ -107,13 +108,6 @@ def _add_sampling_options(group: Any) -> None:
 
 def _add_engine_options(group: Any) -> None:
     add = group.add_argument
-    add(
-        "--urls",
-        nargs="+",
-        default=[],
-        metavar="URL",
-        help="running vLLM servers that hold the model, instead of an engine here",
-    )
     add("--rollout", nargs="+", default=[], metavar="KEY=VALUE", help="fields of the rollout section of a run's configuration: "
         "engines=2 tensor_parallel=4 dtype=bfloat16 max_model_len=4096 kv_cache_gib=2 threads=8 ...")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU where there is one)")
@@ -144,7 +138,7 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
     ks = tuple(sorted(options.pass_k)) if options.pass_k else default_ks(options.samples)
     if ks and not 1 <= ks[0] <= ks[-1] <= options.samples:
         raise ConfigError("--pass-k", f"{list(ks)}: must lie between 1 and --samples, which is {options.samples}")
-    at_once = rollout.max_num_seqs * (len(rollout.urls) or rollout.engines)
+    at_once = rollout.max_num_seqs * rollout.engines * max(1, len(rollout.hosts))
     chunk = options.chunk if options.chunk is not None else max(1, 2 * at_once // options.samples)
     if chunk < 1:
         raise ConfigError("--chunk", f"{chunk} must be at least 1")
@@ -157,17 +151,13 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
 
 def _rollout_config(options: argparse.Namespace) -> RolloutConfig:
     values = {"gpu_memory_utilization": 0.9}  # training leaves room for the trainer; here the GPU is the engine's alone
-    if options.urls:
-        if len(options.models) > 1:
-            raise ConfigError("--urls", f"the servers hold one model, but {len(options.models)} are named")
-        values |= {"engine": "server", "urls": options.urls}
     try:
         config = build(RolloutConfig, apply_overrides(values, options.rollout))
     except ConfigError as error:
         raise error.within("--rollout") from None
     if config.nodes == "all":
-        raise ConfigError("--rollout.nodes", "an evaluation runs on one node; for more, start servers and name their --urls")
-    if config.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError("--rollout.nodes", "an evaluation has one node; for more, nodes=own, hosts and pmpo-rollout-node")
+    if find_spec("vllm") is None:
         raise ConfigError("--rollout.engine", "vllm is not installed; see the README for the requirements")
     return config
 
@@ -224,7 +214,8 @@ def _answer(model: Model, plan: EvaluationPlan, tasks: Sequence[Task], directory
         longest = max(len(prompt.token_ids) for task in tasks for prompt in task.prompts)
         needed = min(limit or ANY_LENGTH, longest + plan.sampling.max_tokens)  # a KV cache for more may not fit
         rollout = replace(plan.rollout, max_model_len=needed)
-        engine = make_engine(rollout, model_path=str(path), device=plan.device, worker_extension=None)
+        nodes = own_nodes(rollout)
+        engine = make_engine(rollout, model_path=str(path), device=plan.device, worker_extension=None, nodes=nodes)
         parts.callback(engine.close)
         scorer = RewardScorer(plan.rewards, max_tokens=plan.sampling.max_tokens)
         parts.callback(scorer.close)
@@ -245,8 +236,6 @@ def command(options: argparse.Namespace) -> int:
     quiet_libraries()
     models = find_models(options.models, options.hf)
     plan = make_plan(options)
-    if plan.rollout.engine == "server" and not models[0].is_hugging_face:
-        raise ConfigError("--urls", f"the servers cannot be given {models[0].path}; name the directory they were started with")
     close_on_interrupt()
     for model in models:
         evaluate_model(model, plan)

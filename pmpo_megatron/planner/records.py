@@ -85,7 +85,7 @@ class Plan:
     Attributes:
         gpus: every kind of GPU in the run; the first is of rank 0.
         recompute: bytes of activations on the fullest GPU with each kind of recomputation, the rest as configured.
-        engine: on each of vLLM's GPUs; None where rollouts are recorded ones, or come from servers.
+        engine: on each of vLLM's GPUs; None where rollouts are recorded ones, or come from nodes of their own.
         problems: why the run cannot work as it is configured; empty if it fits.
         notes: what is worth changing all the same.
     """

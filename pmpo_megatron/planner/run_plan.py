@@ -45,7 +45,7 @@ def plan(
     shape = shape or model_shape(config.model.path)
     data_parallel = _data_parallel_size(config, world_size)
     load = Load.of(config, data_parallel, sequence)
-    engine = engine_bytes(shape, config.rollout, hardware) if config.rollout.engine == "vllm" else None
+    engine = engine_bytes(shape, config.rollout, hardware) if config.rollout.beside_trainer else None
     gpus = _gpus(config, world_size, hardware, shape, load, engine)
     step = _training_cost(config, world_size, hardware, shape, gpus).step(load.work)
     generation = _generation(config, world_size, shape, load, engine, hardware)
@@ -152,6 +152,6 @@ def _round_time(config, shape, hardware, step: StepTime, generation: GenerationT
         rollouts=generation.seconds if generation is not None else 0.0,
         scoring=passes * steps * step.scoring,
         steps=steps * step.seconds,
-        weights=bytes_moved / hardware.host_bytes_per_s if config.rollout.engine == "vllm" else 0.0,
+        weights=bytes_moved / hardware.host_bytes_per_s if config.rollout.beside_trainer else 0.0,
         asynchronous=config.round.asynchronous,
     )

@@ -69,8 +69,8 @@ def engines_text(count: int) -> str:
 def _engine_lines(found: Plan) -> list[str]:
     engine, rollout = found.engine, found.config.rollout
     if engine is None:
-        servers = len(rollout.urls)
-        return [f"rollouts: from {servers} server{'s' * (servers > 1)}" if servers else "rollouts: recorded ones"]
+        nodes = len(rollout.hosts)
+        return [f"rollouts: from {nodes} node{'s' * (nodes > 1)} of their own" if nodes else "rollouts: recorded ones"]
     last = rollout.engines * rollout.tensor_parallel - 1
     nodes = engine_nodes(rollout, found.world_size, found.hardware)
     node = "the first node" if nodes == 1 else f"each of {nodes} nodes"

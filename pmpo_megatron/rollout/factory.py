@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
-from pmpo_megatron.rollout.config import RolloutConfig
+from pmpo_megatron.rollout.config import ENGINES, RolloutConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
-from pmpo_megatron.rollout.replay import RecordingEngine, ReplayEngine
-from pmpo_megatron.rollout.server_engine import ServerEngine
-from pmpo_megatron.rollout.vllm_engine import VLLMEngine
-from pmpo_megatron.rollout.vllm_process import NodeAddress
+from pmpo_megatron.rollout.remote_process import NodeAddress
+from pmpo_megatron.rollout.replay import RecordingEngine
 
 
 def make_engine(
@@ -25,18 +24,13 @@ def make_engine(
     Args:
         device: ``cpu`` or ``cuda``.
         worker_extension: import path ``package.module.Class`` of a class whose methods become vLLM workers'.
-        nodes: engine vllm: other nodes on which engines are started, too.
+        nodes: on which engines are started, too.
 
     Raises:
         RolloutError: it does not start; with the end of its log.
         DataError: recorded rollouts cannot be read.
     """
-    if config.engine == "replay":
-        return ReplayEngine(config.replay_from)
-    if config.engine == "server":
-        engine = ServerEngine(config)
-    else:
-        engine = VLLMEngine(config, model_path=model_path, device=device, worker_extension=worker_extension, nodes=nodes)
-    if config.record_to is not None:
-        return RecordingEngine(engine, config.record_to)
-    return engine
+    module, _, name = ENGINES[config.engine].partition(":")
+    kind = getattr(importlib.import_module(module), name)
+    engine = kind(config, model_path=model_path, device=device, worker_extension=worker_extension, nodes=nodes)
+    return engine if config.record_to is None else RecordingEngine(engine, config.record_to)

@@ -23,7 +23,8 @@ from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.node_agent import NodeAgent
-from pmpo_megatron.rollout.vllm_process import NodeAddress, give_up_starts
+from pmpo_megatron.rollout.remote_process import NodeAddress, own_nodes
+from pmpo_megatron.rollout.vllm_process import give_up_starts
 from pmpo_megatron.training.collector import Collector
 from pmpo_megatron.training.held_out import Evaluator
 from pmpo_megatron.training.launch import StopRequest
@@ -93,8 +94,10 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, pa
 
 
 def _other_nodes(config: RolloutConfig, state: ParallelState, parts: ExitStack) -> list[NodeAddress]:
-    """Where rank 0 starts engines on the other nodes: an agent listens in the first rank of each. Collective."""
-    if config.engine != "vllm" or config.nodes == "first":
+    """Where else rank 0 starts engines: with nodes `all` an agent listens in the first rank of each. Collective."""
+    if config.nodes == "own":
+        return own_nodes(config)
+    if config.nodes == "first":
         return []
     address = None
     if state.local_rank == 0 and not state.is_main:
@@ -106,14 +109,13 @@ def _other_nodes(config: RolloutConfig, state: ParallelState, parts: ExitStack) 
 
 def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nodes: list[NodeAddress]) -> Future[RolloutEngine]:
     """The engine starts in a thread, while this one builds the policy."""
-    extension = WORKER_EXTENSION if config.rollout.engine == "vllm" else None
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
     future = thread.submit(
         make_engine,
         config.rollout,
         model_path=config.model.path,
         device=state.device.type,
-        worker_extension=extension,
+        worker_extension=WORKER_EXTENSION,
         nodes=nodes,
     )
     thread.shutdown(wait=False)

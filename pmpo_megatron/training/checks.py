@@ -21,6 +21,7 @@ from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.rewards.functions import find_function
+from pmpo_megatron.rollout.remote_process import own_nodes
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import round_up
 
@@ -56,6 +57,7 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
             lines.append(_check_data(name, data, tokenizer, shape))
     if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
+    _in_section("rollout", lambda: own_nodes(config.rollout))
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("rollout.engine", "vllm is not installed; see the README for the requirements")
     if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
@@ -189,9 +191,10 @@ def _describe_layout(config: RunConfig, world_size: int, data_parallel: int) -> 
 
 def _describe_rollouts(config: RunConfig) -> str:
     rollout = config.rollout
-    if rollout.engine != "vllm":
-        return rollout.engine
-    return f"{rollout.engines} vLLM{'s' * (rollout.engines > 1)}, tensor {rollout.tensor_parallel}"
+    if rollout.replay_from is not None:
+        return f"from {rollout.replay_from}"
+    where = {"first": "", "all": " on every node", "own": f" on each of {', '.join(rollout.hosts)}"}[rollout.nodes]
+    return f"{rollout.engines} vLLM{'s' * (rollout.engines > 1)}{where}, tensor {rollout.tensor_parallel}"
 
 
 def _describe_batch(config: RunConfig) -> str:

@@ -239,28 +239,3 @@ def corrupt_and_recover(path: str, engines: int) -> dict:
     bridge.close()
     shut_down()
     return found
-
-
-def update_servers(path: str, urls: list[str], directory: str, bridge_settings: dict, learning_rate: float) -> dict:
-    """Answers of servers before and after an update, and of servers that say that they hold older weights."""
-    state = initialize(ParallelConfig(), device="cpu")
-    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=learning_rate), ParallelConfig(), state)
-    engine = make_engine(
-        RolloutConfig(engine="server", urls=tuple(urls)), model_path=path, device="cpu", worker_extension=EXTENSION
-    )
-    found = {"before": answers(engine)}
-    bridge = WeightBridge(policy, engine, BridgeConfig(**bridge_settings))
-    train(policy, ParallelConfig())
-    bridge.push(4)
-    found["after"] = answers(engine)
-    real, calls = engine.on_restart, []
-    engine.on_restart = lambda engine: (calls.append(engine.version), real(engine))
-    engine.version = 5  # as if the servers, which say 4, had been started again since
-    found["again"], found["restored"] = bridge.attend(lambda: answers(engine)), calls
-    export(bridge, path, Path(directory) / "exported")
-    bridge.close()
-    fresh = engine_for(str(Path(directory) / "exported"))
-    found["fresh"] = answers(fresh)
-    fresh.close()
-    shut_down()
-    return found

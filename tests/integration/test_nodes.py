@@ -10,8 +10,8 @@ import pytest
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.node_agent import NodeAgent
-from pmpo_megatron.rollout.vllm_engine import engine_settings
-from pmpo_megatron.rollout.vllm_process import Launch, RemoteProcess
+from pmpo_megatron.rollout.remote_process import RemoteProcess
+from pmpo_megatron.rollout.vllm_settings import Launch, engine_settings
 from tests.distributed.harness import run_ranks
 from tests.integration.engine_worker import save_model
 from tests.integration.test_bridge import WORKER, same
@@ -43,7 +43,7 @@ def test_an_engine_that_cannot_start_on_another_node_says_why(agent, tmp_path):
     config = RolloutConfig(max_model_len=10**6, threads=1, kv_cache_gib=0.1)
     path = save_model("qwen2", tmp_path / "model")
     settings = engine_settings(config, model_path=path, device="cpu", worker_extension=None)
-    process = RemoteProcess(Launch(settings, "cpu", 1, 0, 1), agent.address)
+    process = RemoteProcess(Launch(settings, "cpu", 1, 0, 1), agent.address, stall_s=100)
     with pytest.raises(RolloutError, match="(?s)did not start.*max_model_len.*was on 127.0.0.1"):
         process.start(200)
     deadline = time.monotonic() + 120  # the agent hears of it from the connection
