@@ -28,14 +28,14 @@ class Job:
     def requests(self, samples: Iterable[int]) -> tuple[np.ndarray, list[tuple[str, int]]]:
         """The prompt's token ids, int32, and the (name, seed) of each response."""
         names = [(f"{self.number}/{sample}", self._seed(sample)) for sample in samples]
-        return np.array(self.prompt.token_ids, dtype=np.int32), names
+        return self.prompt.token_ids, names
 
     def take(self, name: str, token_ids: np.ndarray, log_probs: np.ndarray, text: str, reason: str,
              spans: Sequence[tuple[int, int]]) -> bool:  # fmt: skip
         """A response, as `vllm_child` sends it; whether it was the last."""
         sample = int(name.partition("/")[2])
         versions = np.repeat(*np.array(spans, dtype=np.int32).reshape(-1, 2).T)
-        self._rollouts[sample] = Rollout(tuple(token_ids.tolist()), log_probs, text, reason, versions, self._seed(sample))
+        self._rollouts[sample] = Rollout(token_ids, log_probs, text, reason, versions, self._seed(sample))
         if len(self._rollouts) < self.sampling.samples_per_prompt:
             return False
         if self.future.set_running_or_notify_cancel():

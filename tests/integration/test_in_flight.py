@@ -46,7 +46,7 @@ def load(engine, manifest, version):
 
 def expected_log_probs(models, prompt_ids, rollout, weights_of, *, recompute):
     """By Hugging Face; what keys and values of earlier tokens are made of is kept from version to version, or is made anew."""
-    ids, start = torch.tensor([prompt_ids + tuple(rollout.token_ids)]), len(prompt_ids)
+    ids, start = torch.tensor(np.concatenate([prompt_ids, rollout.token_ids]))[None].long(), len(prompt_ids)
     changes = [0, *(np.flatnonzero(np.diff(rollout.versions)) + 1), len(rollout.token_ids)]
     cache, seen, rows = transformers.DynamicCache(), 0, []
     for first, end in zip(changes, changes[1:], strict=False):
@@ -95,7 +95,7 @@ def test_a_new_request_does_not_use_a_prefix_that_older_weights_computed(models)
     """A long response goes on meanwhile, so that the cache is not emptied."""
     path, found = models
     engine = engine_for(str(path))
-    prompt = Prompt(0, tuple(range(2, 80)) * 2, "", ("1",))  # longer than a block of the cache
+    prompt = Prompt(0, np.tile(np.arange(2, 80, dtype=np.int32), 2), "", ("1",))  # longer than a block of the cache
     try:
         running = engine.submit(prompts(), LONG, round_index=0)
         engine.generate([prompt], LONG, round_index=0)

@@ -15,7 +15,9 @@ from pmpo_megatron.types import Prompt
 
 def make_parts(count: int, samples: int) -> list:
     sampling = SamplingConfig(samples_per_prompt=samples)
-    return [(Job(Prompt(10 * index, (1, 2), "", ()), sampling, 0), range(samples)) for index in range(count)]
+    return [
+        (Job(Prompt(10 * index, np.array([1, 2], np.int32), "", ()), sampling, 0), range(samples)) for index in range(count)
+    ]
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3, 8])
