@@ -114,7 +114,8 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None =
             and line.
         ConfigError: no problem is short enough, or the tokenizer is another model's.
     """
-    prompts, too_long = [], 0
+    prompts: list[Prompt] = []
+    too_long = 0
     for where, row in read_rows(config):
         problem, answers = _fields(config, where, row)
         text, special = render(config, problem, tokenizer)
