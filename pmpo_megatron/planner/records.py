@@ -66,12 +66,12 @@ class RoundTime:
     scoring: float
     steps: float
     weights: float
-    asynchronous: bool
+    overlapped: bool
 
     @property
     def seconds(self) -> float:
         training = self.scoring + self.steps + self.weights
-        return max(self.rollouts, training) if self.asynchronous else self.rollouts + training
+        return max(self.rollouts, training) if self.overlapped else self.rollouts + training
 
     @property
     def training(self) -> float:

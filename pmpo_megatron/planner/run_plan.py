@@ -153,5 +153,5 @@ def _round_time(config, shape, hardware, step: StepTime, generation: GenerationT
         scoring=passes * steps * step.scoring,
         steps=steps * step.seconds,
         weights=bytes_moved / hardware.host_bytes_per_s if config.rollout.beside_trainer else 0.0,
-        asynchronous=config.round.asynchronous,
+        overlapped=config.round.mode != "synchronous",
     )

@@ -100,7 +100,7 @@ def _time_lines(found: Plan) -> list[str]:
         f"optimizer step: {step.seconds:.1f} s for {found.load.trajectories} trajectories of {found.load.mean:.0f} tokens "
         f"(assumed) in {found.load.work.micro_batches} micro-batches per data-parallel rank; "
         f"{100 * waiting / step.seconds:.0f}% waiting for links, {100 * step.bubble / step.seconds:.0f}% idle in the pipeline",
-        f"round: {whole.seconds:.0f} s = rollouts {whole.rollouts:.0f}{' beside' if whole.asynchronous else ' +'} log-probs "
+        f"round: {whole.seconds:.0f} s = rollouts {whole.rollouts:.0f}{' beside' if whole.overlapped else ' +'} log-probs "
         f"{whole.scoring:.0f} + {steps} steps {whole.steps:.0f} + weights into vLLM {whole.weights:.0f}"
         " (estimates; the figures behind them are in planner/hardware.py)",
     ]

@@ -18,6 +18,7 @@ def make_engine(
     device: str,
     worker_extension: str | None,
     nodes: Sequence[NodeAddress] = (),
+    in_flight: bool = False,
 ) -> RolloutEngine:
     """The engine that ``config`` asks for, ready to generate with the weights of ``model_path``.
 
@@ -25,6 +26,7 @@ def make_engine(
         device: ``cpu`` or ``cuda``.
         worker_extension: import path ``package.module.Class`` of a class whose methods become vLLM workers'.
         nodes: on which engines are started, too.
+        in_flight: weights will change in the middle of responses.
 
     Raises:
         RolloutError: it does not start; with the end of its log.
@@ -32,5 +34,6 @@ def make_engine(
     """
     module, _, name = ENGINES[config.engine].partition(":")
     kind = getattr(importlib.import_module(module), name)
-    engine = kind(config, model_path=model_path, device=device, worker_extension=worker_extension, nodes=nodes)
+    about = dict(model_path=model_path, device=device, worker_extension=worker_extension, nodes=nodes, in_flight=in_flight)
+    engine = kind(config, **about)
     return engine if config.record_to is None else RecordingEngine(engine, config.record_to)

@@ -46,18 +46,21 @@ class VLLMEngine:
         device: str,
         worker_extension: str | None,
         nodes: Sequence[NodeAddress] = (),
+        in_flight: bool = False,
     ) -> None:
         self.config, self.version = config, 0
         self.on_restart: Callable[[VLLMEngine], None] | None = None
         self.broken: str | None = None
         self._state, self._life = threading.RLock(), threading.RLock()
         self._failure: RolloutError | None = None
-        self._closed = False
+        self._closed = self._updating = False
         self._jobs: dict[int, Job] = {}
         self._waiting: deque[Part] = deque()
         self._restarts = 0  # since the last update, or since there was nothing to do
         self._directory = temporary_directory("pmpo-vllm-")
         settings = engine_settings(config, model_path=model_path, device=device, worker_extension=worker_extension)
+        if in_flight:
+            settings["async_scheduling"] = False  # else vLLM 0.32 labels the step that is under way with the next version
         launches = [Launch(settings, device, config.threads, number, config.engines) for number in range(config.engines)]
         logs = Path(self._directory.name)
         common = dict(stall_s=config.stall_s)
@@ -76,9 +79,13 @@ class VLLMEngine:
             threading.Thread(target=work, daemon=True, name=f"vllm{work.__name__}").start()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
-        return [future.result() for future in self.submit(prompts, sampling, round_index=round_index)]
+        futures = self._submit(prompts, sampling, round_index, divided=self.config.sharing == "divided")
+        return [future.result() for future in futures]
 
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[Future[RolloutGroup]]:
+        return self._submit(prompts, sampling, round_index, divided=False)
+
+    def _submit(self, prompts, sampling, round_index: int, *, divided: bool) -> list[Future[RolloutGroup]]:
         with self._state:
             if self._failure is not None:
                 raise self._failure
@@ -91,26 +98,26 @@ class VLLMEngine:
                 self._jobs[job.number] = job
                 job.future.add_done_callback(lambda _, job=job: self._cancel(job))
             parts = [(job, range(sampling.samples_per_prompt)) for job in jobs]
-            if self.config.sharing == "queue":
-                self._waiting.extend(parts)
-            else:
+            if divided and not self._updating and all(process.fresh for process in self._processes):
                 for process, share in zip(self._processes, divide(parts, len(self._processes)), strict=True):
-                    if process.fresh:
-                        self._ask(process, share)
-                    else:
-                        self._waiting.extend(share)
+                    self._ask(process, share)
+            else:
+                self._waiting.extend(parts)
             self._share_out()
             return [job.future for job in jobs]
 
     @contextmanager
     def update(self, version: int) -> Iterator[None]:
         with self._life:
-            self.broken = "an update is under way"
+            with self._state:
+                self._updating = True
             try:
                 yield
             except Exception as error:
                 self.broken = str(error)
                 raise
+            finally:
+                self._updating = False
             with self._state:
                 recompute = self.config.recompute_kv and version != self.version
                 self.version, self.broken, self._restarts = version, None, 0
@@ -179,7 +186,7 @@ class VLLMEngine:
 
     def _share_out(self) -> None:
         """Prompts that wait go to the engines with the most room."""
-        if self.broken is not None:
+        if self.broken is not None or self._updating:
             return
         room = {process: self.config.max_num_seqs - len(process.requests) for process in self._processes if process.fresh}
         shares: dict[VLLMProcess, list[Part]] = {process: [] for process in room}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from pmpo_megatron.bridge.sync import WeightBridge
@@ -30,6 +31,7 @@ from pmpo_megatron.training.collector import Collector
 from pmpo_megatron.training.held_out import Evaluator
 from pmpo_megatron.training.launch import StopRequest
 from pmpo_megatron.training.run_config import RunConfig
+from pmpo_megatron.training.stream import StreamCollector
 from pmpo_megatron.training.trainer import RunProgress, Trainer
 
 logger = logging.getLogger(__name__)
@@ -121,6 +123,7 @@ def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nod
         device=state.device.type,
         worker_extension=WORKER_EXTENSION,
         nodes=nodes,
+        in_flight=config.round.mode == "in_flight",
     )
     thread.shutdown(wait=False)
     parts.callback(_end_engine, future)
@@ -160,7 +163,12 @@ def _main_parts(
     if progress.sampler:
         sampler.restore(progress.sampler)
     scorer = RewardScorer(config.rewards, max_tokens=config.sampling.max_tokens)
-    collector = Collector(
+    make = Collector
+    if config.round.mode == "in_flight":
+        per_round = config.versions_per_round
+        draws = dict(drawn=progress.drawn, open=progress.open)
+        make = partial(StreamCollector, rounds=config.run.rounds, versions_per_round=per_round, **draws)
+    collector = make(
         prompts=prompts,
         sampler=sampler,
         engine=engine,

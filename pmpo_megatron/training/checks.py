@@ -151,8 +151,8 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError("sampling.samples_per_prompt", "must be at least 2: an advantage compares responses to one prompt")
     if config.sampling.top_p < 1 or config.sampling.top_k:
         logger.warning("sampling.top_p and top_k: the engine's log-probs are of the cut distribution, the trainer's are not")
-    if config.round.asynchronous and config.objective.importance == "none":
-        logger.warning("round.asynchronous without objective.importance: one-round-old rollouts are not corrected for")
+    if config.round.mode != "synchronous" and config.objective.importance == "none":
+        logger.warning("round.mode %s without objective.importance: older rollouts are not corrected for", config.round.mode)
 
 
 def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: ModelShape) -> str:

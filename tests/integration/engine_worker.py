@@ -56,7 +56,7 @@ def prompts(count: int = 4) -> list[Prompt]:
 
 
 def engine_for(path: str, *, nodes=(), **settings):
-    config = RolloutConfig(threads=1, kv_cache_gib=0.1, max_num_seqs=32, **settings)
+    config = RolloutConfig(**dict(threads=1, kv_cache_gib=0.1, max_num_seqs=32) | settings)
     return make_engine(config, model_path=path, device="cpu", worker_extension=EXTENSION, nodes=nodes)
 
 

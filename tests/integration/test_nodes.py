@@ -1,8 +1,12 @@
 """Engines on every node: two ranks stand for two nodes, each the first of its own, and the network is this host's."""
 
 import multiprocessing
+import os
 import socket
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from multiprocessing.connection import Client
 
 import pytest
@@ -10,10 +14,11 @@ import pytest
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.node_agent import NodeAgent
-from pmpo_megatron.rollout.remote_process import RemoteProcess
+from pmpo_megatron.rollout.remote_process import RemoteProcess, own_nodes
 from pmpo_megatron.rollout.vllm_settings import Launch, engine_settings
-from tests.distributed.harness import run_ranks
-from tests.integration.engine_worker import save_model
+from tests.distributed.harness import free_port, run_ranks
+from tests.integration.engine_worker import answers, engine_for, save_model
+from tests.integration.runs import ROOT
 from tests.integration.test_bridge import WORKER, same
 
 
@@ -60,3 +65,28 @@ def test_whoever_lacks_the_key_starts_nothing_and_does_not_stop_others(agent):
     Client((agent.address.host, agent.address.port), authkey=agent.address.key).close()
     silent.close()
     assert agent.process_ids == []
+
+
+def test_a_node_of_its_own_serves_one_run_after_another(tmp_path):
+    """As users start it, and after the first run, which waits for it."""
+    path, key, port = save_model("qwen2", tmp_path / "model"), tmp_path / "key", free_port()
+    key.touch(mode=0o600)
+    key.write_text("0123456789abcdef")
+    settings = dict(nodes="own", hosts=(f"127.0.0.1:{port}",), key_file=str(key))
+    nodes = own_nodes(RolloutConfig(**settings))
+    command = ["-m", "pmpo_megatron.commands.rollout_node", "--key-file", str(key), "--port", str(port)]
+    node = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    try:
+        found = []
+        for _ in range(2):
+            engine = engine_for(path, nodes=nodes, **settings)
+            assert engine.hosts == ("127.0.0.1",) and engine.process_ids == [], "none on this host"
+            found.append(answers(engine))
+            engine.close()
+        same(*found, tolerance=0)
+        other = [replace(nodes[0], key=b"another key")]
+        with pytest.raises(RolloutError, match=f"who answers at 127.0.0.1:{port} did not prove to have this run's key"):
+            engine_for(path, nodes=other, **settings)
+    finally:
+        node.terminate()
+    assert node.wait(timeout=60) == 0

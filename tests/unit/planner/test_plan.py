@@ -112,8 +112,8 @@ def test_nodes_that_do_not_train_are_not_counted_and_the_plan_says_so():
     assert "rollouts: from 2 nodes of their own" in plan_lines(found) and any("are not counted" in note for note in found.notes)
 
 
-def test_asynchronous_rounds_take_the_longer_of_both():
-    one, other = plan(config(), 8, H100).round, plan(config(round={"asynchronous": True}), 8, H100).round
+def test_overlapped_rounds_take_the_longer_of_both():
+    one, other = plan(config(), 8, H100).round, plan(config(round={"mode": "overlapped"}), 8, H100).round
     assert one.seconds == one.rollouts + one.training + one.weights
     assert other.seconds == max(other.rollouts, other.training + other.weights)
 
