@@ -191,11 +191,12 @@ def _layer_specification(config, virtual: int | None, fused: bool):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-    from pmpo_megatron.model.layers import CoreAttention, RMSNorm
+    from pmpo_megatron.model.layers import CoreAttention, HostLengthsAttention, RMSNorm
 
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention.module = HostLengthsAttention
     attention = parts.self_attention.submodules
     attention.core_attention = CoreAttention
     if config.qk_layernorm:

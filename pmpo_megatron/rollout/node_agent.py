@@ -25,12 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 class NodeAgent:
-    """Listens until it is closed. ``address`` is for rank 0: its key lets nobody else start processes here."""
+    """Listens until it is closed. ``address`` is for rank 0: its key lets nobody else start processes here.
 
-    def __init__(self) -> None:
+    What its vLLMs write goes to files in ``logs``, with this host's name; None: to files that end with the agent.
+    """
+
+    def __init__(self, logs: Path | None = None) -> None:
         self._listener = Listener((address_here(), 0), backlog=64)
         self.address = NodeAddress(*self._listener.address, secrets.token_bytes(32))
-        self._directory = temporary_directory("pmpo-vllm-")
+        self._temporary = temporary_directory("pmpo-vllm-") if logs is None else None
+        self._logs = logs or Path(self._temporary.name)
+        self._logs.mkdir(parents=True, exist_ok=True)
         self._joined: list[_Joined] = []
         threading.Thread(target=self._accept, daemon=True, name="node-agent").start()
 
@@ -44,7 +49,8 @@ class NodeAgent:
         self._listener.close()
         for joined in self._joined:
             joined.end()
-        self._directory.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def _accept(self) -> None:
         while True:
@@ -52,7 +58,7 @@ class NodeAgent:
                 connection = self._listener.accept()
             except OSError:
                 return  # closed
-            log_path = Path(self._directory.name) / f"engine-{len(self._joined)}.log"
+            log_path = self._logs / f"{socket.gethostname()}-engine-{len(self._joined)}.log"
             self._joined.append(_Joined(connection, self.address.key, log_path))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pmpo_megatron.errors import RolloutError
-from pmpo_megatron.rollout import vllm_child
+from pmpo_megatron.rollout import engine_log, vllm_child
 
 _starting: set[VLLMProcess] = set()
 
@@ -58,7 +58,7 @@ class Launch:
     Attributes:
         settings: arguments of vLLM's LLM.
         device: ``cpu`` or ``cuda``.
-        threads: of the process, on CPU; None: its share of its host's cores.
+        threads: of the process; None: its share of its host's cores on CPU, one on GPUs.
         number: which of the host's engines this is, of ``engines``; it takes the next ``tensor_parallel`` GPUs.
     """
 
@@ -74,8 +74,8 @@ class Launch:
         Raises:
             RolloutError: the host has too few GPUs.
         """
-        threads = self.threads or max(1, (os.cpu_count() or 1) // self.engines)
-        found = {"OMP_NUM_THREADS": str(threads)}
+        share = max(1, (os.cpu_count() or 1) // self.engines) if self.device == "cpu" else 1
+        found = {"OMP_NUM_THREADS": str(self.threads or share)}
         if self.device == "cuda" and self.number:
             found["CUDA_VISIBLE_DEVICES"] = visible_gpus(self.number, self.settings["tensor_parallel_size"])
         return found
@@ -170,7 +170,7 @@ class VLLMProcess(ABC):
 
     @abstractmethod
     def log_tail(self) -> str:
-        """The end of what it wrote, for an error."""
+        """What it wrote of its end, for an error."""
 
     @abstractmethod
     def interrupt(self) -> None:
@@ -195,7 +195,7 @@ class LocalProcess(VLLMProcess):
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pmpo_megatron.rollout.vllm_preload"])
         self._log_path, self._environment = log_path, launch.environment() | (environment or {})
-        self._process = None
+        self._process, self._log_start = None, 0
 
     @property
     def process_id(self) -> int:
@@ -206,6 +206,7 @@ class LocalProcess(VLLMProcess):
         return self._process is not None and self._process.is_alive()
 
     def open(self) -> Connection:
+        self._log_start = self._log_path.stat().st_size if self._log_path.exists() else 0
         connection, theirs = self._context.Pipe()
         alive, self._alive = self._context.Pipe(duplex=False)
         arguments = (theirs, alive, str(self._log_path), self.launch.settings, self._environment)
@@ -223,10 +224,7 @@ class LocalProcess(VLLMProcess):
         return f"the rollout engine's process {self._process.pid} {how}"
 
     def log_tail(self) -> str:
-        try:
-            return "The end of its log:\n" + "\n".join(self._log_path.read_text(errors="replace").splitlines()[-25:])
-        except OSError:
-            return "It wrote no log."
+        return engine_log.cause(self._log_path, self._log_start)
 
     def interrupt(self) -> None:
         if self._process is not None and self._process.pid is not None:

@@ -9,6 +9,7 @@ import torch
 from pmpo_megatron.algo.objective import PRESETS, ObjectiveConfig
 from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.model.inputs import prepare_inputs
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
@@ -103,3 +104,26 @@ class Case:
             except ConfigError as error:
                 messages.append(str(error))
         return messages
+
+
+def lengths_out_of_reach(path: str, layouts: list[dict]) -> list[bool]:
+    """Whether a layout's hidden states are the same where the values of ``cu_seqlens`` cannot be had: on the device "meta" asking
+    for them is an error, as on a GPU it makes the host wait."""
+    same = []
+    for layout in layouts:
+        parallel = ParallelConfig(**layout)
+        state = initialize(parallel, device="cpu")
+        policy = Policy.build(ModelConfig(path=path), OptimizerConfig(), parallel, state)
+        inputs = prepare_inputs(micro_batches(state.dp_size, state.dp_rank, 0)[0], state)
+        lengths = {
+            name: getattr(inputs.packed, name).to("meta") for name in vars(inputs.packed) if name.startswith("cu_seqlens")
+        }
+        with torch.no_grad():
+            outputs = [
+                policy.modules[0](inputs.tokens_1T, inputs.position_ids_1T, None, packed_seq_params=packed)
+                for packed in (inputs.packed, dataclasses.replace(inputs.packed, **lengths))
+            ]
+        same.append(torch.equal(*outputs))
+        shut_down(keep_world=True)
+    shut_down()
+    return same
