@@ -38,6 +38,12 @@ def transformer_engine_available() -> bool:
     return True
 
 
+def expects_fused(layers: str) -> bool:
+    """Whether a run on GPUs with ``model.layers`` would have Transformer Engine's, as far as this machine can tell: where there
+    is no GPU, as if it were installed where the run is."""
+    return layers != "local" and (not torch.cuda.is_available() or transformer_engine_available())
+
+
 def fused_layers(wanted: str, state: ParallelState) -> bool:
     """Whether the model is made of Transformer Engine's layers, as ``model.layers`` says; the same on all ranks. Collective.
 

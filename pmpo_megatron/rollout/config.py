@@ -77,7 +77,7 @@ class RolloutConfig(Section):
         None, "CPU threads of each process of an engine; null: on CPU the cores, divided; on GPUs one", minimum=1, maximum=4096
     )
     start_timeout_s: float = setting(
-        600.0, "longest wait for the engine to start, or for one response of a server", unit="s", minimum=0.001
+        1800.0, "longest wait for the engine to start, or for one response of a server", unit="s", minimum=0.001
     )
     stall_s: float = setting(
         120.0,

@@ -107,7 +107,7 @@ class Case:
 
 
 def lengths_out_of_reach(path: str, layouts: list[dict]) -> list[bool]:
-    """Whether a layout's hidden states are the same where the values of ``cu_seqlens`` cannot be had: on the device "meta" asking
+    """Whether hidden states are the same where the values of ``cu_seqlens`` cannot be had: on the device "meta" asking
     for them is an error, as on a GPU it makes the host wait."""
     same = []
     for layout in layouts:
