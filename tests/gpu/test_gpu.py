@@ -2,6 +2,7 @@
 
 import importlib.util
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from tests.unit.algo.test_objective import make_batch
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 WORKER, SDPA = "tests.gpu.gpu_worker:train", "tests.gpu.gpu_worker:train_own_layers"
+WITH_ROOT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 PAIRS = {
     "tp2-sp": dict(tensor=2, sequence_parallel=True),
     "pp2": dict(pipeline=2),
@@ -133,9 +135,8 @@ def test_the_last_queries_of_a_span_in_bf16(grouped):
     expected = scores.softmax(-1) @ wide[2]
     torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
     weights = torch.randn_like(expected)
-    for mine, right in zip(
-        torch.autograd.grad((found * weights).sum(), (q, k, v)), torch.autograd.grad((expected * weights).sum(), (q, k, v))
-    ):
+    gradients, wanted = (torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (found, expected))
+    for mine, right in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(mine.double(), right.double(), atol=5e-2, rtol=5e-2)
 
 
@@ -182,7 +183,9 @@ def test_throughput_and_memory_of_a_step():
     command = [sys.executable, str(ROOT / "tools/bench/step.py"), "--size", "0.5B", "--device", "cuda", "--trajectory", "2048"]
     peaks = {}
     for recompute in ("none", "full"):
-        done = subprocess.run([*command, "--recompute", recompute], capture_output=True, text=True, timeout=140, cwd=ROOT)
+        done = subprocess.run(
+            [*command, "--recompute", recompute], capture_output=True, text=True, timeout=140, cwd=ROOT, env=WITH_ROOT
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         *_, row, last = [line.split() for line in done.stdout.splitlines()]
         assert row[0] == "step" and float(row[2]) > 3000, done.stdout
@@ -192,7 +195,7 @@ def test_throughput_and_memory_of_a_step():
 
 def test_log_probs_take_an_eighth_of_the_memory_of_whole_logits():
     command = [sys.executable, str(ROOT / "tools/bench/log_probs.py"), "--device", "cuda", "--chunks", "256"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=WITH_ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     [row] = [line.split() for line in done.stdout.splitlines() if line.startswith("chunk 256")]
     assert float(row[-2].rstrip("x")) <= 1 / 8, done.stdout
