@@ -20,11 +20,23 @@ One command on each node. What follows the options overrides fields of the confi
   GPUS_PER_NODE   processes on each node (default: 8)
   ROLLOUT_PORT    with --rollout-node: where it listens (default: 7400)
   ROLLOUT_KEY     with --rollout-node: the run's rollout.key_file
+  GLOO_SOCKET_IFNAME  network interface between nodes (default: found where the host's name means 127.0.1.1)
   PYTHON          interpreter (default: .venv/bin/python of this project, or python)
 TEXT
 }
 
 launch_fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+# Where this host's own name means 127.0.1.1, as on Debian, gloo would listen where no other node reaches it.
+choose_interface() {
+    local interface
+    [ -z "${GLOO_SOCKET_IFNAME:-}" ] && getent ahostsv4 "$(hostname)" | grep -q '^127\.' || return 0
+    interface="$(ip -o route get "$(getent ahostsv4 "$MASTER_ADDR" | awk '{print $1; exit}')" | sed -n 's/.* dev \([^ ]*\).*/\1/p')"
+    [ -n "$interface" ] && [ "$interface" != lo ] || # on node 0 itself
+        interface="$(ip -o route show default | sed -n 's/.* dev \([^ ]*\).*/\1/p' | head -n 1)"
+    [ -n "$interface" ] || launch_fail "GLOO_SOCKET_IFNAME: name the network interface to the other nodes; $(hostname) means 127.*"
+    export GLOO_SOCKET_IFNAME="$interface"
+}
 
 launch() {
     local config="$1" nodes="${NNODES:-$NODES}" gpus="${GPUS_PER_NODE:-8}" dry="" node="" python
@@ -56,6 +68,7 @@ launch() {
     else
         [ -n "${MASTER_ADDR:-}" ] || launch_fail "MASTER_ADDR: the host of node 0 is needed with $nodes nodes"
         [ -n "${NODE_RANK:-}" ] || launch_fail "NODE_RANK: 0 to $((nodes - 1)) is needed with $nodes nodes"
+        choose_interface
         rendezvous=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
     fi
     export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron: keeps communication and products of tensor parallelism in order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from pmpo_megatron.rollout.config import ENGINES, RolloutConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
@@ -19,6 +20,7 @@ def make_engine(
     worker_extension: str | None,
     nodes: Sequence[NodeAddress] = (),
     in_flight: bool = False,
+    logs: Path | None = None,
 ) -> RolloutEngine:
     """The engine that ``config`` asks for, ready to generate with the weights of ``model_path``.
 
@@ -27,13 +29,14 @@ def make_engine(
         worker_extension: import path ``package.module.Class`` of a class whose methods become vLLM workers'.
         nodes: on which engines are started, too.
         in_flight: weights will change in the middle of responses.
+        logs: a directory for what the engines of this node write; None: not kept.
 
     Raises:
-        RolloutError: it does not start; with the end of its log.
+        RolloutError: it does not start; with the first error in its log.
         DataError: recorded rollouts cannot be read.
     """
     module, _, name = ENGINES[config.engine].partition(":")
     kind = getattr(importlib.import_module(module), name)
-    about = dict(model_path=model_path, device=device, worker_extension=worker_extension, nodes=nodes, in_flight=in_flight)
-    engine = kind(config, **about)
+    where = dict(device=device, nodes=nodes, logs=logs)
+    engine = kind(config, model_path=model_path, worker_extension=worker_extension, in_flight=in_flight, **where)
     return engine if config.record_to is None else RecordingEngine(engine, config.record_to)

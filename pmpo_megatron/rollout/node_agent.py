@@ -37,16 +37,19 @@ class NodeAgent:
         host: an address of this host; None: the one by which the run's first node sees it.
         port: 0: any that is free.
         key: None: a new one.
+        logs: a directory for what its vLLMs write, with this host's name; None: not kept.
 
     Raises:
         OSError: nothing can listen there.
     """
 
-    def __init__(self, host: str | None = None, port: int = 0, key: bytes | None = None) -> None:
+    def __init__(self, host: str | None = None, port: int = 0, key: bytes | None = None, *, logs: Path | None = None) -> None:
         host = address_toward(os.environ.get("MASTER_ADDR", "127.0.0.1")) if host is None else host
         self._listener = socket.create_server((host, port), backlog=64)
         self.address = NodeAddress(*self._listener.getsockname(), secrets.token_bytes(32) if key is None else key)
-        self._directory = temporary_directory("pmpo-vllm-")
+        self._temporary = temporary_directory("pmpo-vllm-") if logs is None else None
+        self._logs = logs or Path(self._temporary.name)
+        self._logs.mkdir(parents=True, exist_ok=True)
         self._joined: list[_Joined] = []
         threading.Thread(target=self._accept, daemon=True, name="node-agent").start()
 
@@ -62,7 +65,8 @@ class NodeAgent:
         self._listener.close()
         for joined in self._joined:
             joined.end()
-        self._directory.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def _accept(self) -> None:
         for number, caller in enumerate(self._callers()):
@@ -70,7 +74,8 @@ class NodeAgent:
             strangers = [joined for joined in self._joined if joined.stranger]
             if len(strangers) >= MOST_STRANGERS:
                 strangers[0].end()
-            self._joined.append(_Joined(caller, self.address.key, Path(self._directory.name) / f"engine-{number}.log"))
+            log_path = self._logs / f"{socket.gethostname()}-engine-{number}.log"
+            self._joined.append(_Joined(caller, self.address.key, log_path))
 
     def _callers(self) -> Iterator[socket.socket]:
         while True:

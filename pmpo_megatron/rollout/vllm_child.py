@@ -61,7 +61,7 @@ class _Loop:
     """vLLM's steps, and what is done between them."""
 
     def __init__(self, llm: Any, connection: Connection) -> None:
-        self._engine, self._connection = llm.llm_engine, connection
+        self._engine, self._tokenizer, self._connection = llm.llm_engine, llm.get_tokenizer(), connection
         self._version, self._held, self._spoke = 0, False, time.monotonic()
         self._engine.set_weight_version("0")
 
@@ -75,7 +75,7 @@ class _Loop:
                 return
             busy = self._engine.has_unfinished_requests()
             if busy and not self._held:
-                finished = [_plain(output) for output in self._engine.step() if output.finished]
+                finished = [_plain(output, self._tokenizer) for output in self._engine.step() if output.finished]
                 if finished:
                     self._say("finished", finished)
             if busy and time.monotonic() - self._spoke > HEARTBEAT_S:
@@ -98,12 +98,15 @@ class _Loop:
             self._resume(*content)
 
     def _add(self, common: dict[str, Any], prompts: list[tuple[np.ndarray, list[tuple[str, int]]]]) -> None:
-        """One request for each (name, seed). The salt keeps prefixes that other weights computed from new requests."""
+        """One request for each (name, seed). The salt keeps prefixes that other weights computed from new requests.
+
+        Text is needed while a response grows only to look for texts that end it; else it is made once, by `_plain`.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        common = common | {"output_kind": RequestOutputKind.FINAL_ONLY}
+        common = common | {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": bool(common["stop"])}
         for token_ids, requests in prompts:
             prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=str(self._version))
             for name, seed in requests:
@@ -132,14 +135,21 @@ class _Loop:
         self._spoke = time.monotonic()
 
 
-def _plain(output: Any) -> tuple[str, np.ndarray, np.ndarray, str, str, list[tuple[int, int]]]:
+def _plain(output: Any, tokenizer: Any) -> tuple[str, np.ndarray, np.ndarray, str, str, list[tuple[int, int]]]:
     """(request, token ids, log-prob of each, text, finish reason, (version, number of its tokens) in order)."""
     [sample] = output.outputs
     token_ids = np.array(sample.token_ids, dtype=np.int32)
     pairs = zip(sample.token_ids, sample.logprobs, strict=True)
     log_probs = np.fromiter((entry[token].logprob for token, entry in pairs), dtype=np.float32, count=len(token_ids))
     versions = [(int(span.version), span.end - span.start) for span in sample.weight_versions]
-    return output.request_id, token_ids, log_probs, sample.text, sample.finish_reason, versions
+    text = sample.text or whole_text(tokenizer, token_ids.tolist())
+    return output.request_id, token_ids, log_probs, text, sample.finish_reason, versions
+
+
+def whole_text(tokenizer: Any, token_ids: list[int]) -> str:
+    """The text of a response: what vLLM makes token by token, without the bytes of a character that was cut off."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.rstrip("\ufffd")
 
 
 if __name__ == "__main__":

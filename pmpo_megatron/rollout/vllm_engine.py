@@ -47,6 +47,7 @@ class VLLMEngine:
         worker_extension: str | None,
         nodes: Sequence[NodeAddress] = (),
         in_flight: bool = False,
+        logs: Path | None = None,
     ) -> None:
         self.config, self.version = config, 0
         self.on_restart: Callable[[VLLMEngine], None] | None = None
@@ -57,12 +58,13 @@ class VLLMEngine:
         self._jobs: dict[int, Job] = {}
         self._waiting: deque[Part] = deque()
         self._restarts = 0  # since the last update, or since there was nothing to do
-        self._directory = temporary_directory("pmpo-vllm-")
+        self._temporary = temporary_directory("pmpo-vllm-") if logs is None else None
+        logs = logs or Path(self._temporary.name)
+        logs.mkdir(parents=True, exist_ok=True)
         settings = engine_settings(config, model_path=model_path, device=device, worker_extension=worker_extension)
         if in_flight:
             settings["async_scheduling"] = False  # else vLLM 0.32 labels the step that is under way with the next version
         launches = [Launch(settings, device, config.threads, number, config.engines) for number in range(config.engines)]
-        logs = Path(self._directory.name)
         common = dict(stall_s=config.stall_s)
         here = [LocalProcess(each, logs / f"engine-{each.number}.log", **common) for each in launches if config.nodes != "own"]
         self._processes: list[VLLMProcess] = [*here, *(RemoteProcess(each, n, **common) for n in nodes for each in launches)]
@@ -155,7 +157,8 @@ class VLLMEngine:
         self._events.put(None)
         self._died.put(None)
         self._fail(RolloutError("the engine was closed"))
-        self._directory.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     @property
     def process_ids(self) -> list[int]:

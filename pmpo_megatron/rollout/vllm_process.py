@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pmpo_megatron.errors import RolloutError
-from pmpo_megatron.rollout import vllm_child
+from pmpo_megatron.rollout import engine_log, vllm_child
 from pmpo_megatron.rollout.engine import HERE
 from pmpo_megatron.rollout.vllm_settings import Launch
 
@@ -211,7 +211,7 @@ class VLLMProcess(ABC):
 
     @abstractmethod
     def log_tail(self) -> str:
-        """The end of what it wrote, for an error."""
+        """What it wrote of its end, for an error."""
 
     @abstractmethod
     def interrupt(self) -> None:
@@ -238,7 +238,7 @@ class LocalProcess(VLLMProcess):
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pmpo_megatron.rollout.vllm_preload"])
         self._log_path, self._environment = log_path, launch.environment() | (environment or {})
-        self._process = None
+        self._process, self._log_start = None, 0
 
     @property
     def process_id(self) -> int:
@@ -249,6 +249,7 @@ class LocalProcess(VLLMProcess):
         return self._process is not None and self._process.is_alive()
 
     def open(self, timeout_s: float = math.inf) -> Connection:
+        self._log_start = self._log_path.stat().st_size if self._log_path.exists() else 0
         connection, theirs = self._context.Pipe()
         alive, self._alive = self._context.Pipe(duplex=False)
         arguments = (theirs, alive, str(self._log_path), self.launch.settings, self._environment)
@@ -266,10 +267,7 @@ class LocalProcess(VLLMProcess):
         return f"the rollout engine's process {self._process.pid} {how}"
 
     def log_tail(self) -> str:
-        try:
-            return "The end of its log:\n" + "\n".join(self._log_path.read_text(errors="replace").splitlines()[-25:])
-        except OSError:
-            return "It wrote no log."
+        return engine_log.cause(self._log_path, self._log_start)
 
     def interrupt(self) -> None:
         if self._process is not None and self._process.pid is not None:

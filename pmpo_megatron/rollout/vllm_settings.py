@@ -22,7 +22,7 @@ class Launch:
     Attributes:
         settings: arguments of vLLM's LLM.
         device: ``cpu`` or ``cuda``.
-        threads: of the process, on CPU; None: its share of its host's cores.
+        threads: of the process; None: its share of its host's cores on CPU, one on GPUs.
         number: which of the host's engines this is, of ``engines``; it takes the next ``tensor_parallel`` GPUs.
     """
 
@@ -38,8 +38,8 @@ class Launch:
         Raises:
             RolloutError: the host has too few GPUs.
         """
-        threads = self.threads or max(1, (os.cpu_count() or 1) // self.engines)
-        found = {"OMP_NUM_THREADS": str(threads)}
+        share = max(1, (os.cpu_count() or 1) // self.engines) if self.device == "cpu" else 1
+        found = {"OMP_NUM_THREADS": str(self.threads or share)}
         if self.device == "cuda" and self.number:
             found["CUDA_VISIBLE_DEVICES"] = visible_gpus(self.number, self.settings["tensor_parallel_size"])
         return found

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pmpo_megatron.bridge.source import give_back_cache
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.checkpoint.store import CheckpointStore
 from pmpo_megatron.config import convert, field_types
@@ -158,6 +159,7 @@ class Trainer:
             self.push_weights()
             self.evaluate()
         with self.timer.phase("rollouts"):
+            give_back_cache(self.state.device)
             batch = self.stand_by.run(lambda: self.collector.collect(self.progress.round, stop=self.stop))
             table = broadcast_object(None if batch is None else batch.table, self.state)
         if table is None:
@@ -201,6 +203,7 @@ class Trainer:
             return
         self.progress.evaluated = done
         with self.timer.phase("evaluation"):
+            give_back_cache(self.state.device)
             found = self.stand_by.run(lambda: self.evaluator.evaluate(done))
         if self.log is not None:
             self.progress.accuracy[str(done)] = self.log.log(done, found)["eval/accuracy_mean"]

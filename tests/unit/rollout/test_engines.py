@@ -82,5 +82,6 @@ def test_every_engine_has_gpus_of_its_own_first_and_sees_the_others(monkeypatch)
     assert visible_gpus(3, 2) == "6,7,0,1,2,3,4,5"
     with pytest.raises(RolloutError, match="engine 4 of the rollouts needs GPUs 8 to 9; here are 8"):
         visible_gpus(4, 2)
+    assert Launch({"tensor_parallel_size": 2}, "cuda", None, 0, 4).environment() == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     assert visible_gpus(1, 1) == "GPU-b,GPU-a"
