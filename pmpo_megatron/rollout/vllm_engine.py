@@ -230,17 +230,21 @@ class VLLMEngine:
                         job = self._jobs.get(job_number(name))
                         if job is not None and job.take(name, *response):
                             del self._jobs[job.number]
-                    if isinstance(error, EngineDied):
-                        missing = len(process.requests)
-                        logger.warning("%s; starting it again, %d responses are missing", error, missing)
-                        self._take_back(process)
-                        self._died.put((process, error))
-                    elif error is not None:
-                        self._fail(error)
+                    if error is not None and not process.running and not self._closed:  # `revive` may have been faster
+                        self._ended(process, error)
                     self._share_out()
             except Exception as defect:  # nobody may wait for ever because of one
                 self._fail(RolloutError(f"{type(defect).__name__}: {defect}"))
                 raise
+
+    def _ended(self, process: VLLMProcess, error: Exception) -> None:
+        if not isinstance(error, EngineDied):
+            self._fail(error)
+            return
+        logger.warning("%s; starting it again, %d responses are missing", error, len(process.requests))
+        process.fresh = False
+        self._take_back(process)
+        self._died.put((process, error))
 
     def _supervise(self) -> None:
         """Starts engines again that died, and has them get the newest weights, while the others go on."""
