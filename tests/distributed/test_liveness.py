@@ -43,7 +43,7 @@ def play(scenario, *, limit_s=240.0):
     "scenario, message",
     [
         ("killed", r"in the first sum: rank 1 \(process \d+ on .*\) gives no sign of life"),
-        ("stopped", r"in the second sum: rank 1 \(process \d+ on .*\) gave no sign of life for 2 s"),
+        ("stopped", r"in the second sum: rank 1 \(process \d+ on .*\) gave no sign of life for 12 s"),
         ("raises", r"rank 1 \(.*\) failed: ValueError: a reward is missing"),
         ("elsewhere", r"rank 1 \(process .* last seen in counting sheep\) is alive but did not come"),
         ("source_dies", r"waited for rank 1 \(process .*\): no sign of life any more"),
