@@ -112,9 +112,9 @@ class Policy:
         wanted: torch.Tensor,
         *,
         temperature: float,
-        entropy_gradient: bool = False,
-    ) -> torch.Tensor:
-        """Log-probs and entropies, float32 [T, 2], of what the last stage returned, as `log_probs.score_hidden_states`."""
+        entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs and, if wanted, entropies of what the last stage returned, as `log_probs.score_hidden_states`."""
         last = self.modules[-1]
         tied = last.share_embeddings_and_output_weights
         return score_hidden_states(
@@ -126,7 +126,7 @@ class Policy:
             vocab_size=self.shape.vocab_size,
             temperature=temperature,
             chunk_tokens=self.log_prob_chunk,
-            entropy_gradient=entropy_gradient,
+            entropy=entropy,
         )
 
     def zero_gradients(self) -> None:

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.parallel.processes import temporary_directory
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
@@ -152,8 +150,7 @@ class VLLMEngine:
             for sample in range(sampling.samples_per_prompt):
                 token_ids, log_probs, text, reason, version = finished[f"{position}/{sample}"]
                 seed = request_seed(sampling, round_index, prompt.index, sample)
-                log_probs = np.array(log_probs, dtype=np.float32)
-                rollouts.append(Rollout(tuple(token_ids), log_probs, text, reason, version, seed))
+                rollouts.append(Rollout(token_ids, log_probs, text, reason, version, seed))
             groups.append(RolloutGroup(prompt, tuple(rollouts)))
         return groups
 
@@ -202,7 +199,7 @@ def make_requests(prompts: Sequence[Prompt], sampling: SamplingConfig, round_ind
     return [
         (
             f"{position}/{sample}",
-            list(prompt.token_ids),
+            prompt.token_ids.tolist(),
             common | {"seed": request_seed(sampling, round_index, prompt.index, sample)},
         )
         for position, prompt in enumerate(prompts)

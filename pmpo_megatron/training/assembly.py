@@ -17,6 +17,7 @@ from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.monitor import RunLog, write_report
 from pmpo_megatron.parallel.collectives import broadcast_object, gather_objects
 from pmpo_megatron.parallel.liveness import report_failure
+from pmpo_megatron.parallel.stand_by import StandBy
 from pmpo_megatron.parallel.state import ParallelState, initialize, shut_down
 from pmpo_megatron.rewards import RewardScorer
 from pmpo_megatron.rollout.config import RolloutConfig
@@ -75,13 +76,16 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, pa
     if saved:
         logger.info("going on after round %d of %d", progress.round, config.run.rounds)
     engine = starting.result() if starting is not None else None
-    bridge = WeightBridge(policy, engine, config.bridge)
+    stand_by = StandBy(state)
+    parts.callback(stand_by.close)
+    bridge = WeightBridge(policy, engine, config.bridge, stand_by)
     parts.callback(bridge.close)
     collector, evaluator, log = _main_parts(config, engine, data, progress, parts) if state.is_main else (None, None, None)
     return Trainer(
         config,
         policy=policy,
         reference=reference,
+        stand_by=stand_by,
         bridge=bridge,
         store=store,
         collector=collector,

@@ -111,6 +111,7 @@ def report(ranks: list[dict]) -> None:
 def work(options: argparse.Namespace) -> None:
     from pmpo_megatron.algo.objective import PRESETS
     from pmpo_megatron.model.architecture import transformer_engine_available
+    from pmpo_megatron.model.micro_batch import prepare
     from pmpo_megatron.model.optimizer import OptimizerConfig
     from pmpo_megatron.model.policy import ModelConfig, Policy
     from pmpo_megatron.model.step import optimizer_step, score
@@ -122,12 +123,13 @@ def work(options: argparse.Namespace) -> None:
     state = initialize(parallel, device=options.device)
     model = ModelConfig(path=str(options.model), dtype=options.dtype, recompute=options.recompute)
     policy = Policy.build(model, OptimizerConfig(), parallel, state)
-    batches = [micro_batch(options, policy.shape.vocab_size, index) for index in range(options.micro_batches)]
+    packed = [pack_trajectories(options, policy.shape.vocab_size, index) for index in range(options.micro_batches)]
+    batches = [prepare(each, state) for each in packed]
     found = {"score": [], "step": []}
     for _ in range(options.steps + 1):
-        old = timed(found["score"], state.device, lambda: score(policy, batches, temperature=1.0))
+        scored = timed(found["score"], state.device, lambda: score(policy, batches, temperature=1.0))
         settings = dict(objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
-        result = timed(found["step"], state.device, lambda old=old, s=settings: optimizer_step(policy, batches, old, **s))
+        result = timed(found["step"], state.device, lambda scored=scored, s=settings: optimizer_step(policy, scored, **s))
         if not result.applied:
             raise SystemExit(f"a step failed: {result.problem}")
     found = {name: seconds[1:] for name, seconds in found.items()}
@@ -144,20 +146,19 @@ def work(options: argparse.Namespace) -> None:
     shut_down()
 
 
-def micro_batch(options: argparse.Namespace, vocabulary: int, seed: int):
+def pack_trajectories(options: argparse.Namespace, vocabulary: int, seed: int):
     import numpy as np
 
-    from pmpo_megatron.data.packing import make_micro_batch
+    from pmpo_megatron.data.packing import pack
     from pmpo_megatron.types import Sample
 
     rng, prompt = np.random.default_rng(seed), min(64, options.trajectory // 2)
     samples = []
     for index in range(options.trajectories):
-        ids = tuple(rng.integers(0, vocabulary, options.trajectory).tolist())
+        ids = rng.integers(0, vocabulary, options.trajectory, dtype=np.int32)
         log_probs = np.full(len(ids) - prompt, -10.0, dtype=np.float32)
-        advantage = 1.0 if index % 2 else -1.0
-        samples.append(Sample(index, 0, ids[:prompt], ids[prompt:], log_probs, False, 0.0, advantage, 1e-3, 0))
-    return make_micro_batch(samples, 2 * options.context * options.tensor, 0)
+        samples.append(Sample(index, 0, ids[:prompt], ids[prompt:], log_probs, False, 1.0 if index % 2 else -1.0))
+    return pack(samples, [1e-3] * len(samples), sequence_multiple=2 * options.context * options.tensor)
 
 
 def timed(seconds: list[float], device: torch.device, action):

@@ -18,6 +18,7 @@ import torch
 from pmpo_megatron.bridge.config import BridgeConfig
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.parallel.stand_by import StandBy
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.factory import make_engine
@@ -77,7 +78,7 @@ def main() -> None:
             "bridge over gloo, every byte": dict(transport="gloo"),
             "export to disk and reload": dict(transport="disk", verify="off", directory=directory),
         }.items():
-            bridge = WeightBridge(policy, engine, BridgeConfig(**settings))
+            bridge = WeightBridge(policy, engine, BridgeConfig(**settings), StandBy(state))
             reports = [bridge.push(1) for _ in range(options.repeats + 2)][2:]  # the first ones grow vLLM's memory
             rows.append(
                 (name, *(statistics.median(values) for values in zip(*((r.seconds, r.waited_s) for r in reports), strict=True)))
