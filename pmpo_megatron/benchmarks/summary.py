@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from pmpo_megatron.errors import DataError
 
 TABLE = "summary.md"
 NONE = "-"
+Pair = Sequence[float | None]  # (value, standard error) as the file of a summary has it
+Pick = Callable[[dict[str, Any]], Pair | None]  # one of the figures of a benchmark
 
 
 def describe_benchmark(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
@@ -65,11 +67,7 @@ def make_tables(models: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     """Markdown: accuracy with a row per model, pass@k where there are several responses, and how each was sampled."""
     rows = [[model["model"], *_cells(model, names, lambda figures: figures["accuracy"])] for model in models]
     parts = ["Accuracy in percent ± standard error", "", *_table(["model", *names, "average"], rows)]
-    rows = [
-        [model["model"], f"pass@{k}", *_cells(model, names, lambda figures, k=k: figures["pass_at_k"].get(k))]
-        for model in models
-        for k in _ks(model)
-    ]
+    rows = [[model["model"], f"pass@{k}", *_cells(model, names, _pass_at(k))] for model in models for k in _ks(model)]
     if rows:
         parts += ["", *_table(["model", "", *names, "average"], rows)]
     return "\n".join([*parts, "", *(_caption(model) for model in models)]) + "\n"
@@ -90,25 +88,30 @@ def _caption(model: dict[str, Any]) -> str:
 
 def _columns(models: Sequence[dict[str, Any]]) -> list[str]:
     """Every benchmark that a model has: those of the table in its order, then files by name."""
-    found = {name for model in models for name in model["benchmarks"]}
-    known = [benchmark.name for benchmark in BENCHMARKS if benchmark.name in found]
-    return known + sorted(found - set(known))
+    names = {name for model in models for name in model["benchmarks"]}
+    known = [benchmark.name for benchmark in BENCHMARKS if benchmark.name in names]
+    return known + sorted(names - set(known))
 
 
 def _ks(model: dict[str, Any]) -> list[str]:
     return sorted({k for figures in model["benchmarks"].values() for k in figures["pass_at_k"]}, key=int)
 
 
-def _cells(model: dict[str, Any], names: Sequence[str], pick) -> list[str]:
+def _pass_at(k: str) -> Pick:
+    return lambda figures: figures["pass_at_k"].get(k)
+
+
+def _cells(model: dict[str, Any], names: Sequence[str], pick: Pick) -> list[str]:
     pairs = [pick(model["benchmarks"][name]) if name in model["benchmarks"] else None for name in names]
     mean = _row_average(model, names, pick)
     return [NONE if pair is None else _estimate(pair).percent() for pair in pairs] + [NONE if mean is None else mean.percent()]
 
 
-def _row_average(model: dict[str, Any], names: Sequence[str], pick) -> Estimate | None:
+def _row_average(model: dict[str, Any], names: Sequence[str], pick: Pick) -> Estimate | None:
     """None if a benchmark is missing: the average of others is not comparable."""
     pairs = [pick(model["benchmarks"][name]) if name in model["benchmarks"] else None for name in names]
-    return None if None in pairs else average([_estimate(pair) for pair in pairs])
+    estimates = [_estimate(pair) for pair in pairs if pair is not None]
+    return average(estimates) if len(estimates) == len(pairs) else None
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -120,14 +123,15 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
 
 
-def _pair(estimate: Estimate | None) -> list[float | None] | None:
+def _pair(estimate: Estimate | None) -> Pair | None:
     if estimate is None:
         return None
     return [estimate.value, None if math.isnan(estimate.error) else estimate.error]
 
 
-def _estimate(pair: list[float | None]) -> Estimate:
-    return Estimate(pair[0], math.nan if pair[1] is None else pair[1])
+def _estimate(pair: Pair) -> Estimate:
+    value, error = (math.nan if number is None else number for number in pair)
+    return Estimate(value, error)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def checkpoint_path(root: Path, round_index: int) -> Path:
 
 def round_of(path: Path) -> int:
     """The number in the name of a checkpoint."""
-    return int(NAME.fullmatch(path.name)[1])
+    return int(path.name.removeprefix("round-"))
 
 
 def list_checkpoints(root: Path) -> list[Path]:

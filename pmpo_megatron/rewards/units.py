@@ -56,7 +56,7 @@ def _canonical(words: str) -> str | None:
     """``square inches`` as ``in2``; None where a word is no unit."""
     squared = len(words.split()) > 1 and words.split()[0] in ("square", "sq", "cubic")
     names = words.strip(" .").split()[squared:]
-    found = [CANONICAL.get(name) or CANONICAL.get(name.removesuffix("s")) for name in names]
-    if not found or None in found:
+    units = [CANONICAL.get(name) or CANONICAL.get(name.removesuffix("s"), "") for name in names]
+    if not units or "" in units:
         return None
-    return " ".join(found) + ({"cubic": "3"}.get(words.split()[0], "2") if squared else "")
+    return " ".join(units) + ({"cubic": "3"}.get(words.split()[0], "2") if squared else "")

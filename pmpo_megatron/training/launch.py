@@ -12,6 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from pmpo_megatron.errors import ConfigError, PmpoError
 
@@ -119,7 +120,7 @@ def _rank() -> int:
     return int(rank) if (rank := os.environ.get("RANK", "0")).isdigit() else 0
 
 
-def _leave(*signal_and_frame: object) -> None:
+def _leave(*signal_and_frame: object) -> NoReturn:
     """Ends this process where it is; children notice that it is gone. No exception passes through libraries' imports."""
     if _rank() == 0:
         os.write(2, b"interrupted\n")
