@@ -3,7 +3,8 @@
 #   prepare_environment [--dev] [--python PATH]      then $PYTHON is the environment's interpreter
 #
 # The environment is .venv at the project's root (.venv-pyX.Y for an interpreter chosen with --python). A stamp over the
-# pinned requirements and the project's metadata makes a second run reuse it, and a change of either install again. Two runs at once wait for each other.
+# pinned requirements and the project's metadata makes a second run reuse it, and a change of either install again. Two
+# runs at once wait for each other.
 
 PROJECT_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 NEEDED_GIB=6

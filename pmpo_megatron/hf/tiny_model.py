@@ -117,7 +117,7 @@ def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokeniz
 
 
 def _height(share: float) -> float:
-    """The share of the largest learning rate: linear warm-up over a tenth, linear decay to a twentieth over the last quarter."""
+    """Share of the largest learning rate: it warms up over a tenth of the steps and decays over the last quarter, linearly."""
     return min(1.0, 10 * share, max(0.05, 4 * (1 - share)))
 
 
