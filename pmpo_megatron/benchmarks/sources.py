@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.errors import ConfigError, DataError
 
 FILES = (".jsonl", ".json", ".parquet")
@@ -94,9 +94,7 @@ def problem_file(benchmark: Benchmark, cache: Path) -> Path:
     if not path.is_file():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in _fetch(benchmark)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.rename(path)
+        replace_text(path, "".join(lines))
     return path
 
 

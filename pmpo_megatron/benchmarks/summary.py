@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pmpo_megatron.benchmarks.models import Model
 from pmpo_megatron.benchmarks.records import SUMMARY, TOO_LONG, Record
 from pmpo_megatron.benchmarks.sources import BENCHMARKS
 from pmpo_megatron.benchmarks.statistics import Estimate, average, mean_score, pass_at_k
+from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.errors import DataError
 
 TABLE = "summary.md"
@@ -48,7 +48,7 @@ def write_model_summary(
         "settings": dict(settings),
         "benchmarks": earlier | dict(benchmarks),
     }
-    _replace(path, json.dumps(summary, indent=1) + "\n")
+    replace_text(path, json.dumps(summary, indent=1) + "\n")
 
 
 def write_summary(out: Path) -> str:
@@ -57,9 +57,9 @@ def write_summary(out: Path) -> str:
     names = _columns(models)
     for model in models:
         model["average"] = _pair(_row_average(model, names, lambda figures: figures["accuracy"]))
-    _replace(out / SUMMARY, json.dumps({"benchmarks": names, "models": models}, indent=1) + "\n")
+    replace_text(out / SUMMARY, json.dumps({"benchmarks": names, "models": models}, indent=1) + "\n")
     text = make_tables(models, names)
-    _replace(out / TABLE, text)
+    replace_text(out / TABLE, text)
     return text
 
 
@@ -139,9 +139,3 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}; remove it, and evaluate again to have it written anew") from None
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -6,7 +6,6 @@ import json
 import logging
 import random
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -160,12 +159,8 @@ class CheckpointStore:
 
     def set_aside(self) -> None:
         """Moves what an earlier run left in ``root`` into ``root``/earlier, for a run that starts anew in its directory."""
-        if self.state.is_main and (found := files.list_checkpoints(self.root)):
-            attic = self.root / "earlier" / time.strftime("%Y%m%d-%H%M%S")
-            attic.mkdir(parents=True)
-            for path in found:
-                path.rename(attic / path.name)
-            logger.info("%d checkpoints of an earlier run are now in %s", len(found), attic)
+        if self.state.is_main and (earlier := files.list_checkpoints(self.root)):
+            logger.info("%d checkpoints of an earlier run are now in %s", len(earlier), files.set_aside(self.root, earlier))
         barrier(self.state, "the checkpoints of an earlier run")
 
     def load_latest(self, check: Callable[[dict[str, Any]], object] | None = None) -> dict[str, Any] | None:
