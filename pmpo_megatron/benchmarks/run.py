@@ -31,7 +31,7 @@ class Task:
 
     @property
     def number(self) -> int:
-        """In place of a round: problems of different benchmarks get different random streams, whatever else is evaluated."""
+        """Stands in for a round's number, so that every benchmark has random streams of its own, whatever else is evaluated."""
         return zlib.crc32(self.benchmark.name.encode()) & 0x7FFFFFFF
 
 

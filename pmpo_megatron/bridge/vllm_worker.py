@@ -132,10 +132,10 @@ def keep_what_waits(model: torch.nn.Module, memory: torch.Tensor) -> None:
 
 
 def _noting(
-    tensors: Iterator[tuple[str, torch.Tensor]], found: dict[str, int], mode: str
+    tensors: Iterator[tuple[str, torch.Tensor]], fingerprints: dict[str, int], mode: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in tensors:
-        found[name] = fingerprint(tensor, mode)
+        fingerprints[name] = fingerprint(tensor, mode)
         yield name, tensor
 
 

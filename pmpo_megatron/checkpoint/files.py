@@ -79,7 +79,7 @@ def describe_files(directory: Path, paths: Iterable[Path]) -> dict[str, list[int
         with path.open("rb") as file:
             os.fsync(file.fileno())
         described[str(path.relative_to(directory))] = [path.stat().st_size, checksum(path)]
-    return found
+    return described
 
 
 def write_manifest(directory: Path, files: dict[str, list[int]]) -> None:
@@ -98,15 +98,15 @@ def read_manifest(directory: Path) -> dict[str, list[int]]:
     """
     path = directory / MANIFEST
     content = _read_json(path)
-    found = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not found:
+    listed = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{path}: damaged: it names no files")
-    for name, entry in found.items():
+    for name, entry in listed.items():
         if not (isinstance(entry, list) and len(entry) == 2 and all(type(number) is int for number in entry)):
             raise CheckpointError(f"{path}: damaged: {name!r} has no size and checksum")
         if "\0" in name or PurePosixPath(name).is_absolute() or not set(name.split("/")).isdisjoint({"", ".", ".."}):
             raise CheckpointError(f"{path}: damaged: {name!r} is not a file of the checkpoint")
-    return found
+    return listed
 
 
 def read_progress(directory: Path) -> dict[str, Any]:
@@ -116,10 +116,10 @@ def read_progress(directory: Path) -> dict[str, Any]:
         CheckpointError: it is absent or damaged.
     """
     path = directory / PROGRESS
-    found = _read_json(path)
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: damaged: a {type(found).__name__} instead of named values")
-    return found
+    progress = _read_json(path)
+    if not isinstance(progress, dict):
+        raise CheckpointError(f"{path}: damaged: a {type(progress).__name__} instead of named values")
+    return progress
 
 
 def _read_json(path: Path) -> Any:
@@ -192,7 +192,7 @@ def remove_old(
 
     Args:
         accuracy: on held-out problems, by round.
-        damaged: found so, and not kept: they count for nothing.
+        damaged: those that are, which are not kept and count for nothing.
     """
     checkpoints = {round_of(path): path for path in list_checkpoints(root)}
     kept = choose_kept((number for number, path in checkpoints.items() if path not in damaged), config, accuracy or {})

@@ -165,12 +165,12 @@ class MegatronReader:
         used = set()
         for entry in entries:
             name, stored, layer = self._find(entry)
-            found, wanted = tuple(stored.size), self._shape(entry)
+            shape, wanted = tuple(stored.size), self._shape(entry)
             if layer is not None:
                 wanted = (num_layers, *wanted)
-            padded = isinstance(entry, VocabularyEntry) and found[0] >= wanted[0] and found[1:] == wanted[1:]
-            if found != wanted and not padded:
-                raise CheckpointError(f"{self.directory}: {name} has shape {found}; config.json says {wanted}")
+            padded = isinstance(entry, VocabularyEntry) and shape[0] >= wanted[0] and shape[1:] == wanted[1:]
+            if shape != wanted and not padded:
+                raise CheckpointError(f"{self.directory}: {name} has shape {shape}; config.json says {wanted}")
             used.add(name)
         if extra := sorted(set(self.names) - used):
             raise CheckpointError(f"{self.directory}: holds {', '.join(extra[:6])}, which the model of config.json has not")
@@ -233,10 +233,10 @@ class _IntoOneTensor(LoadPlanner):
         self.target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        found = self.target
+        part = self.target
         for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            found = found.narrow(dim, offset, length)
-        return found
+            part = part.narrow(dim, offset, length)
+        return part
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         pass

@@ -81,11 +81,11 @@ class SafetensorsReader:
             path = self.files[name]
             try:
                 header = self._handle(path).get_slice(name)
-                found, dtype = tuple(header.get_shape()), header.get_dtype()
+                stored, dtype = tuple(header.get_shape()), header.get_dtype()
             except (SafetensorError, OSError) as error:
                 raise MappingError(f"{path}: tensor {name} cannot be read: {error}") from None
-            if found != shape:
-                raise MappingError(f"{path}: {name} has shape {found}; config.json says {shape}")
+            if stored != shape:
+                raise MappingError(f"{path}: {name} has shape {stored}; config.json says {shape}")
             if dtype not in FLOATS:
                 raise MappingError(f"{path}: {name} is {dtype}; supported: {', '.join(FLOATS)}")
 

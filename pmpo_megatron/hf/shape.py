@@ -115,7 +115,7 @@ def read_shape(directory: str | Path) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], *, where: str = "config") -> ModelShape:
-    """As `read_shape`, from the values of ``config.json``; ``where`` stands in error messages."""
+    """Does what `read_shape` does, from the values of ``config.json``; ``where`` stands in error messages."""
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise MappingError(f"{where}: architectures is {names!r:.80}, not a list of names")

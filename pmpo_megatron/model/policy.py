@@ -136,7 +136,7 @@ class Policy:
 
 
 def named_parameters(modules: Iterable[Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    """As `Policy.named_parameters`, of unwrapped chunks."""
+    """What `Policy.named_parameters` gives, for unwrapped chunks."""
     for module in modules:
         layers = module.decoder.layers
         offset = layers[0].layer_number - 1 if len(layers) else 0  # Megatron counts from 1

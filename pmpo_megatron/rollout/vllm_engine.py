@@ -109,7 +109,7 @@ class VLLMEngine:
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the engines on this host."""
+        """Those of the engines on this host."""
         return [process.process_id for process in self._processes if isinstance(process, LocalProcess)]
 
     def _start(self, processes: list[VLLMProcess]) -> None:

@@ -70,16 +70,16 @@ class Launch:
     engines: int
 
     def environment(self) -> dict[str, str]:
-        """Of the process, on this host.
+        """What the environment of the process has beside this one's.
 
         Raises:
             RolloutError: the host has too few GPUs.
         """
         threads = self.threads or max(1, (os.cpu_count() or 1) // self.engines)
-        found = {"OMP_NUM_THREADS": str(threads)}
+        variables = {"OMP_NUM_THREADS": str(threads)}
         if self.device == "cuda" and self.number:
-            found["CUDA_VISIBLE_DEVICES"] = visible_gpus(self.number, self.settings["tensor_parallel_size"])
-        return found
+            variables["CUDA_VISIBLE_DEVICES"] = visible_gpus(self.number, self.settings["tensor_parallel_size"])
+        return variables
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def quiet_libraries() -> None:
 
 
 def _rank() -> int:
-    """Before anything is checked; nonsense counts as 0, and is named later."""
+    """This process's rank before anything is checked: nonsense counts as 0, and is named later."""
     return int(rank) if (rank := os.environ.get("RANK", "0")).isdigit() else 0
 
 
@@ -131,7 +131,7 @@ def _leave(*signal_and_frame: object) -> NoReturn:
 
 
 def close_on_interrupt() -> None:
-    """From here on an interrupt is a KeyboardInterrupt, because there is something to close; before, it just ends."""
+    """Makes an interrupt a KeyboardInterrupt, because there is something to close now; before, it just ends the process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
