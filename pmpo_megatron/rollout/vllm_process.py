@@ -13,7 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import AuthenticationError, resource_tracker
 from multiprocessing.connection import Client, Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -262,7 +262,10 @@ class RemoteProcess(VLLMProcess):
 
     def open(self) -> Connection:
         self._end = None
-        connection = Client((self._address.host, self._address.port), authkey=self._address.key)
+        try:
+            connection = Client((self._address.host, self._address.port), authkey=self._address.key)
+        except (EOFError, AuthenticationError) as error:
+            raise EngineDied(f"who answers on {self._address.host} did not prove to be of this run ({error!r})") from None
         connection.send(self.launch)
         return connection
 
@@ -280,12 +283,9 @@ class RemoteProcess(VLLMProcess):
         return self._end[1] if self._end is not None else f"Its log was on {self._address.host}."
 
     def interrupt(self) -> None:
-        try:
-            with self._sending:
-                if self._connection is not None:
-                    self._connection.send(("interrupt", ()))
-        except OSError:
-            pass  # it has ended
+        with contextlib.suppress(OSError), self._sending:  # it may have ended
+            if self._connection is not None:
+                self._connection.send(("interrupt", ()))
 
     def kill(self) -> None:
         if self._connection is not None:
