@@ -87,7 +87,9 @@ class VLLMEngine:
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[Future[RolloutGroup]]:
         return self._submit(prompts, sampling, round_index, divided=False)
 
-    def _submit(self, prompts, sampling, round_index: int, *, divided: bool) -> list[Future[RolloutGroup]]:
+    def _submit(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, round_index: int, *, divided: bool
+    ) -> list[Future[RolloutGroup]]:
         with self._state:
             if self._failure is not None:
                 raise self._failure

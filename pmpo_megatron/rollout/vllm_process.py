@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -42,7 +42,7 @@ def give_up_starts() -> None:
 
 
 @contextlib.contextmanager
-def _without_interrupts():
+def _without_interrupts() -> Iterator[None]:
     """What is started here never sees SIGINT, which a terminal sends to all of a run's processes: its parent ends it.
 
     The mask is inherited, also by what the fork server forks later, and is in place before any of its code runs.
@@ -56,7 +56,7 @@ def _without_interrupts():
 
 
 class EngineDied(Exception):
-    """The process ended, or stopped to answer."""
+    """The process ended, or answers no longer."""
 
 
 class VLLMProcess(ABC):
