@@ -275,7 +275,7 @@ class LocalProcess(VLLMProcess):
 
     def _end_process(self) -> None:
         """Closing our end of the pipe reaches the workers, too, that a kill does not."""
-        if self._process is None:
+        if self._process is None or self._process.pid is None:
             return
         self._alive.close()
         self._process.join(timeout=2)

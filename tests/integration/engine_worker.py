@@ -55,9 +55,9 @@ def prompts(count: int = 4) -> list[Prompt]:
     ]
 
 
-def engine_for(path: str, *, nodes=(), **settings):
+def engine_for(path: str, *, addresses=(), **settings):
     config = RolloutConfig(**dict(threads=1, kv_cache_gib=0.1, max_num_seqs=32) | settings)
-    return make_engine(config, model_path=path, device="cpu", worker_extension=EXTENSION, nodes=nodes)
+    return make_engine(config, model_path=path, device="cpu", worker_extension=EXTENSION, nodes=addresses)
 
 
 def train(policy: Policy, parallel: ParallelConfig) -> None:
@@ -146,7 +146,7 @@ def update_nodes(path: str, bridge_settings: dict, directory: str) -> dict | Non
     with contextlib.ExitStack() as parts:
         agent = None if state.is_main else parts.enter_context(contextlib.closing(NodeAgent()))
         nodes = [address for address in gather_objects(agent and agent.address, state) if address is not None]
-        engine = engine_for(path, nodes=nodes, engines=1) if state.is_main else None
+        engine = engine_for(path, addresses=nodes, engines=1) if state.is_main else None
         if engine is not None:
             parts.callback(engine.close)
             found["before"] = answers(engine)

@@ -148,14 +148,14 @@ def test_a_node_of_its_own_serves_one_run_after_another(tmp_path):
     try:
         found = []
         for _ in range(2):
-            engine = engine_for(path, nodes=nodes, **settings)
+            engine = engine_for(path, addresses=nodes, **settings)
             assert engine.hosts == ("127.0.0.1",) and engine.process_ids == [], "none on this host"
             found.append(answers(engine))
             engine.close()
         same(*found, tolerance=0)
         other = [replace(nodes[0], key=b"another key")]
         with pytest.raises(RolloutError, match=f"who answers at 127.0.0.1:{port} did not prove to have this run's key"):
-            engine_for(path, nodes=other, **settings)
+            engine_for(path, addresses=other, **settings)
     finally:
         node.terminate()
     assert node.wait(timeout=60) == 0
