@@ -90,4 +90,5 @@ def address_toward(host: str) -> str:
     """This host's address as ``host`` sees it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
-        return probe.getsockname()[0]
+        address: str = probe.getsockname()[0]
+        return address
