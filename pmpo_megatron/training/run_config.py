@@ -72,6 +72,19 @@ class RoundConfig(Section):
         minimum=1,
         maximum=10**6,
     )
+    old_log_probs: str = setting(
+        "recomputed",
+        "what the policy's ratios are taken to: the trainer's log-probs at the round's start, or the engine's own, which saves "
+        "a forward pass",
+        choices=("recomputed", "rollout"),
+    )
+    rejection: str = setting(
+        "none",
+        "tokens, or sequences by their mean, whose ratio trainer / engine is outside the bounds get no gradient",
+        choices=("none", "token", "sequence"),
+    )
+    rejection_low: float = setting(0.5, "lower bound of that ratio", unit="ratio", above=0.0, maximum=1.0)
+    rejection_high: float = setting(2.0, "upper bound of that ratio", unit="ratio", minimum=1.0)
 
     @classmethod
     def base_for(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +149,15 @@ class RunConfig(Section):
         return self.batch.steps_per_round if (self.round.mode, self.round.update) == ("in_flight", "step") else 1
 
     def validate(self) -> None:
+        compared = {
+            "objective.importance": self.objective.importance != "none",
+            "round.rejection": self.round.rejection != "none",
+            "guards.mismatch_stop": self.guards.mismatch_stop is not None,
+        }
+        for name in (name for name, used in compared.items() if used and self.round.old_log_probs == "rollout"):
+            raise ConfigError(
+                name, "compares the trainer's log-probs with the engine's; round.old_log_probs must be recomputed"
+            )
         if self.round.mode != "in_flight":
             return
         if self.round.max_staleness < self.versions_per_round:

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pmpo_megatron.algo.rejection import Rejection
 from pmpo_megatron.bridge.source import give_back_cache
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.checkpoint.store import CheckpointStore
 from pmpo_megatron.config import convert, field_types
 from pmpo_megatron.errors import CheckpointError, ConfigError
-from pmpo_megatron.model.micro_batch import ScoredMicroBatch
+from pmpo_megatron.model.micro_batch import MicroBatch, ScoredMicroBatch
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.model.step_results import StepResult
@@ -126,7 +127,7 @@ class Trainer:
             samples = () if batch is None else batch.samples
             steps = share_round(samples, table, self.config, self.state, round_index=self.progress.round)
         with self.timer.phase("old_log_probs"):
-            scored = [score(self.policy, step, temperature=self.temperature, reference=self.reference) for step in steps]
+            scored = [self.score(step) for step in steps]
         measured = measure_mismatch(scored, self.config.objective.log_bounds, self.state)
         mismatch = check_mismatch(measured, self.config.guards, self.progress.round, self.state)
         trained = self.progress.policy_version
@@ -171,6 +172,18 @@ class Trainer:
         if overlapped and further and self.collector is not None:
             self.collector.start(self.progress.round + 1)
         return batch, table
+
+    def score(self, micro_batches: list[MicroBatch]) -> list[ScoredMicroBatch]:
+        """What an optimizer step takes: log-probs before the round's first update, and which tokens count."""
+        config = self.config.round
+        return score(
+            self.policy,
+            micro_batches,
+            temperature=self.temperature,
+            reference=self.reference,
+            recompute=config.old_log_probs == "recomputed",
+            rejection=Rejection(config.rejection, config.rejection_low, config.rejection_high),
+        )
 
     def step(self, index: int, micro_batches: list[ScoredMicroBatch]) -> StepResult:
         """One optimizer step; a non-finite one is skipped, counted and written to disk, and too many in a row end the run."""
