@@ -190,9 +190,6 @@ PRESETS: dict[str, ObjectiveConfig] = {
     "dr_grpo": _ratio(0.2, 0.2, rule="fixed", p=1.0, trajectory_weight="constant", advantage="dr_grpo"),
     "dapo": _ratio(0.2, 0.28, rule="fixed", p=1.0, trajectory_weight="length"),
     "cispo": _ratio(None, 0.28, rule="fixed", p=1.0, clip="weight", trajectory_weight="length"),
-    "dppo": ObjectiveConfig(
-        rule="fixed", p=1.0, clip="divergence", eps_low_log=None, eps_high_log=None, trajectory_weight="length"
-    ),
     "gspo": _ratio(3e-4, 4e-4, rule="fixed", p=0.0, clip_level="sequence"),
     "holder": _ratio(0.2, 0.2, rule="schedule", p_start=2.0, p_end=-2.0, clip_level="sequence"),
 }
