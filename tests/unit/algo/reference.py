@@ -33,8 +33,10 @@ def clip_tokens(r, log_probs, old, A, config):
         rise = log_probs.double().exp() - old.double().exp()
         masked = rise > high if A > 0 else rise < -low
         return torch.where(masked, r.detach(), r), float(masked.double().mean())
-    return (torch.clamp(r, max=high), float((r > high).double().mean())) if A > 0 else (
-        torch.clamp(r, min=low), float((r < low).double().mean())
+    return (
+        (torch.clamp(r, max=high), float((r > high).double().mean()))
+        if A > 0
+        else (torch.clamp(r, min=low), float((r < low).double().mean()))
     )
 
 
