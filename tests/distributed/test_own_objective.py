@@ -30,7 +30,7 @@ def batch_of(objective):
     log_probs, old, trajectory, _, weights = make_batch(4, LENGTHS, std=0.6, outlier=4.0)
     advantages = torch.tensor([value for group in compute_advantages(REWARDS, objective.group_advantage) for value in group])
     columns = [group_statistics(group) for group in REWARDS for _ in group]
-    statistics_N = {name: torch.tensor([column[name] for column in columns]) for name in STATISTICS}
+    statistics_N = {name: torch.tensor([column[name] for column in columns], dtype=torch.float64) for name in STATISTICS}
     return log_probs, old, trajectory, advantages, weights, statistics_N
 
 
