@@ -1,4 +1,4 @@
-"""Whole runs whose rollouts are made in flight: weights change under them, and nothing is lost when run or engine is killed."""
+"""Whole runs with real vLLM that are killed: synchronous rounds end at the same bits, in flight nothing is lost or seen twice."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 from pmpo_megatron.data.arithmetic import make_problems
 from tests.integration import runs
 from tests.integration.engine_worker import save_model
+from tests.integration.test_run import assert_same_run
 
 ROUNDS, PROMPTS, SAMPLES, PROBLEMS = 6, 6, 4, 40  # less than an epoch
 IN_FLIGHT = [f"run.rounds={ROUNDS}", "round.mode=in_flight", "objective.importance=token", "monitor.rollout_samples=1000"]
@@ -44,7 +45,20 @@ def engines(process) -> list[int]:
     return sorted(found)[1:]  # the first is the fork server
 
 
-@pytest.mark.parametrize("update", ["round", "step"])
+@pytest.mark.parametrize("engines", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_killed_a_synchronous_run_ends_at_the_same_bits(model, tmp_path, engines):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = ["run.rounds=3", f"rollout.engines={engines}", "evaluation.data=null"]
+    runs.train(model, whole, *settings)
+    process = runs.start(model, killed, *settings)
+    runs.wait_until(lambda: runs.last_round(killed) >= 1, timeout=300, what="the first checkpoint")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    runs.train(model, killed, *settings)
+    assert_same_run(whole, killed)
+
+
+@pytest.mark.parametrize("update", [pytest.param("round", marks=pytest.mark.slow), "step"])
 def test_killed_in_flight_a_run_trains_on_every_prompt_once(model, tmp_path, update):
     directory, settings = tmp_path / "run", [*IN_FLIGHT, f"round.update={update}"]
     process = runs.start(model, directory, *settings)
