@@ -68,7 +68,7 @@ def solve(problem: Problem, *, slip_rate: float = 0.0, generator: np.random.Gene
         else:
             digits += [carry] if carry else []
             result = sum(digits)
-        if slip_rate and generator.random() < slip_rate:
+        if slip_rate and generator is not None and generator.random() < slip_rate:
             result = int(generator.integers(0, 10))
         if not subtract:
             carry = result // 10

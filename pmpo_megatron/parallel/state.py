@@ -104,6 +104,10 @@ class ParallelState:
         """Model chunks on this rank."""
         return self.config.virtual_pipeline or 1
 
+    def ranks_of_replica(self, replica: int) -> list[int]:
+        """The ranks whose ``dp_rank`` is ``replica``: a whole copy of the model."""
+        return [rank for rank in range(self.world_size) if rank // (self.tp_size * self.cp_size) % self.dp_size == replica]
+
     def holds_first_stage(self, chunk: int) -> bool:
         """Whether model chunk ``chunk`` of this rank begins with the embedding."""
         return self.is_first_stage and chunk == 0

@@ -34,8 +34,9 @@ def make_engine(
         RolloutError: it does not start; with the first error in its log.
         DataError: recorded rollouts cannot be read.
     """
-    if config.engine == "replay":
+    if config.engine == "replay" and config.replay_from is not None:
         return ReplayEngine(config.replay_from)
+    engine: RolloutEngine
     if config.engine == "server":
         engine = ServerEngine(config)
     else:

@@ -11,17 +11,17 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import AuthenticationError, resource_tracker
 from multiprocessing.connection import Client, Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout import engine_log, vllm_child
+from pmpo_megatron.rollout.vllm_launch import Launch
 
 _starting: set[VLLMProcess] = set()
 
@@ -34,7 +34,7 @@ def give_up_starts() -> None:
 
 
 @contextlib.contextmanager
-def _without_interrupts():
+def _without_interrupts() -> Iterator[None]:
     """What is started here never sees SIGINT, which a terminal sends to all of a run's processes: its parent ends it.
 
     The mask is inherited, also by what the fork server forks later, and is in place before any of its code runs.
@@ -48,37 +48,7 @@ def _without_interrupts():
 
 
 class EngineDied(Exception):
-    """The process ended, or stopped to answer."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a vLLM is started.
-
-    Attributes:
-        settings: arguments of vLLM's LLM.
-        device: ``cpu`` or ``cuda``.
-        threads: of the process; None: its share of its host's cores on CPU, one on GPUs.
-        number: which of the host's engines this is, of ``engines``; it takes the next ``tensor_parallel`` GPUs.
-    """
-
-    settings: dict[str, Any]
-    device: str
-    threads: int | None
-    number: int
-    engines: int
-
-    def environment(self) -> dict[str, str]:
-        """Of the process, on this host.
-
-        Raises:
-            RolloutError: the host has too few GPUs.
-        """
-        share = max(1, (os.cpu_count() or 1) // self.engines) if self.device == "cpu" else 1
-        found = {"OMP_NUM_THREADS": str(self.threads or share)}
-        if self.device == "cuda" and self.number:
-            found["CUDA_VISIBLE_DEVICES"] = visible_gpus(self.number, self.settings["tensor_parallel_size"])
-        return found
+    """The process ended, or answers no longer."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +81,7 @@ class VLLMProcess(ABC):
             self._connection = self.open()
             if self.given_up:
                 raise EngineDied("the start was given up")
-            self._wait("ready", timeout_s, "the start of the rollout engine")
+            self._wait(self._connection, "ready", timeout_s, "the start of the rollout engine")
         except (EngineDied, RolloutError, OSError) as error:
             log = self.log_tail()
             self.kill()
@@ -133,32 +103,35 @@ class VLLMProcess(ABC):
             EngineDied: the process ended, or gave no sign of life.
             RolloutError: vLLM raised an exception; with its traceback.
         """
-        if self._connection is None:
+        connection = self._connection
+        if connection is None:
             raise EngineDied(f"{what}: it was ended and does not run")
         try:
             with self._sending:
-                self._connection.send((method, arguments))
+                connection.send((method, arguments))
         except (BrokenPipeError, ConnectionResetError):
             raise EngineDied(self.why_dead()) from None
-        return self._wait("value", timeout_s, what, on_finished)
+        return self._wait(connection, "value", timeout_s, what, on_finished)
 
-    def _wait(self, kind: str, timeout_s: float, what: str, on_finished: Callable[[list], None] | None = None) -> Any:
+    def _wait(
+        self, connection: Connection, kind: str, timeout_s: float, what: str, on_finished: Callable[[list], None] | None = None
+    ) -> Any:
         """The content of the next message of ``kind``; every message counts as a sign of life."""
         while True:
-            if not self._connection.poll(timeout_s):
+            if not connection.poll(timeout_s):
                 raise EngineDied(f"{what}: no sign of life for {timeout_s:g} s")
             try:
-                found, content = self._connection.recv()
+                received, content = connection.recv()
             except (EOFError, ConnectionResetError):
                 raise EngineDied(self.why_dead()) from None
-            if found == "finished" and on_finished is not None:
+            if received == "finished" and on_finished is not None:
                 on_finished(content)
-            elif found == "error":
+            elif received == "error":
                 raise RolloutError(f"{what} failed:\n{content}")
-            elif found == "ended":
+            elif received == "ended":
                 self._end = content
                 raise EngineDied(self.why_dead())
-            elif found == kind:
+            elif received == kind:
                 return content
 
     @abstractmethod
@@ -195,10 +168,12 @@ class LocalProcess(VLLMProcess):
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pmpo_megatron.rollout.vllm_preload"])
         self._log_path, self._environment = log_path, launch.environment() | (environment or {})
-        self._process, self._log_start = None, 0
+        self._process: ForkServerProcess | None = None
+        self._log_start = 0
 
     @property
     def process_id(self) -> int:
+        assert self._process is not None and self._process.pid is not None  # it was started
         return self._process.pid
 
     @property
@@ -210,14 +185,16 @@ class LocalProcess(VLLMProcess):
         connection, theirs = self._context.Pipe()
         alive, self._alive = self._context.Pipe(duplex=False)
         arguments = (theirs, alive, str(self._log_path), self.launch.settings, self._environment)
-        self._process = self._context.Process(target=vllm_child.serve, args=arguments, name="vllm")
+        process = self._process = self._context.Process(target=vllm_child.serve, args=arguments, name="vllm")
         with _without_interrupts():
-            self._process.start()
+            process.start()
         theirs.close()
         alive.close()
         return connection
 
     def why_dead(self) -> str:
+        if self._process is None:
+            return "the rollout engine's process was ended"
         self._process.join(timeout=5)
         code = self._process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
@@ -253,13 +230,16 @@ class RemoteProcess(VLLMProcess):
 
     def open(self) -> Connection:
         self._end = None
-        connection = Client((self._address.host, self._address.port), authkey=self._address.key)
+        try:
+            connection = Client((self._address.host, self._address.port), authkey=self._address.key)
+        except (EOFError, AuthenticationError) as error:
+            raise EngineDied(f"who answers on {self._address.host} did not prove to be of this run ({error!r})") from None
         connection.send(self.launch)
         return connection
 
     def why_dead(self) -> str:
         try:
-            while self._end is None and self._connection.poll():
+            while self._end is None and self._connection is not None and self._connection.poll():
                 kind, content = self._connection.recv()
                 self._end = content if kind == "ended" else None
         except (EOFError, OSError):
@@ -271,28 +251,11 @@ class RemoteProcess(VLLMProcess):
         return self._end[1] if self._end is not None else f"Its log was on {self._address.host}."
 
     def interrupt(self) -> None:
-        try:
-            with self._sending:
-                if self._connection is not None:
-                    self._connection.send(("interrupt", ()))
-        except OSError:
-            pass  # it has ended
+        with contextlib.suppress(OSError), self._sending:  # it may have ended
+            if self._connection is not None:
+                self._connection.send(("interrupt", ()))
 
     def kill(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def visible_gpus(number: int, tensor_parallel: int) -> str:
-    """CUDA_VISIBLE_DEVICES with which the host's engine ``number`` takes its own GPUs.
-
-    They come first and the others after them: it uses only its own, and can open the trainer's memory.
-    """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = listed.split(",") if listed else [str(gpu) for gpu in range(torch.cuda.device_count())]
-    first = number * tensor_parallel
-    if first + tensor_parallel > len(gpus):
-        last = first + tensor_parallel - 1
-        raise RolloutError(f"engine {number} of the rollouts needs GPUs {first} to {last}; here are {len(gpus)}")
-    return ",".join(gpus[first:] + gpus[:first])

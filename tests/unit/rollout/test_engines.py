@@ -1,5 +1,6 @@
 """How several vLLMs on one host share a batch and the GPUs; that they run is tested with real ones in tests/integration."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -9,12 +10,12 @@ from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.vllm_child import whole_text
 from pmpo_megatron.rollout.vllm_engine import divide, make_requests
-from pmpo_megatron.rollout.vllm_process import Launch, visible_gpus
+from pmpo_megatron.rollout.vllm_launch import Launch, visible_gpus
 from pmpo_megatron.types import Prompt
 
 
 def names(count: int, samples: int) -> list[str]:
-    prompts = [Prompt(10 * index, (1, 2), "", ()) for index in range(count)]
+    prompts = [Prompt(10 * index, np.array([1, 2], np.int32), "", ()) for index in range(count)]
     return [name for name, *_ in make_requests(prompts, SamplingConfig(samples_per_prompt=samples), 0)]
 
 
