@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from pmpo_megatron.model.inputs import prepare_inputs
 
 from pmpo_megatron.algo.objective import PRESETS, ObjectiveConfig
 from pmpo_megatron.config import build
@@ -112,7 +111,7 @@ def lengths_out_of_reach(path: str, layouts: list[dict]) -> list[bool]:
         parallel = ParallelConfig(**layout)
         state = initialize(parallel, device="cpu")
         policy = Policy.build(ModelConfig(path=path), OptimizerConfig(), parallel, state)
-        inputs = prepare_inputs(micro_batches(state.dp_size, state.dp_rank, 0)[0], state)
+        inputs = prepared(state)[0]
         lengths = {
             name: getattr(inputs.packed, name).to("meta") for name in vars(inputs.packed) if name.startswith("cu_seqlens")
         }

@@ -129,6 +129,7 @@ def test_the_optimizers_state_is_gathered_on_one_host_and_read_by_its_owners(mod
     assert first["loading"] + second["loading"] <= first["whole"] + first["largest"]
     sizes = dict(world_size=2, node_size=1, dtype="float32", distributed=True)
     planned = checkpoint_bytes_of_node(read_shape(model), ParallelConfig(), **sizes)
-    assert planned.loading == max(first["together"], second["together"])
+    together = max(first["together"], second["together"])
+    assert planned.loading == pytest.approx(together, abs=first["largest"] / 10)  # but for a norm at the seam of the ranks
     # Padding between parameters is copied, too; what gloo holds a second time comes on top of what is gathered.
     assert first["whole"] * (1 + 8 / 12 + 1 / 2) <= planned.saving <= 1.05 * first["whole"] * (1 + 8 / 12 + 1 / 2)
