@@ -113,12 +113,12 @@ def lengths_out_of_reach(path: str, layouts: list[dict]) -> list[bool]:
         policy = Policy.build(ModelConfig(path=path), OptimizerConfig(), parallel, state)
         inputs = prepared(state)[0]
         lengths = {
-            name: getattr(inputs.packed, name).to("meta") for name in vars(inputs.packed) if name.startswith("cu_seqlens")
+            name: getattr(inputs.sequences, name).to("meta") for name in vars(inputs.sequences) if name.startswith("cu_seqlens")
         }
         with torch.no_grad():
             outputs = [
                 policy.modules[0](inputs.tokens_1T, inputs.position_ids_1T, None, packed_seq_params=packed)
-                for packed in (inputs.packed, dataclasses.replace(inputs.packed, **lengths))
+                for packed in (inputs.sequences, dataclasses.replace(inputs.sequences, **lengths))
             ]
         same.append(torch.equal(*outputs))
         shut_down(keep_world=True)
