@@ -144,7 +144,8 @@ def initialize(config: ParallelConfig, *, device: str | None = None, seed: int =
     timeout = timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        store = dist.HashStore() if world_size == 1 else None  # PyTorch's own listens on every interface
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     control_group = dist.group.WORLD
     if chosen.type == "cuda":
         control_group = dist.new_group(backend="gloo", timeout=timeout)
