@@ -53,6 +53,10 @@ def commands(options: argparse.Namespace, more: list[str]) -> list[tuple[int, li
     """
     config = build(RunConfig, apply_overrides(read_yaml(options.config), options.overrides))
     size, device = config.rollout.tensor_parallel, "cuda" if options.gpus else "cpu"
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = listed.split(",") if listed else [str(gpu) for gpu in range(options.gpus)]
+    if options.gpus > len(gpus):
+        raise ConfigError("--gpus", f"{options.gpus}; CUDA_VISIBLE_DEVICES names {len(gpus)}")
     if options.gpus % size or options.gpus < 0:
         raise ConfigError("rollout.tensor_parallel", f"{size} must divide the machine's {options.gpus} GPUs (--gpus)")
     cache = config.rollout.kv_cache_gib if device == "cpu" else None  # on a GPU it was chosen beside a trainer
@@ -67,7 +71,7 @@ def commands(options: argparse.Namespace, more: list[str]) -> list[tuple[int, li
         command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *flags]
         variables = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
         if options.gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(number * size + i) for i in range(size))
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[number * size : (number + 1) * size])
         port = options.port + number
         found.append((port, [*command, "--port", str(port), *more], variables))
     return found

@@ -20,11 +20,23 @@ One command on each node. What follows the options overrides fields of the confi
   MASTER_PORT     a port that is free there (default: 29500)
   GPUS_PER_NODE   processes on each node (default: 8)
   SERVE_ARGS      with --serve: more options of tools/serve.py, and of vLLM's server after --
+  GLOO_SOCKET_IFNAME  network interface between nodes (default: found where the host's name means 127.0.1.1)
   PYTHON          interpreter (default: .venv/bin/python of this project, or python)
 TEXT
 }
 
 launch_fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+# Where this host's own name means 127.0.1.1, as on Debian, gloo would listen where no other node reaches it.
+choose_interface() {
+    local interface
+    [ -z "${GLOO_SOCKET_IFNAME:-}" ] && getent ahostsv4 "$(hostname)" | grep -q '^127\.' || return 0
+    interface="$(ip -o route get "$(getent ahostsv4 "$MASTER_ADDR" | awk '{print $1; exit}')" | sed -n 's/.* dev \([^ ]*\).*/\1/p')"
+    [ -n "$interface" ] && [ "$interface" != lo ] || # on node 0 itself
+        interface="$(ip -o route show default | sed -n 's/.* dev \([^ ]*\).*/\1/p' | head -n 1)"
+    [ -n "$interface" ] || launch_fail "GLOO_SOCKET_IFNAME: name the network interface to the other nodes; $(hostname) means 127.*"
+    export GLOO_SOCKET_IFNAME="$interface"
+}
 
 launch() {
     local config="$1" nodes="${NNODES:-$NODES}" gpus="${GPUS_PER_NODE:-8}" dry="" serve="" python
@@ -57,6 +69,7 @@ launch() {
     else
         [ -n "${MASTER_ADDR:-}" ] || launch_fail "MASTER_ADDR: the host of node 0 is needed with $nodes nodes"
         [ -n "${NODE_RANK:-}" ] || launch_fail "NODE_RANK: 0 to $((nodes - 1)) is needed with $nodes nodes"
+        choose_interface
         rendezvous=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
     fi
     export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron: keeps communication and products of tensor parallelism in order

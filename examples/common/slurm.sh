@@ -24,7 +24,10 @@ run_recipe() {
     [ -n "${SLURM_JOB_ID:-}" ] || { echo "error: submit this with sbatch, from the project's root" >&2; exit 2; }
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export NNODES=$((SLURM_JOB_NUM_NODES - ${ROLLOUT_NODES:-0}))
-    export MASTER_ADDR="${hosts[0]}" MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+    # Below the ports that Linux hands out by itself, from 32768 on: another program could have taken one of these.
+    export MASTER_ADDR="${hosts[0]}" MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+    # Since Slurm 22.05 steps do not take over --cpus-per-task: they would get one core.
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
     echo "job $SLURM_JOB_ID: $NNODES nodes, node 0 is $MASTER_ADDR:$MASTER_PORT"
     if [ "${ROLLOUT_NODES:-0}" -gt 0 ]; then
         start_servers "$launch" "$@"
@@ -45,7 +48,7 @@ run_recipe() {
 ask_to_stop() {
     interrupted=1
     echo "job $SLURM_JOB_ID: the time limit is near; asking the trainer to save and stop"
-    srun --overlap --nodes=1 --ntasks=1 --nodelist="$MASTER_ADDR" pkill -USR1 -f '[p]mpo_megatron.train --config' || true
+    SRUN_CPUS_PER_TASK=1 srun --overlap --nodes=1 --ntasks=1 --nodelist="$MASTER_ADDR" pkill -USR1 -f '[p]mpo_megatron.commands.train --config' || true
 }
 
 joined() { local IFS=,; printf '%s' "$*"; }

@@ -148,7 +148,7 @@ def _answer(model: Model, plan: EvaluationPlan, tasks: Sequence[Task], directory
         longest = max(len(prompt.token_ids) for task in tasks for prompt in task.prompts)
         needed = min(limit or ANY_LENGTH, longest + plan.sampling.max_tokens)  # a KV cache for more may not fit
         rollout = replace(plan.rollout, max_model_len=needed)
-        engine = make_engine(rollout, model_path=str(path), device=plan.device, worker_extension=None)
+        engine = make_engine(rollout, model_path=str(path), device=plan.device, worker_extension=None, logs=directory / "logs")
         parts.callback(engine.close)
         scorer = RewardScorer(plan.rewards, max_tokens=plan.sampling.max_tokens)
         parts.callback(scorer.close)

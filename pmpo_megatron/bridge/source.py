@@ -69,3 +69,9 @@ class WeightSource:
                 whole = torch.empty(entry.full_shape, dtype=self.dtype, device=self.device)
                 dist.recv(whole, owner, group=group)
         return whole
+
+
+def give_back_cache(device: torch.device) -> None:
+    """Frees what PyTorch keeps of this rank's GPU for later: an engine that starts there again wants its share free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -20,7 +20,7 @@ from pmpo_megatron.bridge.channel import Sender
 from pmpo_megatron.bridge.config import ON_GPU, BridgeConfig, choose_transport
 from pmpo_megatron.bridge.fingerprint import fingerprint
 from pmpo_megatron.bridge.media import FILES, SHARED_MEMORY
-from pmpo_megatron.bridge.source import WeightSource
+from pmpo_megatron.bridge.source import WeightSource, give_back_cache
 from pmpo_megatron.errors import RolloutError, WeightSyncError
 from pmpo_megatron.hf.safetensors import SafetensorsWriter
 from pmpo_megatron.model.policy import Policy
@@ -79,6 +79,7 @@ class WeightBridge:
                 the engine's rank. The engine refuses to generate until a later push succeeds.
         """
         self.version, started = version, time.monotonic()
+        give_back_cache(self.policy.state.device)
         if not self.active:
             if self.engine is not None:
                 self.engine.version = version
@@ -202,6 +203,7 @@ class _Outbox:
         manifest = manifest | {"channel": sender.description()}
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights") as thread:
             call = thread.submit(self._call, manifest)
+            call.add_done_callback(sender.abort_if_failed)
             try:
                 sent = self._send(stream, sender, manifest["buckets"], call)
             except BaseException as error:

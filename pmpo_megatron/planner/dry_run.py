@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.planner.engine import split_problem
-from pmpo_megatron.planner.hardware import Hardware, hardware_here
+from pmpo_megatron.planner.hardware import Hardware, hardware_here, host_bytes
 from pmpo_megatron.planner.parameters import state_bytes
 from pmpo_megatron.planner.run_plan import plan
 from pmpo_megatron.planner.text import plan_lines
@@ -53,7 +51,7 @@ def _cpu_line(config: RunConfig, world_size: int) -> str:
         distributed=config.optimizer.distributed,
     )
     most = max(state_bytes(shape, parallel, stage=stage, **common).total for stage in range(parallel.pipeline))
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = host_bytes()
     if most > here:
         raise ConfigError(
             "run.device",

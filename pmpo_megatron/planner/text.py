@@ -31,7 +31,7 @@ def plan_lines(found: Plan) -> list[str]:
         *memory_table(found),
         _recompute_line(found),
     ]
-    lines += _engine_lines(found) + [_communication_line(found), *_time_lines(found)]
+    lines += _engine_lines(found) + [_checkpoint_line(found), _communication_line(found), *_time_lines(found)]
     lines += [f"note: {note}" for note in found.notes] + [f"problem: {problem}" for problem in found.problems]
     return [*lines, _limit_line(found), _verdict(found)]
 
@@ -84,6 +84,15 @@ def _engine_lines(found: Plan) -> list[str]:
         running, speed = nodes * rollout.engines * found.generation.running, found.generation.tokens_per_s
         lines.append(f"rollouts: {running} requests at once, {speed:.0f} response tokens/s")
     return lines
+
+
+def _checkpoint_line(found: Plan) -> str:
+    needed = found.checkpoint
+    return (
+        f"checkpoints: of the fullest node's memory {needed.saving / GIB:.0f} GiB while one is saved, "
+        f"{needed.loading / GIB:.0f} while one is loaded; of a GPU's none while one is saved, {needed.gpu / GIB:.1f} while one "
+        "is loaded"
+    )
 
 
 def _communication_line(found: Plan) -> str:

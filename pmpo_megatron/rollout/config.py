@@ -73,9 +73,11 @@ class RolloutConfig(Section):
     )
     gpu_memory_utilization: float = setting(0.5, "GPU: share of memory for weights and KV cache", above=0.0, maximum=1.0)
     enforce_eager: bool = setting(False, "GPU: no CUDA graphs")
-    threads: int | None = setting(None, "CPU: threads of each engine; null: the cores, divided", minimum=1, maximum=4096)
+    threads: int | None = setting(
+        None, "CPU threads of each process of an engine; null: on CPU the cores, divided; on GPUs one", minimum=1, maximum=4096
+    )
     start_timeout_s: float = setting(
-        600.0, "longest wait for the engine to start, or for one response of a server", unit="s", minimum=0.001
+        1800.0, "longest wait for the engine to start, or for one response of a server", unit="s", minimum=0.001
     )
     stall_s: float = setting(
         120.0,

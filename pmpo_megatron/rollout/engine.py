@@ -37,7 +37,11 @@ class RolloutEngine(Protocol):
         """Calls ``method`` of every vLLM worker's extension class; what each returned."""
 
     def reset_prefix_cache(self) -> None:
-        """Forgets what was computed with earlier weights."""
+        """Forgets what was computed with earlier weights.
+
+        Raises:
+            RolloutError: it could not, because requests are not done.
+        """
 
     def mark_broken(self, reason: str | None) -> None:
         """Refuses to generate, because the weights are not whole, until called with None."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
@@ -19,6 +20,7 @@ def make_engine(
     device: str,
     worker_extension: str | None,
     nodes: Sequence[NodeAddress] = (),
+    logs: Path | None = None,
 ) -> RolloutEngine:
     """The engine that ``config`` asks for, ready to generate with the weights of ``model_path``.
 
@@ -26,9 +28,10 @@ def make_engine(
         device: ``cpu`` or ``cuda``.
         worker_extension: import path ``package.module.Class`` of a class whose methods become vLLM workers'.
         nodes: engine vllm: other nodes on which engines are started, too.
+        logs: engine vllm: a directory for what the engines of this node write; None: not kept.
 
     Raises:
-        RolloutError: it does not start; with the end of its log.
+        RolloutError: it does not start; with the first error in its log.
         DataError: recorded rollouts cannot be read.
     """
     if config.engine == "replay" and config.replay_from is not None:
@@ -37,7 +40,9 @@ def make_engine(
     if config.engine == "server":
         engine = ServerEngine(config)
     else:
-        engine = VLLMEngine(config, model_path=model_path, device=device, worker_extension=worker_extension, nodes=nodes)
+        engine = VLLMEngine(
+            config, model_path=model_path, device=device, worker_extension=worker_extension, nodes=nodes, logs=logs
+        )
     if config.record_to is not None:
         return RecordingEngine(engine, config.record_to)
     return engine

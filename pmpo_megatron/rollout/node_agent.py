@@ -29,12 +29,17 @@ PROOF_S = 10.0  # time to prove the key; in it at most 256 bytes are read at onc
 
 
 class NodeAgent:
-    """Listens until it is closed. ``address`` is for rank 0: its key lets nobody else start processes here."""
+    """Listens until it is closed. ``address`` is for rank 0: its key lets nobody else start processes here.
 
-    def __init__(self) -> None:
+    What its vLLMs write goes to files in ``logs``, with this host's name; None: to files that end with the agent.
+    """
+
+    def __init__(self, logs: Path | None = None) -> None:
         self._listener = socket.create_server((address_here(), 0), backlog=64)
         self.address = NodeAddress(*self._listener.getsockname(), secrets.token_bytes(32))
-        self._directory = temporary_directory("pmpo-vllm-")
+        self._temporary = temporary_directory("pmpo-vllm-") if logs is None else None
+        self._logs = logs or Path(self._temporary.name)
+        self._logs.mkdir(parents=True, exist_ok=True)
         self._joined: list[_Joined] = []
         threading.Thread(target=self._accept, daemon=True, name="node-agent").start()
 
@@ -50,7 +55,8 @@ class NodeAgent:
         self._listener.close()
         for joined in self._joined:
             joined.end()
-        self._directory.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def _accept(self) -> None:
         for number, caller in enumerate(self._callers()):
@@ -58,7 +64,8 @@ class NodeAgent:
             strangers = [joined for joined in self._joined if joined.stranger]
             if len(strangers) >= MOST_STRANGERS:
                 strangers[0].end()
-            self._joined.append(_Joined(caller, self.address.key, Path(self._directory.name) / f"engine-{number}.log"))
+            log_path = self._logs / f"{socket.gethostname()}-engine-{number}.log"
+            self._joined.append(_Joined(caller, self.address.key, log_path))
 
     def _callers(self) -> Iterator[socket.socket]:
         while True:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,12 @@ def _generate(llm: Any, connection: Connection, requests: list[tuple[str, list[i
 
     engine = llm.llm_engine
     for identifier, token_ids, parameters in requests:
-        engine.add_request(identifier, TokensPrompt(prompt_token_ids=token_ids), SamplingParams(**parameters))
-    last = time.monotonic()
+        # Text is needed while a response grows only to look for texts that end it; else it is made once, below.
+        parameters = SamplingParams(**parameters, detokenize=bool(parameters["stop"]))
+        engine.add_request(identifier, TokensPrompt(prompt_token_ids=token_ids), parameters)
+    tokenizer, last = llm.get_tokenizer(), time.monotonic()
     while engine.has_unfinished_requests():
-        finished = [_plain(output) for output in engine.step() if output.finished]
+        finished = [_plain(output, tokenizer) for output in engine.step() if output.finished]
         if finished:
             connection.send(("finished", finished))
         if time.monotonic() - last > HEARTBEAT_S:
@@ -83,7 +86,7 @@ def _generate(llm: Any, connection: Connection, requests: list[tuple[str, list[i
     connection.send(("value", None))
 
 
-def _plain(output: Any) -> tuple[str, np.ndarray, np.ndarray, str, str]:
+def _plain(output: Any, tokenizer: Any) -> tuple[str, np.ndarray, np.ndarray, str, str]:
     """(request, token ids, int32, log-prob of each sampled token, float32, text, finish reason)."""
     import numpy as np
 
@@ -91,7 +94,14 @@ def _plain(output: Any) -> tuple[str, np.ndarray, np.ndarray, str, str]:
     token_ids = np.array(sample.token_ids, dtype=np.int32)
     log_probs = [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs, strict=True)]
     log_probs = np.array(log_probs, dtype=np.float32)
-    return output.request_id, token_ids, log_probs, sample.text, sample.finish_reason
+    text = sample.text or whole_text(tokenizer, sample.token_ids)
+    return output.request_id, token_ids, log_probs, text, sample.finish_reason
+
+
+def whole_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """The text of a response: what vLLM makes token by token, without the bytes of a character that was cut off."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.rstrip("\ufffd")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.parallel.processes import temporary_directory
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.engine import request_seed
-from pmpo_megatron.rollout.vllm_process import EngineDied, Launch, LocalProcess, NodeAddress, RemoteProcess, VLLMProcess
+from pmpo_megatron.rollout.vllm_launch import Launch
+from pmpo_megatron.rollout.vllm_process import EngineDied, LocalProcess, NodeAddress, RemoteProcess, VLLMProcess
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
 from pmpo_megatron.units import GIB
 
@@ -27,6 +28,8 @@ DEFAULT_CPU_KV_CACHE_GIB = 0.5
 
 class VLLMEngine:
     """`RolloutEngine` on ``config.engines`` vLLMs here and on each of ``nodes``. See `engine.RolloutEngine` for the methods.
+
+    What the vLLMs here write goes to files in ``logs``; None: to files that end with the engine.
 
     Each holds the whole model. Prompt k goes to engine k modulo their number, with all its responses, so that they share the
     prompt's cache and the same configuration always divides a batch in the same way.
@@ -42,15 +45,18 @@ class VLLMEngine:
         device: str,
         worker_extension: str | None,
         nodes: Sequence[NodeAddress] = (),
+        logs: Path | None = None,
     ) -> None:
         self.config, self.version = config, 0
         self.on_restart: Callable[[VLLMEngine], None] | None = None
         self.broken: str | None = None
         self.elsewhere, self.on_loopback = bool(nodes), all(node.host.startswith("127.") for node in nodes)
-        self._directory = temporary_directory("pmpo-vllm-")
+        self._temporary = temporary_directory("pmpo-vllm-") if logs is None else None
+        logs = logs or Path(self._temporary.name)
+        logs.mkdir(parents=True, exist_ok=True)
         settings = engine_settings(config, model_path=model_path, device=device, worker_extension=worker_extension)
         launches = [Launch(settings, device, config.threads, number, config.engines) for number in range(config.engines)]
-        here = [LocalProcess(launch, Path(self._directory.name) / f"engine-{launch.number}.log") for launch in launches]
+        here = [LocalProcess(launch, logs / f"engine-{launch.number}.log") for launch in launches]
         self._processes: list[VLLMProcess] = [*here, *(RemoteProcess(launch, node) for node in nodes for launch in launches)]
         self._start(self._processes)
 
@@ -93,7 +99,8 @@ class VLLMEngine:
         return [answer for of_engine in answers for answer in of_engine]
 
     def reset_prefix_cache(self) -> None:
-        self.collective_rpc("reset_prefix_cache")
+        if not all(self.collective_rpc("reset_prefix_cache")):
+            raise RolloutError("the rollout engine kept what it had computed with earlier weights: it still has requests")
 
     def mark_broken(self, reason: str | None) -> None:
         self.broken = reason
@@ -103,7 +110,8 @@ class VLLMEngine:
 
     def close(self) -> None:
         _end(self._processes)
-        self._directory.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     @property
     def process_ids(self) -> list[int]:

@@ -19,10 +19,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pmpo_megatron.errors import RolloutError
-from pmpo_megatron.rollout import vllm_child
+from pmpo_megatron.rollout import engine_log, vllm_child
+from pmpo_megatron.rollout.vllm_launch import Launch
 
 _starting: set[VLLMProcess] = set()
 
@@ -50,36 +49,6 @@ def _without_interrupts() -> Iterator[None]:
 
 class EngineDied(Exception):
     """The process ended, or answers no longer."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a vLLM is started.
-
-    Attributes:
-        settings: arguments of vLLM's LLM.
-        device: ``cpu`` or ``cuda``.
-        threads: of the process, on CPU; None: its share of its host's cores.
-        number: which of the host's engines this is, of ``engines``; it takes the next ``tensor_parallel`` GPUs.
-    """
-
-    settings: dict[str, Any]
-    device: str
-    threads: int | None
-    number: int
-    engines: int
-
-    def environment(self) -> dict[str, str]:
-        """What the environment of the process has beside this one's.
-
-        Raises:
-            RolloutError: the host has too few GPUs.
-        """
-        threads = self.threads or max(1, (os.cpu_count() or 1) // self.engines)
-        variables = {"OMP_NUM_THREADS": str(threads)}
-        if self.device == "cuda" and self.number:
-            variables["CUDA_VISIBLE_DEVICES"] = visible_gpus(self.number, self.settings["tensor_parallel_size"])
-        return variables
 
 
 @dataclass(frozen=True)
@@ -174,7 +143,7 @@ class VLLMProcess(ABC):
 
     @abstractmethod
     def log_tail(self) -> str:
-        """The end of what it wrote, for an error."""
+        """What it wrote of its end, for an error."""
 
     @abstractmethod
     def interrupt(self) -> None:
@@ -200,6 +169,7 @@ class LocalProcess(VLLMProcess):
         self._context.set_forkserver_preload(["pmpo_megatron.rollout.vllm_preload"])
         self._log_path, self._environment = log_path, launch.environment() | (environment or {})
         self._process: ForkServerProcess | None = None
+        self._log_start = 0
 
     @property
     def process_id(self) -> int:
@@ -211,6 +181,7 @@ class LocalProcess(VLLMProcess):
         return self._process is not None and self._process.is_alive()
 
     def open(self) -> Connection:
+        self._log_start = self._log_path.stat().st_size if self._log_path.exists() else 0
         connection, theirs = self._context.Pipe()
         alive, self._alive = self._context.Pipe(duplex=False)
         arguments = (theirs, alive, str(self._log_path), self.launch.settings, self._environment)
@@ -230,10 +201,7 @@ class LocalProcess(VLLMProcess):
         return f"the rollout engine's process {self._process.pid} {how}"
 
     def log_tail(self) -> str:
-        try:
-            return "The end of its log:\n" + "\n".join(self._log_path.read_text(errors="replace").splitlines()[-25:])
-        except OSError:
-            return "It wrote no log."
+        return engine_log.cause(self._log_path, self._log_start)
 
     def interrupt(self) -> None:
         if self._process is not None and self._process.pid is not None:
@@ -291,17 +259,3 @@ class RemoteProcess(VLLMProcess):
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def visible_gpus(number: int, tensor_parallel: int) -> str:
-    """CUDA_VISIBLE_DEVICES with which the host's engine ``number`` takes its own GPUs.
-
-    They come first and the others after them: it uses only its own, and can open the trainer's memory.
-    """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = listed.split(",") if listed else [str(gpu) for gpu in range(torch.cuda.device_count())]
-    first = number * tensor_parallel
-    if first + tensor_parallel > len(gpus):
-        last = first + tensor_parallel - 1
-        raise RolloutError(f"engine {number} of the rollouts needs GPUs {first} to {last}; here are {len(gpus)}")
-    return ",".join(gpus[first:] + gpus[:first])

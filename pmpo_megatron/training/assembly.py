@@ -21,7 +21,6 @@ from pmpo_megatron.parallel.liveness import report_failure
 from pmpo_megatron.parallel.stand_by import StandBy
 from pmpo_megatron.parallel.state import ParallelState, initialize, shut_down
 from pmpo_megatron.rewards import RewardScorer
-from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.node_agent import NodeAgent
@@ -65,7 +64,7 @@ def _interrupt(parts: ExitStack) -> None:
 def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, parts: ExitStack) -> Trainer:
     """Everything that a run consists of, at the point that its newest checkpoint holds; ``parts`` closes what was opened."""
     data = _load_data(config) if state.is_main else None  # before anything slow: what is wrong with it is said in seconds
-    nodes = _other_nodes(config.rollout, state, parts)
+    nodes = _other_nodes(config, state, parts)
     starting = _start_engine(config, state, parts, nodes) if state.is_main else None
     if state.device.type == "cuda":
         # vLLM takes what is allocated on a device while it starts for its own: nobody may build beside it.
@@ -106,13 +105,13 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, pa
     )
 
 
-def _other_nodes(config: RolloutConfig, state: ParallelState, parts: ExitStack) -> list[NodeAddress]:
+def _other_nodes(config: RunConfig, state: ParallelState, parts: ExitStack) -> list[NodeAddress]:
     """Where rank 0 starts engines on the other nodes: an agent listens in the first rank of each. Collective."""
-    if config.engine != "vllm" or config.nodes == "first":
+    if config.rollout.engine != "vllm" or config.rollout.nodes == "first":
         return []
     address = None
     if state.local_rank == 0 and not state.is_main:
-        agent = NodeAgent()
+        agent = NodeAgent(Path(config.run.directory) / "logs")
         parts.callback(agent.close)
         address = agent.address
     return [node for node in gather_objects(address, state) if node is not None]
@@ -129,6 +128,7 @@ def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nod
         device=state.device.type,
         worker_extension=extension,
         nodes=nodes,
+        logs=Path(config.run.directory) / "logs",
     )
     thread.shutdown(wait=False)
     parts.callback(_end_engine, future)

@@ -19,7 +19,7 @@ from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import ModelShape, read_shape
-from pmpo_megatron.model.architecture import check_layout
+from pmpo_megatron.model.architecture import check_layout, expects_fused
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.rewards.functions import find_function
 from pmpo_megatron.training.run_config import RunConfig
@@ -43,7 +43,8 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
     data_parallel = _in_section("parallel", lambda: config.parallel.data_parallel_size(world_size))
     shape, weights = _check_model(config.model.path, dry_run=dry_run)
     check_layout(shape, config.parallel)
-    _check_lengths(config, shape)
+    check_lengths(config, shape)
+    _check_attention(config)
     _check_objective(config)
     for name in config.rewards.functions:
         find_function(name)
@@ -125,7 +126,19 @@ def _in_section(section: str, call: Callable[[], T]) -> T:
         raise error.within(section) from None
 
 
-def _check_lengths(config: RunConfig, shape: ModelShape) -> None:
+def _check_attention(config: RunConfig) -> None:
+    """Transformer Engine 2.20 has no backend for float32 that divides a sequence over ranks."""
+    float32 = config.model.dtype == "float32"
+    if _on_gpu(config) and float32 and config.parallel.context > 1 and expects_fused(config.model.layers):
+        raise ConfigError(
+            "model.dtype",
+            f"float32 with parallel.context = {config.parallel.context} has no attention in Transformer Engine; use bfloat16, "
+            "or model.layers=local",
+        )
+
+
+def check_lengths(config: RunConfig, shape: ModelShape) -> None:
+    """Raises ConfigError if the longest prompt and response fit no micro-batch, or are more than engine or model take."""
     multiple = sequence_multiple(config.parallel)
     longest = config.data.max_prompt_tokens + config.sampling.max_tokens
     padded = round_up(longest, multiple)

@@ -16,7 +16,8 @@ from pmpo_megatron.rollout import node_agent
 from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.node_agent import MOST_STRANGERS, NodeAgent
 from pmpo_megatron.rollout.vllm_engine import engine_settings
-from pmpo_megatron.rollout.vllm_process import Launch, NodeAddress, RemoteProcess
+from pmpo_megatron.rollout.vllm_launch import Launch
+from pmpo_megatron.rollout.vllm_process import NodeAddress, RemoteProcess
 from tests.distributed.harness import run_ranks
 from tests.integration.engine_worker import save_model
 from tests.integration.test_bridge import WORKER, same

@@ -148,6 +148,41 @@ def test_slurm_starts_the_launch_script_on_every_node(stub, tmp_path, name):
     assert f"examples/{name} run.rounds=2" in done.stdout
 
 
+def test_slurms_steps_get_the_jobs_cores_and_a_port_that_linux_does_not_hand_out(stub, tmp_path):
+    """SRUN_CPUS_PER_TASK, and --mem=0 in the script's own directives; ports from 32768 on are the system's."""
+    stub("scontrol", 'echo "node7"; echo "node8"')
+    stub("srun", 'echo "cores $SRUN_CPUS_PER_TASK port $MASTER_PORT"')
+    job = dict(SLURM_JOB_ID="29999", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="x", SLURM_CPUS_PER_TASK="64")
+    done = run_script(["qwen2.5-14b/slurm.sh"], PATH=f"{tmp_path}:{os.environ['PATH']}", **job)
+    assert "cores 64 port 29999\n" in done.stdout
+    scripts = set(EXAMPLES.glob("*/slurm.sh")) - {EXAMPLES / "common/slurm.sh"}
+    assert all("#SBATCH --mem=0\n" in script.read_text() for script in scripts)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "device", "interface"),
+    [("127.0.1.1 STREAM", "ib0", "ib0"), ("10.1.2.3 STREAM", "ib0", ""), ("127.0.1.1 STREAM", "lo", "eth7")],
+)
+def test_gloo_gets_an_interface_where_the_hosts_name_is_a_loopback_address(stub, tmp_path, addresses, device, interface):
+    """The way to the first node; on that node itself, where this is the loopback, the default way."""
+    stub("getent", f'[ "$2" = first ] && echo "10.9.9.9 STREAM" || echo "{addresses}"')
+    stub(
+        "ip",
+        f'case "$*" in *default*) echo "default via 10.0.0.1 dev eth7 proto dhcp" ;; *) echo "$4 dev {device} src 1" ;; esac',
+    )
+    where = dict(PYTHON=stub("python", 'echo "interface=$GLOO_SOCKET_IFNAME"'), NODE_RANK="1", MASTER_ADDR="first")
+    done = run_script(["qwen2.5-14b/launch.sh"], PATH=f"{tmp_path}:{os.environ['PATH']}", GLOO_SOCKET_IFNAME="", **where)
+    assert done.returncode == 0 and f"interface={interface}\n" in done.stdout, (done.stdout, done.stderr)
+
+
+def test_servers_get_the_gpus_that_this_job_may_use():
+    options = dict(PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="4,5,6,7", GPUS_PER_NODE="4")
+    done = run_script(["qwen2.5-math-7b/launch.sh", "--serve", "--dry-run"], **options)
+    assert done.returncode == 0 and "CUDA_VISIBLE_DEVICES=4,5,6,7 " in done.stdout
+    done = run_script(["qwen2.5-math-7b/launch.sh", "--serve", "--dry-run"], **(options | {"GPUS_PER_NODE": "8"}))
+    assert done.returncode == 2 and "--gpus: 8; CUDA_VISIBLE_DEVICES names 4" in done.stderr
+
+
 def test_slurm_directives_ask_for_the_recipes_nodes():
     for name, (nodes, script) in RECIPES.items():
         text = (EXAMPLES / script[0]).with_name("slurm.sh").read_text()
@@ -169,7 +204,7 @@ def test_slurms_warning_asks_the_trainer_to_save(stub, tmp_path):
     job = dict(SLURM_JOB_ID="5", SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="node7")
     done = run_script(["qwen2.5-math-7b/slurm.sh"], PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=python, **job)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
-    assert (tmp_path / "asked").read_text() == "-USR1 -f [p]mpo_megatron.train --config\n"
+    assert (tmp_path / "asked").read_text() == "-USR1 -f [p]mpo_megatron.commands.train --config\n"
 
 
 SRUN = """

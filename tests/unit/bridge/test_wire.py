@@ -1,8 +1,10 @@
 """What weights travel by: transports, buckets, fingerprints, and a channel whose ends come late, fail or go away."""
 
+import multiprocessing
 import os
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from pmpo_megatron.bridge.buckets import ALIGNMENT, bucket_bytes, covered, piece
 from pmpo_megatron.bridge.channel import Receiver, Sender
 from pmpo_megatron.bridge.config import choose_transport
 from pmpo_megatron.bridge.fingerprint import FACTOR, fingerprint, weighted_sum
-from pmpo_megatron.errors import ConfigError, WeightSyncError
+from pmpo_megatron.errors import ConfigError, RolloutError, WeightSyncError
 
 CPU = torch.device("cpu")
 
@@ -175,3 +177,34 @@ def test_shared_memory_has_no_name_once_every_worker_has_mapped_it(tmp_path):
     worker.join(timeout=20)
     assert worker.error is None and worker.received == list(range(5))
     sender.close()
+
+
+def join_and_hang(description: dict) -> None:
+    """A worker that connects, takes one bucket and then does nothing."""
+    receiver = Receiver(description, CPU)
+    receiver.begin(description["update"])
+    receiver.receive(0, 8)
+    receiver.taken(0)
+    time.sleep(600)
+
+
+def test_a_broadcast_to_a_worker_that_was_killed_fails_the_update_at_once():
+    """As what it is, and not as a defect of the program, so that the engine is started again; long before any time-out."""
+    sender = Sender("gloo", slot_bytes=8, workers=1, device=CPU, timeout_s=500)
+    worker = multiprocessing.get_context("spawn").Process(target=join_and_hang, args=(sender.description(),), daemon=True)
+    worker.start()
+    began = time.monotonic()
+    for _ in range(2):
+        sender.slot(lambda: not worker.is_alive())
+        sender.send(8)
+    sender.slot(lambda: False)  # the worker has taken the first bucket, and will not take the second
+    worker.kill()
+    worker.join()
+    call = Future()
+    call.add_done_callback(sender.abort_if_failed)
+    call.set_exception(RolloutError("the engine died"))  # ends a broadcast by NCCL; gloo's breaks with the connection
+    sender.medium.move(2, 8)
+    with pytest.raises(WeightSyncError, match="a broadcast of weights ended early"):
+        sender.medium.slot(3)
+    sender.close()
+    assert time.monotonic() - began < 400
