@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from pmpo_megatron.rewards.sandbox.inside.program import MODULES
@@ -78,7 +79,7 @@ def same_output(output: str, expected: str) -> bool:
     lines, wanted = ([line.split() for line in text.rstrip().splitlines()] for text in (output, expected))
     if [len(line) for line in lines] != [len(line) for line in wanted]:
         return False
-    pairs = zip(sum(lines, []), sum(wanted, []), strict=True)
+    pairs = zip(chain.from_iterable(lines), chain.from_iterable(wanted), strict=True)
     return all(word == other or _near(word, other) for word, other in pairs)
 
 
