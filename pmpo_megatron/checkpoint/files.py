@@ -1,4 +1,4 @@
-"""Directories that are complete or absent: a manifest of checksums, written last, and a rename."""
+"""Files and directories that are complete or absent: written under another name, checksummed where it matters, renamed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -27,7 +28,7 @@ def checkpoint_path(root: Path, round_index: int) -> Path:
 
 def round_of(path: Path) -> int:
     """The number in the name of a checkpoint."""
-    return int(NAME.fullmatch(path.name)[1])
+    return int(path.name.removeprefix("round-"))
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -39,7 +40,7 @@ def _directories(root: Path, suffix: str) -> list[Path]:
     """Real directories in ``root`` with the name of a checkpoint and ``suffix``, newest first."""
     try:
         with os.scandir(root) as entries:
-            found = [
+            names = [
                 entry.name
                 for entry in entries
                 if entry.name.endswith(suffix)
@@ -48,7 +49,7 @@ def _directories(root: Path, suffix: str) -> list[Path]:
             ]
     except FileNotFoundError:
         return []
-    return [root / name for name in sorted(found, reverse=True)]
+    return [root / name for name in sorted(names, reverse=True)]
 
 
 def free_bytes(path: Path) -> int:
@@ -73,11 +74,11 @@ def data_files(directory: Path) -> list[Path]:
 
 def describe_files(directory: Path, paths: Iterable[Path]) -> dict[str, list[int]]:
     """{relative name: [bytes, checksum]}, after every byte is on disk."""
-    found = {}
+    described = {}
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        found[str(path.relative_to(directory))] = [path.stat().st_size, checksum(path)]
+        described[str(path.relative_to(directory))] = [path.stat().st_size, checksum(path)]
     return found
 
 
@@ -144,6 +145,24 @@ def find_damage(directory: Path, files: dict[str, list[int]]) -> str | None:
     return None
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes ``text`` as the file ``path``, in one step: whoever reads it, or ends this process, sees the old or the new."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def set_aside(directory: Path, paths: Iterable[Path]) -> Path:
+    """Moves ``paths`` into ``directory``/earlier/TIME, for a run that starts anew in its directory; returns that."""
+    attic = directory / "earlier" / time.strftime("%Y%m%d-%H%M%S")
+    while attic.exists():
+        attic = attic.with_name(attic.name + "+")
+    attic.mkdir(parents=True)
+    for path in paths:
+        path.rename(attic / path.name)
+    return attic
+
+
 def publish(partial: Path, final: Path) -> None:
     """Renames a finished directory into place and makes the rename durable."""
     if final.exists():
@@ -175,9 +194,9 @@ def remove_old(
         accuracy: on held-out problems, by round.
         damaged: found so, and not kept: they count for nothing.
     """
-    found = {round_of(path): path for path in list_checkpoints(root)}
-    kept = choose_kept((number for number, path in found.items() if path not in damaged), config, accuracy or {})
-    for number, path in found.items():
+    checkpoints = {round_of(path): path for path in list_checkpoints(root)}
+    kept = choose_kept((number for number, path in checkpoints.items() if path not in damaged), config, accuracy or {})
+    for number, path in checkpoints.items():
         if number not in kept:
             doomed = path.with_name(path.name + PARTIAL)
             shutil.rmtree(doomed, ignore_errors=True)

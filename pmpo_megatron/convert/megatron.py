@@ -67,18 +67,19 @@ class MegatronWriter:
     def __init__(self, directory: Path, *, num_layers: int) -> None:
         self.directory, self.num_layers = directory, num_layers
         self._file = (directory / DATA_FILE).open("wb")
-        self._described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._empty: dict[str, BytesStorageMetadata] = {}
         self._results: list[WriteResult] = []
 
     def add(self, megatron_name: str, tensor: torch.Tensor) -> None:
         """Writes a whole parameter (name of the local specification)."""
         name, layer = stored_name(megatron_name)
         if layer is None:
-            shape, offset = tensor.shape, [0] * tensor.dim()
+            shape, offset = tuple(tensor.shape), [0] * tensor.dim()
         else:
             tensor = tensor.unsqueeze(0)
             shape, offset = (self.num_layers, *tensor.shape[1:]), [layer] + [0] * (tensor.dim() - 1)
-        whole = self._described.setdefault(
+        whole = self._tensors.setdefault(
             name, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(shape), [])
         )
         if whole.properties.dtype != tensor.dtype:
@@ -100,7 +101,7 @@ class MegatronWriter:
         for layer in range(self.num_layers):
             for part in LAYER_OBJECTS:
                 name = f"{LAYERS}{part}.{EXTRA_STATE}/shard_{layer}_{self.num_layers}"
-                self._described[name] = BytesStorageMetadata()
+                self._empty[name] = BytesStorageMetadata()
                 start = self._file.tell()
                 self._file.write(empty.getbuffer())
                 self._note(MetadataIndex(name), start)
@@ -109,7 +110,7 @@ class MegatronWriter:
         self._file.close()
         torch.save({}, self.directory / "common.pt")
         (self.directory / "metadata.json").write_text(json.dumps(FORMAT))
-        FileSystemWriter(self.directory).finish(Metadata(self._described), [self._results])
+        FileSystemWriter(self.directory).finish(Metadata({**self._tensors, **self._empty}), [self._results])
 
     def close(self) -> None:
         """Ends an attempt that failed."""
@@ -202,10 +203,11 @@ class MegatronReader:
         name, layer = stored_name(entry.megatron)
         numbered = LAYERS + f"{layer}." + name.removeprefix(LAYERS)
         for candidate, at in ((name, layer), (numbered, None)):
-            if isinstance(described.get(candidate), TensorStorageMetadata):
-                if at is not None and at >= described[candidate].size[0]:
+            stored = described.get(candidate)
+            if isinstance(stored, TensorStorageMetadata):
+                if at is not None and at >= stored.size[0]:
                     break
-                return candidate, described[candidate], at
+                return candidate, stored, at
         raise CheckpointError(f"{self.directory}: parameter {entry.megatron} is missing (looked for {name})")
 
     @staticmethod

@@ -134,7 +134,7 @@ class SafetensorsWriter:
         """Writes the last shard, gives the files their final names, and writes the index where there are several."""
         self._flush()
         count = len(self._shards)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
             final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             (self.directory / _part(number)).rename(self.directory / final)

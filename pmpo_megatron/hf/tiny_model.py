@@ -7,6 +7,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokeniz
 
 
 def _height(share: float) -> float:
-    """Of the learning rate: linear warm-up over a tenth, constant, linear decay to a twentieth over the last quarter."""
+    """Share of the largest learning rate: it warms up over a tenth of the steps and decays over the last quarter, linearly."""
     return min(1.0, 10 * share, max(0.05, 4 * (1 - share)))
 
 
@@ -138,7 +139,7 @@ def encode(
 
 
 @torch.no_grad()
-def sampled_accuracy(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, problems: list[Problem]) -> float:
+def sampled_accuracy(model: Any, tokenizer: transformers.PreTrainedTokenizerFast, problems: list[Problem]) -> float:
     """Share of ``problems`` whose boxed answer is right in one sample each at temperature 1."""
     right = 0
     for length in sorted({len(p.text) for p in problems}):  # equal lengths need no padding

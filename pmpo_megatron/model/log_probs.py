@@ -9,6 +9,7 @@ Legend: T tokens (the same on every tensor-parallel rank), C tokens of a chunk, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
     """See `token_log_probs`. Backward: d log p(y) / d logit = onehot - p;  dS / d logit = -p (logit - E[logit])."""
 
     @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, targets_T, vocabulary, temperature, chunk_tokens):
+    def forward(
+        ctx: Any,
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        targets_T: torch.Tensor,
+        vocabulary: _VocabularyShard,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         statistics = hidden_TH.new_zeros(3, hidden_TH.shape[0], dtype=torch.float32)
         for part in _chunks(hidden_TH.shape[0], chunk_tokens):
@@ -87,7 +96,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return parts[:, 2].sum(0) - log_sum_T, log_sum_T - mean_logit_T
 
     @staticmethod
-    def backward(ctx, grad_log_prob_T, grad_entropy_T):
+    def backward(
+        ctx: Any, grad_log_prob_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden_TH, weight_VH, targets_T, log_sum_T, mean_logit_T = ctx.saved_tensors
         vocabulary, temperature, chunk_tokens = ctx.settings
         valid = vocabulary.valid
@@ -114,7 +125,14 @@ def _chunks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _chunk_statistics(out_3C, hidden_CH, weight_VH, targets_C, vocabulary, temperature) -> None:
+def _chunk_statistics(
+    out_3C: torch.Tensor,
+    hidden_CH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_C: torch.Tensor,
+    vocabulary: _VocabularyShard,
+    temperature: float,
+) -> None:
     """Writes log-sum-exp, mean logit under this rank's softmax, and the target's logit (0 if elsewhere) into [3, C]."""
     if vocabulary.valid == 0:
         out_3C[0] = float("-inf")
@@ -130,13 +148,20 @@ def _chunk_statistics(out_3C, hidden_CH, weight_VH, targets_C, vocabulary, tempe
     out_3C[1] = largest_C1.squeeze(1) + weights_CV.mul_(logits_CV).sum(dim=1) / sum_C
 
 
-def _grad_logits(logits_CV, log_sum_C, mean_logit_C, grad_log_prob_C, grad_entropy_C, target) -> torch.Tensor:
+def _grad_logits(
+    logits_CV: torch.Tensor,
+    log_sum_C: torch.Tensor,
+    mean_logit_C: torch.Tensor,
+    grad_log_prob_C: torch.Tensor | None,
+    grad_entropy_C: torch.Tensor | None,
+    target: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
     """Gradient with respect to the (tempered) logits, [C, V]; overwrites ``logits_CV`` where it can."""
     deviation_CV = None if grad_entropy_C is None else logits_CV - mean_logit_C.unsqueeze(1)
     probability_CV = logits_CV.sub_(log_sum_C.unsqueeze(1)).exp_()
     if grad_log_prob_C is None:
         grad_log_prob_C = torch.zeros_like(log_sum_C)
-    if deviation_CV is None:
+    if deviation_CV is None or grad_entropy_C is None:
         grad_CV = probability_CV.mul_(-grad_log_prob_C.unsqueeze(1))
     else:
         factor_CV = deviation_CV.mul_(grad_entropy_C.unsqueeze(1)).add_(grad_log_prob_C.unsqueeze(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,14 @@ class Policy:
     """This rank's model chunks and what belongs to them.
 
     Attributes:
-        chunks: one, or one for each virtual pipeline stage; wrapped in Megatron's DDP where there is an optimizer.
+        chunks: Megatron's GPTModel, one, or one for each virtual pipeline stage; in Megatron's DDP where there is an optimizer.
         optimizer, scheduler: None for a model that is only scored.
         config: Megatron's TransformerConfig.
         log_prob_chunk: tokens whose logits exist at once.
     """
 
-    chunks: tuple[nn.Module, ...]
-    optimizer: Any | None
+    chunks: tuple[Any, ...]
+    optimizer: Any
     scheduler: LearningRateSchedule | None
     shape: ModelShape
     mapping: WeightMapping
@@ -97,7 +97,7 @@ class Policy:
         return Policy(tuple(wrapped), megatron_optimizer, schedule, shape, mapping, state, config, model.log_prob_chunk)
 
     @property
-    def modules(self) -> tuple[nn.Module, ...]:
+    def modules(self) -> tuple[Any, ...]:
         """The chunks without DDP around them."""
         return tuple(chunk.module if self.optimizer is not None else chunk for chunk in self.chunks)
 
@@ -135,7 +135,7 @@ class Policy:
         self.optimizer.zero_grad()
 
 
-def named_parameters(modules) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters(modules: Iterable[Any]) -> Iterator[tuple[str, nn.Parameter]]:
     """As `Policy.named_parameters`, of unwrapped chunks."""
     for module in modules:
         layers = module.decoder.layers
@@ -144,7 +144,7 @@ def named_parameters(modules) -> Iterator[tuple[str, nn.Parameter]]:
             yield global_name(name, offset), parameter
 
 
-def load_weights(chunks, mapping: WeightMapping, path: str, state: ParallelState) -> None:
+def load_weights(chunks: Iterable[nn.Module], mapping: WeightMapping, path: str, state: ParallelState) -> None:
     """Fills ``chunks`` from the checkpoint in ``path``, one parameter in memory at a time.
 
     Raises:

@@ -39,7 +39,8 @@ class ServerEngine:
     same_host = elsewhere = False
 
     def __init__(self, config: RolloutConfig) -> None:
-        self.config, self.version, self.broken = config, 0, None
+        self.config, self.version = config, 0
+        self.broken: str | None = None
         self.urls = [url.rstrip("/") for url in config.urls]
         self.on_loopback = all(urlsplit(url).hostname in LOOPBACK for url in self.urls)
         self.on_restart: Callable[[ServerEngine], None] | None = None

@@ -6,7 +6,7 @@ Never in the trainer's process: vLLM initialises torch.distributed and, when it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,7 +145,10 @@ class VLLMEngine:
         results = _all_at_once(run, self._processes, shares)
         return {process: error for process, error in zip(self._processes, results, strict=True) if error is not None}
 
-    def _groups(self, prompts, sampling, round_index, finished) -> list[RolloutGroup]:
+    @staticmethod
+    def _groups(
+        prompts: Sequence[Prompt], sampling: SamplingConfig, round_index: int, finished: Mapping[str, tuple]
+    ) -> list[RolloutGroup]:
         groups = []
         for position, prompt in enumerate(prompts):
             rollouts = []

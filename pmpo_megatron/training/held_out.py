@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from pmpo_megatron.data.prompts import PromptSet
 from pmpo_megatron.monitor import Distribution, Mean, Metric
 from pmpo_megatron.rewards import RewardScorer, score_groups
@@ -34,7 +36,7 @@ class Evaluator:
         The engine sees a negative round number: seeds and recorded rollouts of evaluations are apart from training's.
         """
         groups = score_groups(self.engine.generate(self.prompts, self.sampling, round_index=-1 - round_index), self.scorer)
-        lengths = [len(rollout.token_ids) for group in groups for rollout in group.group.rollouts]
+        lengths = np.array([len(rollout.token_ids) for group in groups for rollout in group.group.rollouts])
         return {
             "eval/accuracy_mean": Mean.of([sum(group.rewards) / len(group.rewards) for group in groups]),
             "eval/length": Distribution(lengths),

@@ -19,13 +19,9 @@ def play(scenario, *, limit_s=240.0):
     environment = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(RANKS))
     environment |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), GLOO_SOCKET_IFNAME="lo", PYTHONWARNINGS="ignore")
     command = [sys.executable, "-m", "tests.distributed.liveness_worker", scenario]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
+    environments = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(RANKS)]
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ranks = [subprocess.Popen(command, cwd=ROOT, env=one, **output) for one in environments]
     deadline, outputs = time.monotonic() + limit_s, []
     try:
         for rank, process in enumerate(ranks):

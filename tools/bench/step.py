@@ -21,18 +21,19 @@ from pathlib import Path
 
 import torch
 
+from pmpo_megatron.hf.known_models import known_config
+
 ROOT = Path(__file__).resolve().parents[2]
-COMMON = dict(architectures=["Qwen2ForCausalLM"], rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=1 << 17)
-SIZES = {
-    "tiny": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
-                 vocab_size=1000, tie_word_embeddings=False),
-    "0.5B": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
-                 vocab_size=151936, tie_word_embeddings=True),
-    "1.5B": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960,
-                 vocab_size=151936, tie_word_embeddings=True),
-    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
-               vocab_size=152064, tie_word_embeddings=False),
-}  # fmt: skip
+TINY = dict(
+    known_config("Qwen/Qwen2.5-7B"),
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=1000,
+)
+SIZES = {"tiny": TINY} | {size: known_config(f"Qwen/Qwen2.5-{size}") for size in ("0.5B", "1.5B", "7B")}
 LAYOUT = ("tensor", "pipeline", "context")
 
 
@@ -70,7 +71,7 @@ def make_model(directory: Path, size: str) -> None:
     from pmpo_megatron.hf.mapping import WeightMapping
     from pmpo_megatron.hf.shape import shape_of
 
-    config = COMMON | SIZES[size] | {"torch_dtype": "bfloat16"}
+    config = SIZES[size] | {"max_position_embeddings": 1 << 17}
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     shapes = WeightMapping(shape_of(config)).hf_shapes
