@@ -8,7 +8,7 @@ PROBES = {  # fail at once
     "memory of process 1": "open('/proc/1/mem', 'r+b')",
     "environment of process 1": "assert open('/proc/1/environ', 'rb').read()",
     "descriptors of process 1": "import os\nassert os.listdir('/proc/1/fd')",
-    "killing process 1": "import os, time\nos.kill(1, 9)\nos.kill(1, 19)\ntime.sleep(9)",
+    "killing process 1": "import os\nos.kill(1, 9)\nos.kill(1, 19)\nos._exit(0)",
     "limits of process 1": "import resource\nresource.prlimit(1, resource.RLIMIT_NOFILE, (3, 3))",
     "processors of process 1": "import os\nos.sched_setaffinity(1, {0})",
     "io_uring": "import ctypes\nassert ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(256)) >= 0",
