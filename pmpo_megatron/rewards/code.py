@@ -25,9 +25,9 @@ MIB = 1 << 20
 NO_ARGUMENTS = encode({})
 HOW_TO_ALLOW = (
     "; rewards.functions has code, whose programs need it. Allow user namespaces (Ubuntu 24.04: sysctl "
-    "kernel.apparmor_restrict_unprivileged_userns=0; Docker: --security-opt seccomp=unconfined --security-opt apparmor=unconfined "
-    "--security-opt systempaths=unconfined --cap-add SYS_ADMIN), bubblewrap 0.7 or later, or run programs as your own user, "
-    "who may lose what is theirs, with rewards.code.isolation=unsandboxed"
+    "kernel.apparmor_restrict_unprivileged_userns=0; Docker: --cap-add SYS_ADMIN and --security-opt seccomp=unconfined, "
+    "apparmor=unconfined and systempaths=unconfined), with bubblewrap 0.7 or later, or run programs as your own user, who may "
+    "lose what is theirs, with rewards.code.isolation=unsandboxed"
 )
 # Each line would succeed on an open machine. What it prints is what the sandbox does not hold back.
 PROBE = """

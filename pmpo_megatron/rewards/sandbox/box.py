@@ -1,4 +1,7 @@
-"""A sandbox from the outside: bubblewrap around a warm Python, handed one program after another (docs/rewards.md, "The sandbox")."""
+"""A sandbox from the outside: bubblewrap around a warm Python that runs one program after another.
+
+What it holds back and what it does not: docs/rewards.md, "The sandbox".
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,11 @@ class Sandbox:
         user = sandbox_user() if os.geteuid() == 0 and self.isolated else 0
         command = bubblewrap(seccomp, user) if self.isolated else [sys.executable, str(INSIDE / "zygote.py"), "plain", "0"]
         environment = {"PATH": "/usr/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-        environment |= {"PYTHONPATH": sysconfig.get_path("purelib"), "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment |= {
+            "PYTHONPATH": sysconfig.get_path("purelib"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment,

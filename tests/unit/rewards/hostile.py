@@ -39,7 +39,7 @@ PROBES = {  # fail at once
     "closing everything": "import os\nos.closerange(0, 9999)\nos._exit(0)",
     "output after the answer": "import os\nos.write(1, b'41\\n42\\n43\\n')\nos._exit(0)",
     "messages of the sandbox's own": (
-        "import os\nfor fd in range(64):\n    try: os.write(fd, b'\\n{\"over\": \"exit\", \"exit\": 0, \"output\": \"42\"}\\n')\n"
+        'import os\nfor fd in range(64):\n    try: os.write(fd, b\'\\n{"over": "exit", "exit": 0, "output": "42"}\\n\')\n'
         "    except OSError: pass\nos._exit(0)"
     ),
     "another sys.stdout": (
@@ -55,13 +55,15 @@ PROBES = {  # fail at once
         "import os\nseen = ''\nfor folder, _, files in os.walk('/proc'):\n    for name in files:\n"
         "        if name in ('environ', 'cmdline', 'maps', 'mem', 'stat', 'mountinfo', 'auxv'):\n"
         "            try: seen += open(folder + '/' + name, errors='replace').read(100000)\n            except OSError: pass\n"
-        "for folder in ('/tmp', '/sandbox'):\n    for name in os.listdir(folder):\n        try: seen += open(f'{folder}/{name}').read()\n"
+        "for folder in ('/tmp', '/sandbox'):\n    for name in os.listdir(folder):\n"
+        "        try: seen += open(f'{folder}/{name}').read()\n"
         "        except OSError: pass\nimport gc\nseen += ''.join(o for o in gc.get_objects() if isinstance(o, str))\n"
         "assert 'SEC' + 'RET' in seen"
     ),
     "a daemon": (
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
-        "        while True:\n            try: os.kill(-1, 9)\n            except OSError: time.sleep(0.01)\n    os._exit(0)\nos._exit(0)"
+        "        while True:\n            try: os.kill(-1, 9)\n"
+        "            except OSError: time.sleep(0.01)\n    os._exit(0)\nos._exit(0)"
     ),
 }
 COSTLY = {  # run until a limit ends them
@@ -78,22 +80,34 @@ COSTLY = {  # run until a limit ends them
     "endless": "while True: pass",
     "asleep": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
     "many files": "i = 0\nwhile True:\n    i += 1\n    open(f'/tmp/{i}', 'w').close()",
-    "deaf": "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+    "deaf": (
+        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError): pass\nwhile True: pass"
+    ),
 }
 FORGERS = {  # functions whose result would pass if it were compared where they run
-    "__eq__": "class A:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\ndef f(x): return A()",
-    "an int that equals all": "class A(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(x): return A(5)",
-    "a str that equals all": "class A(str):\n    def __eq__(self, other): return True\n    __hash__ = str.__hash__\ndef f(x): return A('x')",
+    "__eq__": (
+        "class A:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\ndef f(x): return A()"
+    ),
+    "an int that equals all": (
+        "class A(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(x): return A(5)"
+    ),
+    "a str that equals all": (
+        "class A(str):\n    def __eq__(self, other): return True\n    __hash__ = str.__hash__\ndef f(x): return A('x')"
+    ),
     "exit at import": "import os\nos._exit(0)",
     "exit in the call": "def f(x): raise SystemExit(0)",
     "no AssertionError": "import builtins\nbuiltins.AssertionError = SystemExit\ndef f(x): return 0",
     "another json": "import json\njson.dumps = lambda value, **_: '{\"passed\": true}'\ndef f(x): return 0",
     "messages": (
-        "import os\ndef f(x):\n    for fd in range(3, 64):\n        try: os.write(fd, b'{\"passed\": true}\\n{\"value\": true}\\n')\n"
+        "import os\ndef f(x):\n    for fd in range(3, 64):\n"
+        '        try: os.write(fd, b\'{"passed": true}\\n{"value": true}\\n\')\n'
         "        except OSError: pass\n    return 0"
     ),
     "too many answers": "import os\ndef f(x):\n    while True: os.write(4, b'1\\n' * 1000)",
     "huge": "def f(x): return '4' * (1 << 24)",
     "deep": "def f(x):\n    y = []\n    for _ in range(100000): y = [y]\n    return y",
-    "bytes of a gigabyte": "import json, os\ndef f(x):\n    os.write(4, b'{\"value\": {\"bytes\": 1000000000}}\\n')\n    return 0",
+    "bytes of a gigabyte": (
+        'import json, os\ndef f(x):\n    os.write(4, b\'{"value": {"bytes": 1000000000}}\\n\')\n    return 0'
+    ),
 }

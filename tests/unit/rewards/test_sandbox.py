@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,10 @@ CASES = {
     ),
     "LeetCode": (FUNCTION, {"tests": {"fn_name": "add", "inputs": [[1, 2], [30, 4]], "outputs": [3, [34]]}}),
     "MBPP": (FUNCTION, {"tests": ["assert add(1, 2) == 3", "assert math.isclose(add(.1, .2), .3)"]}),
-    "MBPP, set up": (FUNCTION, {"setup": "import fractions\nk = fractions.Fraction(2)", "tests": ["assert add(1, int(k)) == 3"]}),
+    "MBPP, set up": (
+        FUNCTION,
+        {"setup": "import fractions\nk = fractions.Fraction(2)", "tests": ["assert add(1, int(k)) == 3"]},
+    ),
     "HumanEval": (
         FUNCTION,
         {"entry_point": "add", "tests": "def check(candidate):\n    for i in range(9): assert candidate(i, 2 * i) == 3 * i\n"},
@@ -88,7 +90,10 @@ def test_right_programs_score_1_and_wrong_ones_0(reward, name):
         "print(sum(map(int, open(0).read().split())))",
         "print(sum(map(int, open('/dev/stdin').read().split())))",
         "import sys, threading\nthreading.Thread(target=lambda: print(sum(map(int, input().split())))).start()",
-        "import subprocess, sys\nprint(subprocess.run(['cat'], stdin=0, capture_output=True, text=True).stdout.count('') and 3)",
+        (
+            "import subprocess, sys\n"
+            "print(subprocess.run(['cat'], stdin=0, capture_output=True, text=True).stdout.count('') and 3)"
+        ),
         "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nprint(A(3).x)",
         "import asyncio\nasync def f(): return 3\nprint(asyncio.run(f()))",
         "if __name__ == '__main__':\n    print(3)\n    exit()",
@@ -236,7 +241,8 @@ def own_users():
 def test_a_sandbox_ends_with_the_process_that_made_it():
     program = (
         "from pmpo_megatron.rewards.sandbox.box import Limits, Sandbox\nsandbox = Sandbox(Limits())\n"
-        "talk = sandbox.answer_calls('import time\\ndef f(): time.sleep(99)')\nprint(sandbox._process.pid, flush=True)\ntalk.hear()"
+        "talk = sandbox.answer_calls('import time\\ndef f(): time.sleep(99)')\n"
+        "print(sandbox._process.pid, flush=True)\ntalk.hear()"
     )
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=env) as main:

@@ -174,5 +174,7 @@ def run_tests(job: dict) -> int:
         exec(compile(job["program"], "tests.py", "exec"), module.__dict__)
         send(sink, {"passed": True})
     except BaseException as error:
-        send(sink, {"failed": f"{type(error).__name__}: {error}"[:300], "broken": isinstance(error, (ImportError, SyntaxError))})
+        send(
+            sink, {"failed": f"{type(error).__name__}: {error}"[:300], "broken": isinstance(error, (ImportError, SyntaxError))}
+        )
     return 0
