@@ -40,7 +40,7 @@ class RewardConfig(Section):
         5.0, "a response that takes longer scores 0 and its worker is killed", unit="s", above=0.0, maximum=LONGEST_TIMEOUT_S
     )
     memory_gib: float = setting(4.0, "address space of a worker", unit="GiB", above=0.0)
-    code: CodeConfig = setting(CodeConfig)
+    code: CodeConfig = setting(CodeConfig, "how the programs of code run")
     overlong_penalty: float = setting(0.0, "largest penalty for length (DAPO, 2503.14476 eq. 13); 0: none", minimum=0.0)
     overlong_tokens: int = setting(
         0, "the penalty grows over the last so many tokens before the limit", unit="tokens", minimum=0
