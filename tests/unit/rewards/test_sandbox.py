@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.rewards import RewardPool
 from pmpo_megatron.rewards.code import CodeReward, check_sandbox
 from pmpo_megatron.rewards.code_tests import last_program, read_tests, same_output, same_value
 from pmpo_megatron.rewards.config import CodeConfig
@@ -419,3 +420,11 @@ def test_numbers_of_system_calls_are_the_kernels():
     for name, numbers in REFUSED.items():
         assert numbers[1] is None or int(common[name]) == numbers[1], name
     assert len(filter_program("aarch64")) % 8 == 0
+
+
+@sandboxed
+def test_the_pool_hands_each_row_its_own_tests():
+    with RewardPool("code", workers=2, timeout=200.0, code=CodeConfig(wall_s=120.0)) as pool:
+        rows = [{"tests": {"inputs": ["1 2"], "outputs": [str(total)]}} for total in (3, 4)] + [{}]
+        assert pool.score([block(ADD.format("+"))] * 3, [[]] * 3, rows) == [1.0, 0.0, 0.0]
+        assert list(pool.stats.errors.values()) == [1], "a row without tests is counted"
