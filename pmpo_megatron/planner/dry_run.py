@@ -31,7 +31,7 @@ def memory_report(config: RunConfig, world_size: int, hardware: Hardware | None 
         return [_cpu_line(config, world_size)]
     found = plan(config, world_size, hardware or hardware_here())
     split = split_problem(found.shape, config.rollout.tensor_parallel)
-    if split and config.rollout.engine == "vllm":
+    if split and config.rollout.beside_trainer:
         raise ConfigError("rollout.tensor_parallel", split)
     for gpu in found.gpus:
         if gpu.certain > gpu.hardware.memory_gib * GIB:

@@ -67,12 +67,12 @@ class RoundTime:
     scoring: float
     steps: float
     weights: float
-    asynchronous: bool
+    overlapped: bool
 
     @property
     def seconds(self) -> float:
         training = self.scoring + self.steps + self.weights
-        return max(self.rollouts, training) if self.asynchronous else self.rollouts + training
+        return max(self.rollouts, training) if self.overlapped else self.rollouts + training
 
     @property
     def training(self) -> float:
@@ -87,7 +87,7 @@ class Plan:
         gpus: every kind of GPU in the run; the first is of rank 0.
         recompute: bytes of activations on the fullest GPU with each kind of recomputation, the rest as configured.
         checkpoint: what saving and loading one take beside training's memory.
-        engine: on each of vLLM's GPUs; None where rollouts are recorded ones, or come from servers.
+        engine: on each of vLLM's GPUs; None where rollouts are recorded ones, or come from nodes of their own.
         problems: why the run cannot work as it is configured; empty if it fits.
         notes: what is worth changing all the same.
     """

@@ -47,7 +47,7 @@ def plan(
     shape = shape or model_shape(config.model.path)
     data_parallel = _data_parallel_size(config, world_size)
     load = Load.of(config, data_parallel, sequence)
-    engine = engine_bytes(shape, config.rollout, hardware) if config.rollout.engine == "vllm" else None
+    engine = engine_bytes(shape, config.rollout, hardware) if config.rollout.beside_trainer else None
     checkpoint = _checkpoint(config, world_size, hardware, shape)
     gpus = _gpus(config, world_size, hardware, shape, load, engine, checkpoint.gpu)
     step = _training_cost(config, world_size, hardware, shape, gpus).step(load.work)
@@ -170,6 +170,6 @@ def _round_time(config, shape, hardware, step: StepTime, generation: GenerationT
         rollouts=generation.seconds if generation is not None else 0.0,
         scoring=passes * steps * step.scoring,
         steps=steps * step.seconds,
-        weights=bytes_moved / hardware.host_bytes_per_s if config.rollout.engine == "vllm" else 0.0,
-        asynchronous=config.round.asynchronous,
+        weights=bytes_moved / hardware.host_bytes_per_s if config.rollout.beside_trainer else 0.0,
+        overlapped=config.round.mode != "synchronous",
     )

@@ -69,8 +69,8 @@ def engines_text(count: int) -> str:
 def _engine_lines(found: Plan) -> list[str]:
     engine, rollout = found.engine, found.config.rollout
     if engine is None:
-        servers = len(rollout.urls)
-        return [f"rollouts: from {servers} server{'s' * (servers > 1)}" if servers else "rollouts: recorded ones"]
+        nodes = len(rollout.hosts)
+        return [f"rollouts: from {nodes} node{'s' * (nodes > 1)} of their own" if nodes else "rollouts: recorded ones"]
     last = rollout.engines * rollout.tensor_parallel - 1
     nodes = engine_nodes(rollout, found.world_size, found.hardware)
     node = "the first node" if nodes == 1 else f"each of {nodes} nodes"
@@ -109,7 +109,7 @@ def _time_lines(found: Plan) -> list[str]:
         f"optimizer step: {step.seconds:.1f} s for {found.load.trajectories} trajectories of {found.load.mean:.0f} tokens "
         f"(assumed) in {found.load.work.micro_batches} micro-batches per data-parallel rank; "
         f"{100 * waiting / step.seconds:.0f}% waiting for links, {100 * step.bubble / step.seconds:.0f}% idle in the pipeline",
-        f"round: {whole.seconds:.0f} s = rollouts {whole.rollouts:.0f}{' beside' if whole.asynchronous else ' +'} log-probs "
+        f"round: {whole.seconds:.0f} s = rollouts {whole.rollouts:.0f}{' beside' if whole.overlapped else ' +'} log-probs "
         f"{whole.scoring:.0f} + {steps} steps {whole.steps:.0f} + weights into vLLM {whole.weights:.0f}"
         " (estimates; the figures behind them are in planner/hardware.py)",
     ]

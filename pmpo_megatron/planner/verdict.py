@@ -61,21 +61,21 @@ def find_notes(config: RunConfig, load: Load, hardware: Hardware, world_size: in
     notes = []
     if load.trajectories % data_parallel:
         notes.append(f"{load.trajectories} trajectories of a step do not divide by data parallel {data_parallel}: some wait")
-    if config.rollout.engine == "vllm" and config.rollout.kv_cache_gib is None:
+    if config.rollout.beside_trainer and config.rollout.kv_cache_gib is None:
         notes.append(
             "rollout.kv_cache_gib is not set: vLLM then measures what is free while the trainer allocates on the same GPU, "
             "and may find less than its share; set it"
         )
     used, there = config.rollout.engines * config.rollout.tensor_parallel, min(hardware.gpus_per_node, world_size)
-    if config.rollout.engine == "vllm" and 2 * used <= there:
+    if config.rollout.beside_trainer and 2 * used <= there:
         notes.append(
             f"rollout.engines: vLLM runs on {used} of a node's {there} GPUs, the others wait for it; "
             f"{there // config.rollout.tensor_parallel} would use them all, at the same memory on each"
         )
-    if config.rollout.engine == "vllm" and config.rollout.nodes == "first" and world_size > hardware.gpus_per_node:
+    if config.rollout.beside_trainer and config.rollout.nodes == "first" and world_size > hardware.gpus_per_node:
         notes.append("rollout.nodes: vLLM runs on the first node, the others wait for it; all would use them all")
-    if config.rollout.engine == "server":
-        notes.append("rollouts come from servers: their memory and time, and the time to send them weights, are not counted")
+    if config.rollout.hosts:
+        notes.append("vLLM runs on nodes of its own: its memory and time, and the time to send it weights, are not counted")
     if not expects_fused(config.model.layers):
         notes.append("layers are our own (model.layers, or no Transformer Engine here): they keep more for the backward pass")
     if config.parallel.tensor > 1 and not config.parallel.sequence_parallel:

@@ -6,6 +6,7 @@ import functools
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from pmpo_megatron.bridge.sync import WeightBridge
@@ -24,11 +25,13 @@ from pmpo_megatron.rewards import RewardScorer
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.node_agent import NodeAgent
-from pmpo_megatron.rollout.vllm_process import NodeAddress, give_up_starts
+from pmpo_megatron.rollout.remote_process import NodeAddress, own_nodes
+from pmpo_megatron.rollout.vllm_process import give_up_starts
 from pmpo_megatron.training.collector import Collector
 from pmpo_megatron.training.held_out import Evaluator
 from pmpo_megatron.training.launch import StopRequest
 from pmpo_megatron.training.run_config import RunConfig
+from pmpo_megatron.training.stream import StreamCollector
 from pmpo_megatron.training.trainer import RunProgress, Trainer
 
 logger = logging.getLogger(__name__)
@@ -106,12 +109,14 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, pa
 
 
 def _other_nodes(config: RunConfig, state: ParallelState, parts: ExitStack) -> list[NodeAddress]:
-    """Where rank 0 starts engines on the other nodes: an agent listens in the first rank of each. Collective."""
-    if config.rollout.engine != "vllm" or config.rollout.nodes == "first":
+    """Where else rank 0 starts engines: with nodes `all` an agent listens in the first rank of each. Collective."""
+    if config.rollout.nodes == "own":
+        return own_nodes(config.rollout)
+    if config.rollout.nodes == "first":
         return []
     address = None
     if state.local_rank == 0 and not state.is_main:
-        agent = NodeAgent(Path(config.run.directory) / "logs")
+        agent = NodeAgent(logs=Path(config.run.directory) / "logs")
         parts.callback(agent.close)
         address = agent.address
     return [node for node in gather_objects(address, state) if node is not None]
@@ -119,15 +124,15 @@ def _other_nodes(config: RunConfig, state: ParallelState, parts: ExitStack) -> l
 
 def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nodes: list[NodeAddress]) -> Future[RolloutEngine]:
     """The engine starts in a thread, while this one builds the policy."""
-    extension = WORKER_EXTENSION if config.rollout.engine == "vllm" else None
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
     future = thread.submit(
         make_engine,
         config.rollout,
         model_path=config.model.path,
         device=state.device.type,
-        worker_extension=extension,
+        worker_extension=WORKER_EXTENSION,
         nodes=nodes,
+        in_flight=config.round.mode == "in_flight",
         logs=Path(config.run.directory) / "logs",
     )
     thread.shutdown(wait=False)
@@ -167,7 +172,12 @@ def _main_parts(
     if progress.sampler:
         sampler.restore(progress.sampler)
     scorer = RewardScorer(config.rewards, max_tokens=config.sampling.max_tokens)
-    collector = Collector(
+    make = Collector
+    if config.round.mode == "in_flight":
+        per_round = config.versions_per_round
+        draws = dict(drawn=progress.drawn, open=progress.open)
+        make = partial(StreamCollector, rounds=config.run.rounds, versions_per_round=per_round, **draws)
+    collector = make(
         prompts=prompts,
         sampler=sampler,
         engine=engine,

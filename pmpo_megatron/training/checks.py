@@ -22,6 +22,7 @@ from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.architecture import check_layout, expects_fused
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.rewards.functions import check_functions
+from pmpo_megatron.rollout.remote_process import own_nodes
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import round_up
 
@@ -58,6 +59,7 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
             lines.append(_check_data(name, data, tokenizer, shape))
     if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
+    _in_section("rollout", lambda: own_nodes(config.rollout))
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("rollout.engine", "vllm is not installed; see the README for the requirements")
     if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
@@ -164,8 +166,8 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError("sampling.samples_per_prompt", "must be at least 2: an advantage compares responses to one prompt")
     if config.sampling.top_p < 1 or config.sampling.top_k:
         logger.warning("sampling.top_p and top_k: the engine's log-probs are of the cut distribution, the trainer's are not")
-    if config.round.asynchronous and config.objective.importance == "none":
-        logger.warning("round.asynchronous without objective.importance: one-round-old rollouts are not corrected for")
+    if config.round.mode != "synchronous" and config.objective.importance == "none":
+        logger.warning("round.mode %s without objective.importance: older rollouts are not corrected for", config.round.mode)
 
 
 def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: ModelShape) -> str:
@@ -204,9 +206,10 @@ def _describe_layout(config: RunConfig, world_size: int, data_parallel: int) -> 
 
 def _describe_rollouts(config: RunConfig) -> str:
     rollout = config.rollout
-    if rollout.engine != "vllm":
-        return rollout.engine
-    return f"{rollout.engines} vLLM{'s' * (rollout.engines > 1)}, tensor {rollout.tensor_parallel}"
+    if rollout.replay_from is not None:
+        return f"from {rollout.replay_from}"
+    where = {"first": "", "all": " on every node", "own": f" on each of {', '.join(rollout.hosts)}"}[rollout.nodes]
+    return f"{rollout.engines} vLLM{'s' * (rollout.engines > 1)}{where}, tensor {rollout.tensor_parallel}"
 
 
 def _describe_batch(config: RunConfig) -> str:

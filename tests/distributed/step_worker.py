@@ -111,14 +111,13 @@ def lengths_out_of_reach(path: str, layouts: list[dict]) -> list[bool]:
         parallel = ParallelConfig(**layout)
         state = initialize(parallel, device="cpu")
         policy = Policy.build(ModelConfig(path=path), OptimizerConfig(), parallel, state)
-        inputs = prepared(state)[0]
-        lengths = {
-            name: getattr(inputs.sequences, name).to("meta") for name in vars(inputs.sequences) if name.startswith("cu_seqlens")
-        }
+        batch = prepared(state)[0]
+        names = [name for name in vars(batch.sequences) if name.startswith("cu_seqlens")]
+        lengths = {name: getattr(batch.sequences, name).to("meta") for name in names}
         with torch.no_grad():
             outputs = [
-                policy.modules[0](inputs.tokens_1T, inputs.position_ids_1T, None, packed_seq_params=packed)
-                for packed in (inputs.sequences, dataclasses.replace(inputs.sequences, **lengths))
+                policy.modules[0](batch.tokens_1T, batch.position_ids_1T, None, packed_seq_params=packed)
+                for packed in (batch.sequences, dataclasses.replace(batch.sequences, **lengths))
             ]
         same.append(torch.equal(*outputs))
         shut_down(keep_world=True)

@@ -16,31 +16,43 @@ from pmpo_megatron.bridge.channel import Receiver, Sender
 from pmpo_megatron.bridge.config import choose_transport
 from pmpo_megatron.bridge.fingerprint import FACTOR, fingerprint, weighted_sum
 from pmpo_megatron.errors import ConfigError, RolloutError, WeightSyncError
+from pmpo_megatron.rollout.engine import HERE
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    "device, same_host, expected",
-    [("cpu", True, "shared_memory"), ("cuda", True, "cuda_ipc"), ("cpu", False, "gloo"), ("cuda", False, "nccl")],
-)
-def test_the_transport_that_auto_means(device, same_host, expected):
-    assert choose_transport("auto", device=device, same_host=same_host) == expected
-    assert choose_transport("disk", device=device, same_host=same_host) == "disk"
+BOTH, OTHERS = (HERE, "node2"), ("node2", "node3")
 
 
 @pytest.mark.parametrize(
-    "transport, device, same_host, words",
+    "device, hosts, expected",
     [
-        ("nccl", "cpu", False, "needs a trainer on GPUs"),
-        ("cuda_ipc", "cpu", True, "needs a trainer on GPUs"),
-        ("cuda_ipc", "cuda", False, "cannot reach servers"),
-        ("nccl", "cuda", True, "shares its GPU"),
+        ("cpu", (HERE,), "shared_memory"),
+        ("cuda", (HERE,), "cuda_ipc"),
+        ("cpu", OTHERS, "gloo"),
+        ("cuda", OTHERS, "nccl"),
+        ("cpu", BOTH, "shared_memory+gloo"),
+        ("cuda", BOTH, "cuda_ipc+nccl"),
     ],
 )
-def test_transports_that_cannot_work_are_refused(transport, device, same_host, words):
+def test_the_transport_that_auto_means(device, hosts, expected):
+    assert choose_transport("auto", device=device, hosts=hosts) == expected
+    assert choose_transport("disk", device=device, hosts=hosts) == "disk"
+
+
+@pytest.mark.parametrize(
+    "transport, device, hosts, words",
+    [
+        ("nccl", "cpu", OTHERS, "needs a trainer on GPUs"),
+        ("cuda_ipc", "cpu", (HERE,), "needs a trainer on GPUs"),
+        ("cuda_ipc", "cuda", OTHERS, "cannot reach other nodes"),
+        ("shared_memory", "cpu", BOTH, "cannot reach other nodes"),
+        ("nccl", "cuda", (HERE,), "shares its GPU"),
+    ],
+)
+def test_transports_that_cannot_work_are_refused(transport, device, hosts, words):
     with pytest.raises(ConfigError, match=words):
-        choose_transport(transport, device=device, same_host=same_host)
+        choose_transport(transport, device=device, hosts=hosts)
 
 
 @given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=30), st.integers(1, 5000))

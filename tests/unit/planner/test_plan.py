@@ -128,14 +128,17 @@ def test_every_kind_of_recomputation_is_shown_as_it_would_be():
     assert found.recompute["none"] > found.recompute["selective"] > found.recompute["full"]
 
 
-def test_servers_are_not_counted_and_the_plan_says_so():
-    found = plan(config(rollout={"engine": "server", "urls": ["http://a:8000", "http://b:8000"]}), 8, H100)
+OWN_NODES = {"nodes": "own", "hosts": ["a:7400", "b:7400"], "key_file": "key"}
+
+
+def test_nodes_that_do_not_train_are_not_counted_and_the_plan_says_so():
+    found = plan(config(rollout=OWN_NODES), 8, H100)
     assert found.round.rollouts == 0 and found.fits and not any(gpu.engine for gpu in found.gpus)
-    assert "rollouts: from 2 servers" in plan_lines(found) and any("are not counted" in note for note in found.notes)
+    assert "rollouts: from 2 nodes of their own" in plan_lines(found) and any("are not counted" in note for note in found.notes)
 
 
-def test_asynchronous_rounds_take_the_longer_of_both():
-    one, other = plan(config(), 8, H100).round, plan(config(round={"asynchronous": True}), 8, H100).round
+def test_overlapped_rounds_take_the_longer_of_both():
+    one, other = plan(config(), 8, H100).round, plan(config(round={"mode": "overlapped"}), 8, H100).round
     assert one.seconds == one.rollouts + one.training + one.weights
     assert other.seconds == max(other.rollouts, other.training + other.weights)
 
@@ -175,7 +178,7 @@ def test_engines_are_proposed_that_use_the_whole_node():
     assert found[0].round.rollouts < plan(config(), 8, H100).round.rollouts, "which leaves half of the node idle"
     assert all(p.config.rollout.tensor_parallel != 8 for p in found), "does not divide 28 heads"
     assert all(p.config.parallel == config().parallel for p in found)
-    assert best_engines(config(rollout={"engine": "server", "urls": ["http://a:1"]}), 8, H100) == []
+    assert best_engines(config(rollout=OWN_NODES), 8, H100) == []
 
 
 def test_no_layout_fits_where_there_are_too_few_gpus():
