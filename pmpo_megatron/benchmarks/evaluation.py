@@ -21,7 +21,7 @@ from pmpo_megatron.config import apply_overrides, build, to_plain
 from pmpo_megatron.data.prompts import DataConfig, load_prompts
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.rewards import RewardConfig, RewardScorer
-from pmpo_megatron.rewards.functions import find_function
+from pmpo_megatron.rewards.functions import check_functions
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.remote_process import own_nodes
@@ -65,7 +65,8 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
         system_prompt=options.system_prompt, max_problems=options.max_problems, max_prompt_tokens=ANY_LENGTH,
     )  # fmt: skip
     rollout = _rollout_config(options)
-    find_function(options.reward)
+    rewards = RewardConfig(functions={options.reward: 1.0}, workers=options.workers)
+    check_functions(rewards.functions, rewards.code)
     ks = tuple(sorted(options.pass_k)) if options.pass_k else default_ks(options.samples)
     if ks and not 1 <= ks[0] <= ks[-1] <= options.samples:
         raise ConfigError("--pass-k", f"{list(ks)}: must lie between 1 and --samples, which is {options.samples}")
@@ -75,7 +76,7 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
         raise ConfigError("--chunk", f"{chunk} must be at least 1")
     return EvaluationPlan(
         out=options.out, benchmarks=tuple(find_benchmarks(options.benchmarks, options.data_dir)), data=data, sampling=sampling,
-        rewards=RewardConfig(functions={options.reward: 1.0}, workers=options.workers), rollout=rollout, ks=ks, chunk=chunk,
+        rewards=rewards, rollout=rollout, ks=ks, chunk=chunk,
         device=_device(options.device), force=options.force,
     )  # fmt: skip
 

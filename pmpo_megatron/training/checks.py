@@ -21,7 +21,7 @@ from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.architecture import check_layout, expects_fused
 from pmpo_megatron.parallel.shards import sequence_multiple
-from pmpo_megatron.rewards.functions import find_function
+from pmpo_megatron.rewards.functions import check_functions
 from pmpo_megatron.rollout.remote_process import own_nodes
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import round_up
@@ -47,8 +47,7 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
     check_lengths(config, shape)
     _check_attention(config)
     _check_objective(config)
-    for name in config.rewards.functions:
-        find_function(name)
+    check_functions(config.rewards.functions, config.rewards.code)
     lines = [
         f"{_describe_model(config, shape)}; {weights}",
         _describe_layout(config, world_size, data_parallel),

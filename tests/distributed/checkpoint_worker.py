@@ -265,6 +265,9 @@ def optimizer_bytes(path: str, root: str) -> dict:
         tensors = [entry.data for states in (state or {}).values() for entry in states.values()]
         found["loading" if is_loading else "saving"] = sum(t.numel() * t.itemsize for t in tensors)
         assert all(tensor.device.type == "cpu" for tensor in tensors)
+    # Of the last state, which is to be read: gate and up are apart in it, and stand twice in memory when they are put together.
+    projections = [entry.data for states in state.values() for entry in states.values() if "linear_fc1" in entry.key]
+    found["together"] = found["loading"] + sum(t.numel() * t.itemsize for t in projections)
     optimizer = run.policy.optimizer.chained_optimizers[0]
     found["owned"] = 3 * sum(p.numel() * p.itemsize for group in optimizer.param_groups for p in group["params"])
     found["largest"] = 3 * max(p.numel() * 4 for _, p in run.policy.named_parameters())

@@ -1,4 +1,4 @@
-"""Whole runs with real vLLM that are killed: synchronous ones end at the same bits, in flight nothing is lost or seen twice."""
+"""Whole runs with real vLLM that are killed: synchronous ones end at the same bits, in flight nothing is lost or repeated."""
 
 import json
 import os

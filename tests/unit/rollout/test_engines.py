@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError, RolloutError
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.remote_process import own_nodes
+from pmpo_megatron.rollout.vllm_child import whole_text
 from pmpo_megatron.rollout.vllm_jobs import Job, divide, missing_parts
 from pmpo_megatron.rollout.vllm_settings import Launch, visible_gpus
 from pmpo_megatron.types import Prompt
@@ -85,3 +88,17 @@ def test_every_engine_has_gpus_of_its_own_first_and_sees_the_others(monkeypatch)
     assert Launch({"tensor_parallel_size": 2}, "cuda", None, 0, 4).environment() == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     assert visible_gpus(1, 1) == "GPU-b,GPU-a"
+
+
+def test_text_made_at_the_end_is_what_is_made_token_by_token():
+    """By the stream that vLLM's detokenizer uses, also where a response ends in the middle of a character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE({letter: number for number, letter in enumerate([*alphabet, "<|end|>"])}, [])
+    raw = Tokenizer(model)
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>")
+    ids = [*tokenizer.encode(" né 日本 , x = 7 ."), tokenizer.eos_token_id]
+    for end in range(1, len(ids) + 1):
+        stream = decoders.DecodeStream(skip_special_tokens=True)
+        parts = [stream.step(tokenizer._tokenizer, number) or "" for number in ids[:end]]
+        assert whole_text(tokenizer, ids[:end]) == "".join(parts)
