@@ -61,7 +61,7 @@ class WeightBridge:
         hosts = broadcast_object(engine.hosts if engine is not None else None, policy.state)
         self.active = bool(hosts)  # recorded rollouts hold no weights
         self.version: int | None = None  # nothing was pushed yet
-        self._push_again = stand_by.offer(lambda: self.push(self.version))
+        self._push_again = stand_by.offer(lambda: self.push(self.version or 0))
         self._outbox = _Outbox(engine, policy, config) if engine is not None else None
         if self.active:
             device = policy.state.device

@@ -24,6 +24,7 @@ class WeightReceiver:
 
     model_runner: Any
     model_config: Any
+    vllm_config: Any
     device: torch.device
     pmpo_receiver: Receiver | None = None
 
