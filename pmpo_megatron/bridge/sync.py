@@ -116,7 +116,7 @@ class WeightBridge:
             return None, False, 0.0
         error, again, waited_s = None, False, 0.0
         try:
-            with self.engine.update(version):
+            with self._outbox.engine.update(version):
                 waited_s = self._outbox.deliver(stream, self.transport, self.source, version)
         except (WeightSyncError, RolloutError) as failure:
             error, again = str(failure), isinstance(failure, RolloutError) and not last
@@ -125,16 +125,8 @@ class WeightBridge:
                 pass
         if again:
             logger.warning("the engine failed while it took weights: %s; starting it again", error)
-            again = self._revive()
+            again = _revive(self._outbox.engine)
         return error, again, waited_s
-
-    def _revive(self) -> bool:
-        try:
-            self.engine.revive()
-        except RolloutError as failure:
-            logger.error("%s", failure)
-            return False
-        return True
 
 
 class _Outbox:
@@ -260,3 +252,12 @@ class _Outbox:
             writer.add(name, tensor)
         writer.finish()
         return sent, sorted(str(path) for path in self._directory.glob("*.safetensors"))
+
+
+def _revive(engine: RolloutEngine) -> bool:
+    try:
+        engine.revive()
+    except RolloutError as failure:
+        logger.error("%s", failure)
+        return False
+    return True
