@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -172,11 +173,15 @@ def _main_parts(
     if progress.sampler:
         sampler.restore(progress.sampler)
     scorer = RewardScorer(config.rewards, max_tokens=config.sampling.max_tokens)
-    make = Collector
+    make: Callable[..., Collector] = Collector
     if config.round.mode == "in_flight":
-        per_round = config.versions_per_round
-        draws = dict(drawn=progress.drawn, open=progress.open)
-        make = partial(StreamCollector, rounds=config.run.rounds, versions_per_round=per_round, **draws)
+        make = partial(
+            StreamCollector,
+            rounds=config.run.rounds,
+            versions_per_round=config.versions_per_round,
+            drawn=progress.drawn,
+            open=progress.open,
+        )
     collector = make(
         prompts=prompts,
         sampler=sampler,
