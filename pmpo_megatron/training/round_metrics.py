@@ -26,6 +26,7 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {
         "objective/p": Distribution(arrays["p"]),
         "objective/ess_fraction": Mean.of(arrays["ess"] / np.maximum(arrays["length"], 1)),
+        "objective/ess_target": Mean.of(arrays["target_ess"] / np.maximum(arrays["length"], 1)),
         "objective/clip_fraction": Mean.of(arrays["clip_fraction"]),
         "objective/loss": Mean.of([result.loss for result in results]),
         "policy/entropy": Mean.of([result.entropy for result in results], [result.num_tokens for result in results]),
@@ -49,7 +50,7 @@ def trajectory_record(results: Sequence[StepResult], samples: Sequence[Sample]) 
     """What the report plots of each trajectory."""
     arrays = trajectory_arrays(results)
     rewards = {sample.sample_id: sample.reward for sample in samples}
-    chosen = {name: arrays[name] for name in ("p", "ess", "clip_fraction", "length")}
+    chosen = {name: arrays[name] for name in ("p", "ess", "target_ess", "clip_fraction", "length")}
     return chosen | {"reward": np.array([rewards[i] for i in arrays["sample_id"].tolist()])}
 
 

@@ -26,6 +26,7 @@ from pmpo_megatron.training.guards import check_mismatch, check_step, dump_step
 from pmpo_megatron.training.held_out import Evaluator
 from pmpo_megatron.training.round_metrics import measure_mismatch, step_metrics, trajectory_record
 from pmpo_megatron.training.run_config import RunConfig
+from pmpo_megatron.training.token_examples import recorded, token_examples
 from pmpo_megatron.types import MicroBatch, Sample
 
 logger = logging.getLogger(__name__)
@@ -123,12 +124,16 @@ class Trainer:
             reference = [self.score_reference(micro_batches) for micro_batches in steps]
         measured = measure_mismatch(steps, old, self.config.objective.log_bounds, self.state)
         mismatch = check_mismatch(measured, self.config.guards, batch.round_index, self.state)
+        results: list[StepResult] = []
         with self.timer.phase("train"):
-            results = [self.step(index, *inputs) for index, inputs in enumerate(zip(steps, old, reference, strict=True))]
+            for index, inputs in enumerate(zip(steps, old, reference, strict=True)):
+                before_last = self.score_examples(steps[-1]) if index == len(steps) - 1 else None
+                results.append(self.step(index, *inputs))
+        tokens = self.examples(batch, steps[-1], old[-1], before_last, results[-1]) if before_last is not None else []
         self.progress.policy_version += 1
         self.progress.round += 1
         self.progress.sampler = batch.sampler_state
-        self.record(batch, results, mismatch)
+        self.record(batch, results, mismatch, tokens)
         self.store.poll()
         if self.store.due(self.progress.round):
             self.save()
@@ -181,6 +186,29 @@ class Trainer:
             mask_truncated=self.config.batch.mask_truncated,
         )
 
+    def score_examples(self, micro_batches: Sequence[MicroBatch]) -> Scores | None:
+        """The log-probs that the round's last step is about to see, where its examples are recorded."""
+        if not self.config.monitor.token_examples or not recorded(self.progress.round, self.config.run.rounds):
+            return None
+        return score(self.policy, micro_batches, temperature=self.temperature)
+
+    def examples(
+        self, batch: RoundBatch, micro_batches: list[MicroBatch], old: Scores, new: Scores, result: StepResult
+    ) -> list[dict[str, Any]]:
+        """Some trajectories of the round's last step token by token, on rank 0. Collective."""
+        return token_examples(
+            micro_batches,
+            old,
+            new,
+            result,
+            batch.samples,
+            objective=self.config.objective,
+            progress=self.progress.round / self.config.run.rounds,
+            count=self.config.monitor.token_examples,
+            decode=self.collector.prompts.decode if self.collector is not None else None,
+            state=self.state,
+        )
+
     def score_reference(self, micro_batches: Sequence[MicroBatch]) -> Scores | None:
         return score(self.reference, micro_batches, temperature=self.temperature) if self.reference is not None else None
 
@@ -221,7 +249,9 @@ class Trainer:
         if self.log is not None:
             self.progress.accuracy[str(done)] = self.log.log(done, found)["eval/accuracy_mean"]
 
-    def record(self, batch: RoundBatch, results: list[StepResult], mismatch: dict[str, Metric]) -> None:
+    def record(
+        self, batch: RoundBatch, results: list[StepResult], mismatch: dict[str, Metric], tokens: list[dict[str, Any]]
+    ) -> None:
         """Metrics of a finished round, on rank 0."""
         times = self.timer.take()
         if self.log is None:
@@ -230,7 +260,7 @@ class Trainer:
         metrics["throughput/tokens_per_s"] = sum(s.num_tokens for s in batch.samples) / times["time/total_s"]
         metrics["rollout/staleness"] = float(self.progress.policy_version - 1 - batch.samples[0].policy_version)
         record = trajectory_record(results, batch.samples)
-        self.log.log(self.progress.round, metrics, trajectories=record, rollouts=batch.examples)
+        self.log.log(self.progress.round, metrics, trajectories=record, rollouts=batch.examples, tokens=tokens)
 
     def save(self, *, required: bool = False) -> None:
         """Everything that the run needs to go on exactly from here."""
