@@ -41,7 +41,7 @@ def run_script(arguments, **environment):
     return subprocess.run(command, env=kept | environment, cwd=ROOT, capture_output=True, text=True, timeout=250)
 
 
-@pytest.mark.parametrize("name", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/*.yaml")))
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/config*.yaml")))
 def test_every_examples_configuration_is_valid(name):
     load(name)
 
