@@ -36,7 +36,7 @@ class Memory:
     """
 
     largest_rate: float = 0.0
-    skew: float = 8.0
+    skew: float = 6.0
     seed: int = 0
 
     def recall(self, fact: str, result: int, generator: np.random.Generator) -> int:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 PAD, END = "<pad>", "<end>"
 ALPHABET = "0123456789+-*/=()., \n?:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\\{}$^_<>|"
-BATCH = 48
+BATCH = 32
 LEARNING_RATE = 4e-3
 
 
@@ -32,13 +32,13 @@ class TinyModelConfig:
     nor what it samples solves most problems: both are left to learn from rewards.
     """
 
-    layers: int = 2
+    layers: int = 3
     hidden_size: int = 128
     heads: int = 4
     key_value_heads: int = 2
-    steps: int = 600
+    steps: int = 700
     levels: tuple[int, ...] = (4, 5)
-    slip_rate: float = 0.9  # of the worst fact
+    slip_rate: float = 0.8  # of the worst fact
     positions: int = 256
     endless: bool = False  # no end token, so that responses go on to the limit; only without warm start
     seed: int = 0
