@@ -139,12 +139,9 @@ def _redirect_log_handlers(before: set[object]) -> list[tuple[logging.StreamHand
 def step_cells(numbers: Numbers) -> list[tuple[str, str]]:
     """(label, text) of the numbers that tell how a step went; those that were not measured are left out."""
 
-    def cell(label: str, name: str, form: Callable[[float], str], spread: str | None = None) -> None:
+    def cell(label: str, name: str, form: Callable[[float], str]) -> None:
         if name in numbers:
-            text = form(numbers[name])
-            if spread is not None and spread in numbers:
-                text += f"±{form(numbers[spread])}"
-            cells.append((label, text))
+            cells.append((label, form(numbers[name])))
 
     cells: list[tuple[str, str]] = []
     cell("reward", "reward/mean", "{:.3f}".format)

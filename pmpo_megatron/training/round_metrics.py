@@ -34,6 +34,7 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, Metric]:
     }
     if applied:
         metrics["policy/grad_norm"] = Mean.of([result.grad_norm for result in applied])
+        metrics["policy/grad_norm_max"] = Maximum(max(result.grad_norm for result in applied))
         metrics["policy/learning_rate"] = Mean.of([result.learning_rate for result in applied])
     measured = [result for result in results if result.kl is not None]
     if measured:
