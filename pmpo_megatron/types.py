@@ -1,43 +1,66 @@
 """The records that travel between the stages of a training step.
 
-Order of travel: Prompt -> RolloutGroup of Rollouts -> Samples -> MicroBatches. All are frozen: a stage makes new
+Order of travel: Prompt -> RolloutGroup of Rollouts -> Samples on rank 0; then, on every rank, the TrajectoryTable of all of
+them and this rank's PackedTrajectories, which `model.micro_batch` prepares and scores. All are frozen: a stage makes new
 records and never edits those it was handed. Token ids travel end to end; text exists for rewards and for people.
 
-Shape suffixes: N trajectories of a micro-batch, T packed tokens of a micro-batch, S packed sequences.
+Token ids are int32 until they are packed: half the memory and traffic of int64, and no vocabulary comes near 2^31 tokens.
+Packed they are int64, which PyTorch's `gather` takes.
+
+Shape suffixes: N trajectories of a round or of a micro-batch, T packed tokens of a micro-batch, S packed sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+TokenIds = npt.NDArray[np.int32]
+Float32s = npt.NDArray[np.float32]
+Float64s = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 
-@dataclass(frozen=True)
+
+def to_token_ids(values: Sequence[int]) -> TokenIds:
+    """``values`` as an array that cannot be written to.
+
+    Raises:
+        ValueError: they are not whole numbers from 0 up to 2^31.
+    """
+    given = np.asarray(values if len(values) else np.empty(0, dtype=np.int32))
+    if given.ndim != 1 or given.dtype.kind not in "iu" or (given.size and not 0 <= given.min() <= given.max() < 2**31):
+        raise ValueError(f"token ids must be whole numbers from 0 up to 2^31: {str(values)[:80]}")
+    token_ids = given.astype(np.int32)
+    token_ids.flags.writeable = False
+    return token_ids
+
+
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """One problem, tokenised once. ``answers`` are the accepted answers; ``index`` is its row in the data set."""
 
     index: int
-    token_ids: tuple[int, ...]
+    token_ids: TokenIds
     text: str
     answers: tuple[str, ...]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rollout:
     """One sampled response.
 
-    ``token_ids`` are the response tokens as sampled, the stop token included. ``log_probs`` (float32, same length)
-    are those of the distribution that was sampled from: temperature and truncation applied.
+    ``token_ids`` are the response tokens as sampled, the stop token included. ``log_probs`` (same length) are those of the
+    distribution that was sampled from: temperature and truncation applied.
     ``policy_version`` counts weight updates of the engine; it is the oldest version that produced one of the tokens.
     """
 
-    token_ids: tuple[int, ...]
-    log_probs: np.ndarray
+    token_ids: TokenIds
+    log_probs: Float32s
     text: str
     finish_reason: str  # "stop": a stop token or string; "length": the token limit
     policy_version: int
@@ -52,38 +75,57 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One trajectory, scored and ready to train on.
 
-    ``sample_id`` is unique within the round; ``group_id`` is the position of its group in the round.
-    ``weight`` is c_i of the whole optimizer step (docs/objective.md, "The formulas"), so micro-batches only ever add up.
+    ``sample_id`` is its number in the round; ``group_id`` is the position of its group in the round.
     """
 
     sample_id: int
     group_id: int
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    rollout_log_probs: np.ndarray  # float32 [len(response_ids)]
+    prompt_ids: TokenIds
+    response_ids: TokenIds
+    rollout_log_probs: Float32s  # of the response tokens
     truncated: bool  # the response hit the token limit
-    reward: float
     advantage: float
-    weight: float
-    policy_version: int
+
+
+@dataclass(frozen=True, eq=False)
+class TrajectoryTable:
+    """What every rank knows of all N trajectories of a round, group after group; row i is the one with ``sample_id`` i."""
+
+    group_ids_N: Integers
+    prompt_lengths_N: Integers  # tokens
+    response_lengths_N: Integers  # tokens
+    truncated_N: Booleans
+    advantages_N: Float64s
+
+    @staticmethod
+    def of(samples: Sequence[Sample]) -> TrajectoryTable:
+        """The table of a whole round's ``samples``."""
+        return TrajectoryTable(
+            group_ids_N=np.array([sample.group_id for sample in samples], dtype=np.int64),
+            prompt_lengths_N=np.array([len(sample.prompt_ids) for sample in samples], dtype=np.int64),
+            response_lengths_N=np.array([len(sample.response_ids) for sample in samples], dtype=np.int64),
+            truncated_N=np.array([sample.truncated for sample in samples], dtype=np.bool_),
+            advantages_N=np.array([sample.advantage for sample in samples], dtype=np.float64),
+        )
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+    def lengths_N(self) -> Integers:
+        """Tokens of prompt and response."""
+        return self.prompt_lengths_N + self.response_lengths_N
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Whole trajectories packed one after another: the same on every tensor-, pipeline- and context-parallel rank.
+@dataclass(frozen=True, eq=False)
+class PackedTrajectories:
+    """Whole trajectories packed one after another, on the host: the same on every rank of a data-parallel replica.
 
-    Every sequence is padded to the multiple that the parallel layout needs; padding at the tail that belongs to no
-    trajectory is a sequence of its own. Targets are shifted before any context-parallel split, inside each sequence.
-    ``trajectory_T[t]`` is the trajectory (0..N-1) whose *response* token is the target at ``t``, -1 everywhere else,
-    so position ``t`` carries log pi(targets_T[t] | tokens up to t).
+    Every sequence is padded to the multiple that the parallel layout needs. Targets are shifted before any context-parallel
+    split, inside each sequence. ``trajectory_T[t]`` is the trajectory (0..N-1) whose *response* token is the target at ``t``,
+    -1 everywhere else, so position ``t`` carries log pi(targets_T[t] | tokens up to t). ``weights_N`` are c_i of the whole
+    optimizer step (docs/objective.md, "The formulas"), so micro-batches only ever add up.
     """
 
     tokens_T: torch.Tensor  # int64 [T]
@@ -91,15 +133,7 @@ class MicroBatch:
     position_ids_T: torch.Tensor  # int64 [T], from 0 in every sequence
     trajectory_T: torch.Tensor  # int64 [T]
     rollout_log_probs_T: torch.Tensor  # float32 [T], 0 where trajectory_T is -1
-    cu_seqlens: torch.Tensor  # int32 [S + 1], padded boundaries, cu_seqlens[-1] == T
+    boundaries: tuple[int, ...]  # S + 1 positions, padding included; the last one is T
     advantages_N: torch.Tensor  # float32 [N]
     weights_N: torch.Tensor  # float32 [N]
     sample_ids: tuple[int, ...]  # N of them; which Sample each trajectory is
-
-    @property
-    def num_tokens(self) -> int:
-        return self.tokens_T.numel()
-
-    @property
-    def num_trajectories(self) -> int:
-        return len(self.sample_ids)

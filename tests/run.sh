@@ -10,7 +10,7 @@ usage: tests/run.sh [--python PATH] [--help] [-- PYTEST_ARGUMENTS...]
   --python PATH   another interpreter (3.11 to 3.13); it gets its own environment, .venv-pyX.Y
   -- ...          arguments for pytest, e.g.  -- -m slow   -- tests/unit -x   -- -m "" (everything)
 
-Without arguments: style, then the default suite (everything that is not marked slow).
+Without arguments: style and types, then the default suite (everything that is not marked slow).
 TEXT
 }
 
@@ -29,4 +29,5 @@ cd "$PROJECT_ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
 exec "$PYTHON" -m pytest "$@"

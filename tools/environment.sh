@@ -3,7 +3,8 @@
 #   prepare_environment [--dev] [--python PATH]      then $PYTHON is the environment's interpreter
 #
 # The environment is .venv at the project's root (.venv-pyX.Y for an interpreter chosen with --python). A stamp over the
-# pinned requirements makes a second run reuse it, and a changed pin install again. Two runs at once wait for each other.
+# pinned requirements and the project's metadata makes a second run reuse it, and a change of either install again. Two
+# runs at once wait for each other.
 
 PROJECT_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 NEEDED_GIB=6
@@ -42,7 +43,7 @@ prepare_environment() {
     flock -n 9 || { echo "Waiting for another run that prepares $venv ..."; flock 9; }
     for part in $files; do
         stamp="$venv/.installed-$(basename "$part" .txt)"
-        wanted="$(cksum "$part" "$PROJECT_ROOT/setup.py" | cut -d' ' -f1,2 | tr '\n' ' ')$("$python" -V)"
+        wanted="$(cksum "$part" "$PROJECT_ROOT"/{setup.py,pyproject.toml} | cut -d' ' -f1,2 | tr '\n' ' ')$("$python" -V)"
         if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then continue; fi
         install_requirements "$python" "$venv" "$part"
         printf '%s' "$wanted" >"$stamp"

@@ -31,7 +31,7 @@ class Task:
 
     @property
     def number(self) -> int:
-        """In place of a round: problems of different benchmarks get different random streams, whatever else is evaluated."""
+        """Stands in for a round's number, so that every benchmark has random streams of its own, whatever else is evaluated."""
         return zlib.crc32(self.benchmark.name.encode()) & 0x7FFFFFFF
 
 
@@ -108,10 +108,8 @@ def _fail_too_long(task: Task, prompts: Sequence[Prompt], samples: int) -> None:
 def _say_if_cut(task: Task, prompts: Sequence[Prompt], sampling: SamplingConfig, max_length: int | None) -> None:
     cut = sum(max_length is not None and len(prompt.token_ids) + sampling.max_tokens > max_length for prompt in prompts)
     if cut:
-        logger.warning(
-            "%s: %d of %d prompts leave less than %d tokens for the response within the model's %d",
-            task.benchmark.name, cut, len(prompts), sampling.max_tokens, max_length,
-        )  # fmt: skip
+        said = "%s: %d of %d prompts leave less than %d tokens for the response within the model's %d"
+        logger.warning(said, task.benchmark.name, cut, len(prompts), sampling.max_tokens, max_length)
 
 
 def _record(scored: ScoredGroup) -> Record:

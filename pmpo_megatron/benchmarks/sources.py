@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.errors import ConfigError, DataError
 
 FILES = (".jsonl", ".json", ".parquet")
@@ -53,12 +53,12 @@ def find_benchmarks(names: Sequence[str], data_dir: Path | None) -> list[Benchma
     Raises:
         ConfigError: a name that is neither, with the nearest one; or two benchmarks of the same name.
     """
-    found = [_find(name, data_dir) for name in names]
+    benchmarks = [_find(name, data_dir) for name in names]
     for attribute in ("name", "stem"):
-        values = [getattr(benchmark, attribute).lower() for benchmark in found]
+        values = [getattr(benchmark, attribute).lower() for benchmark in benchmarks]
         if twice := next((value for value in values if values.count(value) > 1), None):
             raise ConfigError("--benchmarks", f"{twice!r} is there twice; results are kept by this name")
-    return found
+    return benchmarks
 
 
 def _find(name: str, data_dir: Path | None) -> Benchmark:
@@ -75,8 +75,8 @@ def _find(name: str, data_dir: Path | None) -> Benchmark:
         near = get_close_matches(_plain(name), known, n=1, cutoff=0.5)
         hint = f"did you mean {known[near[0]].name}?" if near else f"there are {', '.join(b.name for b in BENCHMARKS)}"
         raise ConfigError("--benchmarks", f"{name!r} is neither a benchmark nor a {FILES[0]} file; {hint}")
-    for suffix in FILES if data_dir is not None else ():
-        file = data_dir / f"{benchmark.stem}{suffix}"
+    files = [data_dir / f"{benchmark.stem}{suffix}" for suffix in FILES] if data_dir is not None else []
+    for file in files:
         if file.is_file():
             return Benchmark(benchmark.name, benchmark.stem, file=file)
     return benchmark
@@ -94,15 +94,14 @@ def problem_file(benchmark: Benchmark, cache: Path) -> Path:
     if not path.is_file():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in _fetch(benchmark)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.rename(path)
+        replace_text(path, "".join(lines))
     return path
 
 
 def _fetch(benchmark: Benchmark) -> list[dict[str, Any]]:
     import datasets
 
+    assert benchmark.dataset is not None  # of those without a file
     where = benchmark.dataset + (f"/{benchmark.subset}" if benchmark.subset else "") + f"[{benchmark.split}]"
     try:
         rows = list(datasets.load_dataset(benchmark.dataset, benchmark.subset, split=benchmark.split))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,13 @@ from pmpo_megatron.benchmarks.models import Model
 from pmpo_megatron.benchmarks.records import SUMMARY, TOO_LONG, Record
 from pmpo_megatron.benchmarks.sources import BENCHMARKS
 from pmpo_megatron.benchmarks.statistics import Estimate, average, mean_score, pass_at_k
+from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.errors import DataError
 
 TABLE = "summary.md"
 NONE = "-"
+Pair = Sequence[float | None]  # (value, standard error) as the file of a summary has it
+Pick = Callable[[dict[str, Any]], Pair | None]  # one of the figures of a benchmark
 
 
 def describe_benchmark(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def write_model_summary(
         "settings": dict(settings),
         "benchmarks": earlier | dict(benchmarks),
     }
-    _replace(path, json.dumps(summary, indent=1) + "\n")
+    replace_text(path, json.dumps(summary, indent=1) + "\n")
 
 
 def write_summary(out: Path) -> str:
@@ -55,9 +57,9 @@ def write_summary(out: Path) -> str:
     names = _columns(models)
     for model in models:
         model["average"] = _pair(_row_average(model, names, lambda figures: figures["accuracy"]))
-    _replace(out / SUMMARY, json.dumps({"benchmarks": names, "models": models}, indent=1) + "\n")
+    replace_text(out / SUMMARY, json.dumps({"benchmarks": names, "models": models}, indent=1) + "\n")
     text = make_tables(models, names)
-    _replace(out / TABLE, text)
+    replace_text(out / TABLE, text)
     return text
 
 
@@ -65,11 +67,7 @@ def make_tables(models: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     """Markdown: accuracy with a row per model, pass@k where there are several responses, and how each was sampled."""
     rows = [[model["model"], *_cells(model, names, lambda figures: figures["accuracy"])] for model in models]
     parts = ["Accuracy in percent ± standard error", "", *_table(["model", *names, "average"], rows)]
-    rows = [
-        [model["model"], f"pass@{k}", *_cells(model, names, lambda figures, k=k: figures["pass_at_k"].get(k))]
-        for model in models
-        for k in _ks(model)
-    ]
+    rows = [[model["model"], f"pass@{k}", *_cells(model, names, _pass_at(k))] for model in models for k in _ks(model)]
     if rows:
         parts += ["", *_table(["model", "", *names, "average"], rows)]
     return "\n".join([*parts, "", *(_caption(model) for model in models)]) + "\n"
@@ -90,25 +88,30 @@ def _caption(model: dict[str, Any]) -> str:
 
 def _columns(models: Sequence[dict[str, Any]]) -> list[str]:
     """Every benchmark that a model has: those of the table in its order, then files by name."""
-    found = {name for model in models for name in model["benchmarks"]}
-    known = [benchmark.name for benchmark in BENCHMARKS if benchmark.name in found]
-    return known + sorted(found - set(known))
+    names = {name for model in models for name in model["benchmarks"]}
+    known = [benchmark.name for benchmark in BENCHMARKS if benchmark.name in names]
+    return known + sorted(names - set(known))
 
 
 def _ks(model: dict[str, Any]) -> list[str]:
     return sorted({k for figures in model["benchmarks"].values() for k in figures["pass_at_k"]}, key=int)
 
 
-def _cells(model: dict[str, Any], names: Sequence[str], pick) -> list[str]:
+def _pass_at(k: str) -> Pick:
+    return lambda figures: figures["pass_at_k"].get(k)
+
+
+def _cells(model: dict[str, Any], names: Sequence[str], pick: Pick) -> list[str]:
     pairs = [pick(model["benchmarks"][name]) if name in model["benchmarks"] else None for name in names]
     mean = _row_average(model, names, pick)
     return [NONE if pair is None else _estimate(pair).percent() for pair in pairs] + [NONE if mean is None else mean.percent()]
 
 
-def _row_average(model: dict[str, Any], names: Sequence[str], pick) -> Estimate | None:
+def _row_average(model: dict[str, Any], names: Sequence[str], pick: Pick) -> Estimate | None:
     """None if a benchmark is missing: the average of others is not comparable."""
     pairs = [pick(model["benchmarks"][name]) if name in model["benchmarks"] else None for name in names]
-    return None if None in pairs else average([_estimate(pair) for pair in pairs])
+    estimates = [_estimate(pair) for pair in pairs if pair is not None]
+    return average(estimates) if len(estimates) == len(pairs) else None
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -120,14 +123,15 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
 
 
-def _pair(estimate: Estimate | None) -> list[float | None] | None:
+def _pair(estimate: Estimate | None) -> Pair | None:
     if estimate is None:
         return None
     return [estimate.value, None if math.isnan(estimate.error) else estimate.error]
 
 
-def _estimate(pair: list[float | None]) -> Estimate:
-    return Estimate(pair[0], math.nan if pair[1] is None else pair[1])
+def _estimate(pair: Pair) -> Estimate:
+    value, error = (math.nan if number is None else number for number in pair)
+    return Estimate(value, error)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -135,9 +139,3 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}; remove it, and evaluate again to have it written anew") from None
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

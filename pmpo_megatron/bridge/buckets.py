@@ -44,7 +44,7 @@ def pieces_in(bucket: Bucket, memory: torch.Tensor) -> Iterator[tuple[Piece, tor
 
 def whole_tensors(pieces: Iterable[tuple[Piece, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor): a piece that is whole as it is, others copied together."""
-    whole = None
+    whole = torch.empty(0)
     for piece, rows in pieces:
         start, end = piece["rows"]
         if (start, end) == (0, piece["shape"][0]):
@@ -55,7 +55,7 @@ def whole_tensors(pieces: Iterable[tuple[Piece, torch.Tensor]]) -> Iterator[tupl
         whole[start:end] = rows
         if end == piece["shape"][0]:
             yield piece["name"], whole
-            whole = None
+            whole = torch.empty(0)
 
 
 def covered(buckets: Iterable[Bucket]) -> tuple[dict[str, tuple[int, ...]], list[str]]:

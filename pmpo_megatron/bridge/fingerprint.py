@@ -25,7 +25,7 @@ def fingerprint(tensor: torch.Tensor, mode: str) -> int:
         starts = torch.linspace(0, size - BLOCK, SAMPLES, dtype=torch.float64).long()
         data = data[(starts.unsqueeze(1) + torch.arange(BLOCK)).flatten().to(data.device)]
     if data.device.type == "cpu":
-        return xxhash.xxh3_64_intdigest(data.numpy(), seed=size)
+        return xxhash.xxh3_64_intdigest(data.numpy().data, seed=size)
     return weighted_sum(data, seed=size)
 
 

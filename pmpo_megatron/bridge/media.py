@@ -41,23 +41,44 @@ class Medium(Protocol):
     def close(self) -> None: ...
 
 
-def open_medium(kind: str, *, slot_bytes: int, workers: int, store: dist.Store, device: torch.device, timeout_s: float,
-                directory: str | None, loopback: bool) -> Medium:  # fmt: skip
+def open_medium(
+    kind: str,
+    *,
+    slot_bytes: int,
+    workers: int,
+    store: dist.Store,
+    device: torch.device,
+    timeout_s: float,
+    directory: str | None,
+    loopback: bool,
+) -> Medium:
     """Rank 0's end. ``kind`` "a+b": b to ``workers`` on other nodes, from the memory that those on this host see by a.
 
     Raises:
         OSError: there is no room for the slots.
     """
-    if kind == "shared_memory":
-        return SharedFile.create(slot_bytes, directory)
-    if kind == "cuda_ipc":
-        return SharedGpuMemory.create(slot_bytes, device)
-    common = dict(slot_bytes=slot_bytes, store=store, device=device, timeout_s=timeout_s, loopback=loopback)
-    if "+" in kind:
-        here, there = kind.split("+")
-        near = open_medium(here, workers=0, directory=directory, **common)
-        return HereAndThere(near, Broadcast(there, rank=0, size=workers + 1, memory=near.memory, **common))
-    return Broadcast(kind, rank=0, size=workers + 1, **common)
+
+    def shared(which: str) -> SharedFile | SharedGpuMemory:
+        return (
+            SharedFile.create(slot_bytes, directory) if which == "shared_memory" else SharedGpuMemory.create(slot_bytes, device)
+        )
+
+    if kind in ("shared_memory", "cuda_ipc"):
+        return shared(kind)
+    here, _, there = kind.rpartition("+")
+    near = shared(here) if here else None
+    broadcast = Broadcast(
+        there,
+        slot_bytes=slot_bytes,
+        rank=0,
+        size=workers + 1,
+        store=store,
+        device=device,
+        timeout_s=timeout_s,
+        loopback=loopback,
+        memory=near.memory if near is not None else None,
+    )
+    return HereAndThere(near, broadcast) if near is not None else broadcast
 
 
 def join_medium(description: dict[str, Any], *, store: dist.Store, device: torch.device, elsewhere: bool) -> Medium:
@@ -154,13 +175,25 @@ class SharedGpuMemory(_Slots):
 class Broadcast(_Slots):
     """A process group of rank 0 and all workers, apart from the trainer's and the engine's own: NCCL, or gloo on CPU."""
 
-    def __init__(self, kind: str, *, slot_bytes: int, rank: int, size: int, store: dist.Store, device: torch.device,
-                 timeout_s: float, loopback: bool, memory: torch.Tensor | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        kind: str,
+        *,
+        slot_bytes: int,
+        rank: int,
+        size: int,
+        store: dist.Store,
+        device: torch.device,
+        timeout_s: float,
+        loopback: bool,
+        memory: torch.Tensor | None = None,
+    ) -> None:
         self.kind, self.slot_bytes, self.rank = kind, slot_bytes, rank
-        self.settings = {"slot_bytes": slot_bytes, "size": size, "timeout_s": timeout_s, "loopback": loopback}
+        self.settings: dict[str, Any] = {"slot_bytes": slot_bytes, "size": size, "timeout_s": timeout_s, "loopback": loopback}
         where = device if kind == "nccl" else torch.device("cpu")
         self.memory = memory if memory is not None else torch.empty(SLOTS * slot_bytes, dtype=torch.uint8, device=where)
-        self._store, self._group = dist.PrefixStore("broadcast", store), None
+        self._store = dist.PrefixStore("broadcast", store)
+        self._group: Any = None
         self._works: dict[int, Any] = {}
 
     def description(self) -> dict[str, Any]:
@@ -203,9 +236,10 @@ class Broadcast(_Slots):
 
         if not self.settings["loopback"]:
             return ProcessGroupGloo(self._store, rank, size, timeout=timeout)  # GLOO_SOCKET_IFNAME, or the host's name
-        options = ProcessGroupGloo._Options()
-        options._timeout, options._devices = timeout, [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
-        return ProcessGroupGloo(self._store, rank, size, options)
+        gloo: Any = ProcessGroupGloo  # its type stub has no _Options
+        options = gloo._Options()
+        options._timeout, options._devices = timeout, [gloo.create_device(hostname=LOOPBACK)]
+        return gloo(self._store, rank, size, options)
 
 
 class HereAndThere:

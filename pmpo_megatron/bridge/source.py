@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from pmpo_megatron.hf.entries import Entry
 from pmpo_megatron.hf.mapping import local_name
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.parallel.collectives import gather_objects, gather_tensor
@@ -56,14 +57,15 @@ class WeightSource:
                     whole = entry.unshard(pieces).to(self.device)
             if owner != 0:
                 whole = self._send_to_main(entry, whole, owner)
-            if self.state.rank == 0:
+            if self.state.rank == 0 and whole is not None:
                 tensors = (round_matrix(tensor, self.rounding) for tensor in entry.split(whole))
                 yield from zip(entry.hf, tensors, strict=True)
 
-    def _send_to_main(self, entry, whole: torch.Tensor | None, owner: int) -> torch.Tensor | None:
+    def _send_to_main(self, entry: Entry, whole: torch.Tensor | None, owner: int) -> torch.Tensor | None:
+        """What rank 0 gets of ``owner``, which holds ``whole``; on other ranks what they were given."""
         group = self.state.control_group if self.device.type == "cpu" else self.state.world_group
         with naming_ranks(f"sending {entry.megatron} to rank 0"):
-            if self.state.rank == owner:
+            if whole is not None:
                 dist.send(whole.contiguous(), 0, group=group)
             elif self.state.rank == 0:
                 whole = torch.empty(entry.full_shape, dtype=self.dtype, device=self.device)

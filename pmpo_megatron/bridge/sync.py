@@ -6,13 +6,12 @@ import logging
 import shutil
 import socket
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -27,12 +26,11 @@ from pmpo_megatron.hf.safetensors import SafetensorsWriter
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.parallel.collectives import broadcast_object
 from pmpo_megatron.parallel.processes import owned_prefix, sweep
+from pmpo_megatron.parallel.stand_by import StandBy
 from pmpo_megatron.rollout.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 ATTEMPTS = 2  # an engine that dies while it takes weights is started again, once
-POLL_S = 0.05
 Stream = Iterator[tuple[str, torch.Tensor]]
 
 
@@ -56,15 +54,15 @@ class WeightBridge:
     """Keeps an engine's weights those of a policy. Every rank has one; the engine exists on rank 0, None elsewhere.
 
     Weights are streamed from all ranks, so an engine that was started again in the middle of a batch needs all ranks to get
-    them: whatever generates runs inside `attend`, where they stand by.
+    them: whatever generates runs in ``stand_by``, where they wait for it.
     """
 
-    def __init__(self, policy: Policy, engine: RolloutEngine | None, config: BridgeConfig) -> None:
+    def __init__(self, policy: Policy, engine: RolloutEngine | None, config: BridgeConfig, stand_by: StandBy) -> None:
         self.policy, self.engine, self.config = policy, engine, config
         about = (engine.holds_weights, engine.same_host, engine.elsewhere) if engine is not None else None
         self.active, same_host, elsewhere = broadcast_object(about, policy.state)
         self.version: int | None = None  # nothing was pushed yet
-        self._wanted, self._sent, self._closed = threading.Event(), threading.Event(), False
+        self._push_again = stand_by.offer(lambda: self.push(self.version))
         self._outbox = _Outbox(engine, policy, config) if engine is not None else None
         if self.active:
             device = policy.state.device
@@ -96,34 +94,8 @@ class WeightBridge:
         size = sum(torch.Size(shape).numel() for shape in shapes) * self.source.dtype.itemsize
         return PushReport(version, time.monotonic() - started, waited_s, size, len(shapes), self.config.verify)
 
-    def attend(self, work: Callable[[], T]) -> T:
-        """What ``work`` of rank 0 returned, on every rank; meanwhile an engine that asks for weights gets them. Collective.
-
-        Args:
-            work: generates; it is called on rank 0 only, in a thread of its own.
-        """
-        state = self.policy.state
-        if not state.is_main:
-            while (message := broadcast_object(None, state))[0] == "push":
-                self.push(self.version)
-            return message[1]
-        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="attended")
-        future = thread.submit(work)
-        thread.shutdown(wait=False)
-        while not future.done():
-            if self._wanted.wait(POLL_S):
-                broadcast_object(("push", None), state)
-                self.push(self.version)
-                self._wanted.clear()
-                self._sent.set()
-        value = future.result()
-        broadcast_object(("done", value), state)
-        return value
-
     def close(self) -> None:
         """Gives the transport's memory and files back."""
-        self._closed = True
-        self._sent.set()
         if self._outbox is not None:
             self._outbox.close()
 
@@ -132,10 +104,7 @@ class WeightBridge:
         if not self.active or self.version is None:
             return
         engine.mark_broken("it was started again and has the weights of its checkpoint")
-        self._sent.clear()
-        self._wanted.set()
-        self._sent.wait()
-        if self._closed:
+        if not self._push_again():
             raise RolloutError("the run ended before the engine, which was started again, got its weights")
 
     def _push_once(self, version: int, *, last: bool) -> tuple[str | None, bool, float]:

@@ -22,6 +22,9 @@ from pmpo_megatron.rollout.vllm_child import ELSEWHERE
 class WeightReceiver:
     """Mixed into vLLM's worker, whose are ``self.model_runner``, ``model_config`` and ``device``."""
 
+    model_runner: Any
+    model_config: Any
+    device: torch.device
     pmpo_receiver: Receiver | None = None
 
     def pmpo_describe(self) -> dict[str, Any]:
@@ -43,19 +46,19 @@ class WeightReceiver:
         problem = check_manifest(manifest)
         if problem:
             return {"problem": problem, "fingerprints": {}, "waited_s": 0.0}
-        found: dict[str, int] = {}
+        fingerprints: dict[str, int] = {}
         self.pmpo_version, self.pmpo_waited_s = -1, 0.0
         try:
-            self._pmpo_reload(manifest, found)
+            self._pmpo_reload(manifest, fingerprints)
             self.pmpo_version = manifest["version"]
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             if manifest["channel"] is not None and self.pmpo_receiver is not None:
                 self.pmpo_receiver.fail()
         waited = self.pmpo_waited_s
-        return {"problem": problem, "fingerprints": found, "waited_s": waited}
+        return {"problem": problem, "fingerprints": fingerprints, "waited_s": waited}
 
-    def _pmpo_reload(self, manifest: dict[str, Any], found: dict[str, int]) -> None:
+    def _pmpo_reload(self, manifest: dict[str, Any], fingerprints: dict[str, int]) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         model = self.model_runner.model
@@ -63,7 +66,7 @@ class WeightReceiver:
         tensors = read_files(manifest["files"]) if in_files else whole_tensors(self._pmpo_receive(manifest))
         initialize_layerwise_reload(model)
         try:
-            model.load_weights(_noting(tensors, found, manifest["verify"]))
+            model.load_weights(_noting(tensors, fingerprints, manifest["verify"]))
         finally:
             finalize_layerwise_reload(model, self.model_config)
         _pack_output_layer(model)
@@ -129,10 +132,10 @@ def keep_what_waits(model: torch.nn.Module, memory: torch.Tensor) -> None:
 
 
 def _noting(
-    tensors: Iterator[tuple[str, torch.Tensor]], found: dict[str, int], mode: str
+    tensors: Iterator[tuple[str, torch.Tensor]], fingerprints: dict[str, int], mode: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in tensors:
-        found[name] = fingerprint(tensor, mode)
+        fingerprints[name] = fingerprint(tensor, mode)
         yield name, tensor
 
 

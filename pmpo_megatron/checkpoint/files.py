@@ -1,4 +1,4 @@
-"""Directories that are complete or absent: a manifest of checksums, written last, and a rename."""
+"""Files and directories that are complete or absent: written under another name, checksummed where it matters, renamed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -27,7 +28,7 @@ def checkpoint_path(root: Path, round_index: int) -> Path:
 
 def round_of(path: Path) -> int:
     """The number in the name of a checkpoint."""
-    return int(NAME.fullmatch(path.name)[1])
+    return int(path.name.removeprefix("round-"))
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -39,7 +40,7 @@ def _directories(root: Path, suffix: str) -> list[Path]:
     """Real directories in ``root`` with the name of a checkpoint and ``suffix``, newest first."""
     try:
         with os.scandir(root) as entries:
-            found = [
+            names = [
                 entry.name
                 for entry in entries
                 if entry.name.endswith(suffix)
@@ -48,7 +49,7 @@ def _directories(root: Path, suffix: str) -> list[Path]:
             ]
     except FileNotFoundError:
         return []
-    return [root / name for name in sorted(found, reverse=True)]
+    return [root / name for name in sorted(names, reverse=True)]
 
 
 def free_bytes(path: Path) -> int:
@@ -73,12 +74,12 @@ def data_files(directory: Path) -> list[Path]:
 
 def describe_files(directory: Path, paths: Iterable[Path]) -> dict[str, list[int]]:
     """{relative name: [bytes, checksum]}, after every byte is on disk."""
-    found = {}
+    described = {}
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        found[str(path.relative_to(directory))] = [path.stat().st_size, checksum(path)]
-    return found
+        described[str(path.relative_to(directory))] = [path.stat().st_size, checksum(path)]
+    return described
 
 
 def write_manifest(directory: Path, files: dict[str, list[int]]) -> None:
@@ -97,15 +98,15 @@ def read_manifest(directory: Path) -> dict[str, list[int]]:
     """
     path = directory / MANIFEST
     content = _read_json(path)
-    found = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not found:
+    listed = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{path}: damaged: it names no files")
-    for name, entry in found.items():
+    for name, entry in listed.items():
         if not (isinstance(entry, list) and len(entry) == 2 and all(type(number) is int for number in entry)):
             raise CheckpointError(f"{path}: damaged: {name!r} has no size and checksum")
         if "\0" in name or PurePosixPath(name).is_absolute() or not set(name.split("/")).isdisjoint({"", ".", ".."}):
             raise CheckpointError(f"{path}: damaged: {name!r} is not a file of the checkpoint")
-    return found
+    return listed
 
 
 def read_progress(directory: Path) -> dict[str, Any]:
@@ -115,10 +116,10 @@ def read_progress(directory: Path) -> dict[str, Any]:
         CheckpointError: it is absent or damaged.
     """
     path = directory / PROGRESS
-    found = _read_json(path)
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: damaged: a {type(found).__name__} instead of named values")
-    return found
+    progress = _read_json(path)
+    if not isinstance(progress, dict):
+        raise CheckpointError(f"{path}: damaged: a {type(progress).__name__} instead of named values")
+    return progress
 
 
 def _read_json(path: Path) -> Any:
@@ -142,6 +143,24 @@ def find_damage(directory: Path, files: dict[str, list[int]]) -> str | None:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes ``text`` as the file ``path``, in one step: whoever reads it, or ends this process, sees the old or the new."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def set_aside(directory: Path, paths: Iterable[Path]) -> Path:
+    """Moves ``paths`` into ``directory``/earlier/TIME, for a run that starts anew in its directory; returns that."""
+    attic = directory / "earlier" / time.strftime("%Y%m%d-%H%M%S")
+    while attic.exists():
+        attic = attic.with_name(attic.name + "+")
+    attic.mkdir(parents=True)
+    for path in paths:
+        path.rename(attic / path.name)
+    return attic
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -173,11 +192,11 @@ def remove_old(
 
     Args:
         accuracy: on held-out problems, by round.
-        damaged: found so, and not kept: they count for nothing.
+        damaged: those that are, which are not kept and count for nothing.
     """
-    found = {round_of(path): path for path in list_checkpoints(root)}
-    kept = choose_kept((number for number, path in found.items() if path not in damaged), config, accuracy or {})
-    for number, path in found.items():
+    checkpoints = {round_of(path): path for path in list_checkpoints(root)}
+    kept = choose_kept((number for number, path in checkpoints.items() if path not in damaged), config, accuracy or {})
+    for number, path in checkpoints.items():
         if number not in kept:
             doomed = path.with_name(path.name + PARTIAL)
             shutil.rmtree(doomed, ignore_errors=True)

@@ -15,20 +15,25 @@ from pmpo_megatron.errors import CheckpointError
 INDEX_FILE = ".metadata"
 # All that torch.distributed.checkpoint and Megatron-Core 0.16 and 0.19 write. By name, not by module: other classes of
 # these modules start processes, and what a module imports would be reachable as an attribute of it.
+DCP = "torch.distributed.checkpoint"
 DATA_CLASSES = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    *(("torch.distributed.checkpoint.planner", n) for n in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
-}  # fmt: skip
+    (f"{DCP}.filesystem", "_StorageInfo"),
+    (f"{DCP}.metadata", "BytesStorageMetadata"),
+    (f"{DCP}.metadata", "ChunkStorageMetadata"),
+    (f"{DCP}.metadata", "Metadata"),
+    (f"{DCP}.metadata", "MetadataIndex"),
+    (f"{DCP}.metadata", "StorageMeta"),
+    (f"{DCP}.metadata", "TensorProperties"),
+    (f"{DCP}.metadata", "TensorStorageMetadata"),
+    (f"{DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{DCP}.planner", "SavePlan"),
+    (f"{DCP}.planner", "TensorWriteData"),
+    (f"{DCP}.planner", "WriteItem"),
+    (f"{DCP}.planner", "WriteItemType"),
+}
 PATHS = {"Path", "PosixPath", "PurePath", "PurePosixPath"}  # of pathlib, or of a module of its package
 MEGATRONS_PLANS = {
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),

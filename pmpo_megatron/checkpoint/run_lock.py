@@ -163,8 +163,8 @@ class RunLock:
 def read_owner(path: Path) -> dict[str, Any] | None:
     """Who holds the lock; None if nobody does."""
     try:
-        found = json.loads(path.read_text())
-        return found if {"host", "tag", "process", "start"} <= found.keys() else None
+        owner = json.loads(path.read_text())
+        return owner if {"host", "tag", "process", "start"} <= owner.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -43,7 +43,8 @@ class Save:
     def __init__(self, policy: Policy, final: Path, round_index: int, *, background: bool) -> None:
         self.policy, self.final, self.round_index, self.background = policy, final, round_index, background
         self.partial = final.with_name(final.name + files.PARTIAL)
-        self._part, self._request = Part(), None
+        self._part = Part()
+        self._request: Any = None  # Megatron's AsyncRequest
         self._thread: threading.Thread | None = None
 
     @property
@@ -77,8 +78,9 @@ class Save:
             self._thread.join()
         try:
             with naming_ranks("finishing a checkpoint"):
-                for finalize in self._request.finalize_fns if self._request is not None else ():
-                    finalize()
+                if self._request is not None:
+                    for finalize in self._request.finalize_fns:
+                        finalize()
         except BaseException as error:  # DCP's CheckpointException is no Exception
             if isinstance(error, (KeyboardInterrupt, RankFailure)):
                 raise
@@ -137,7 +139,7 @@ def _use_plain_results_queue() -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """Of Python, NumPy, PyTorch and Megatron, on this rank."""
+    """The states of Python's, NumPy's, PyTorch's and Megatron's generators on this rank."""
     return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": get_random_state()}
 
 
@@ -146,7 +148,7 @@ def sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
     metadata = dict(OPTIMIZER_FORMAT)
     chunks = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(policy.modules)}
     state: dict[str, Any] = dict(chunks)
-    if policy.optimizer is not None:
+    if policy.scheduler is not None:
         # One chunk's dictionary under the bare name "model" is what the optimizer looks for.
         model_state = {key: value for chunk in chunks.values() for key, value in chunk.items()} if len(chunks) == 1 else chunks
         state["optimizer"] = policy.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)

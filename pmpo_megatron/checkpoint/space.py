@@ -15,7 +15,7 @@ MASTER = 4  # the float32 copy of a weight
 
 
 def checkpoint_bytes(mapping: WeightMapping, dtype: torch.dtype, *, distributed: bool) -> int:
-    """Of the whole model: weights and optimizer state of all ranks together. Padding and descriptions come on top.
+    """Bytes of weights and optimizer state of all ranks together. Padding and descriptions come on top.
 
     Args:
         distributed: the optimizer's state is sharded; it then has a float32 copy of weights that are float32 already.

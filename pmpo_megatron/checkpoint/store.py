@@ -6,7 +6,6 @@ import json
 import logging
 import random
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ class CheckpointStore:
         self._accuracy = dict(accuracy or {})
         if self._saved == round_index and self._is_there(round_index):
             return True
-        if self.policy.scheduler.num_updates == 0:
+        if self.policy.scheduler is None or self.policy.scheduler.num_updates == 0:
             return True  # the policy is the checkpoint that it was made from, and Adam has no state yet
         final = files.checkpoint_path(self.root, round_index)
         background = self.config.asynchronous and not required
@@ -99,8 +98,7 @@ class CheckpointStore:
 
     def _is_there(self, round_index: int) -> bool:
         """Whether nobody has removed the checkpoint of that round."""
-        found = files.checkpoint_path(self.root, round_index) in files.list_checkpoints(self.root)
-        return broadcast_object(found, self.state)
+        return broadcast_object(files.checkpoint_path(self.root, round_index) in files.list_checkpoints(self.root), self.state)
 
     def _prepare(self, save: Save, progress: dict[str, Any]) -> str | None:
         """Rank 0: an empty directory with the run's progress; what is wrong, if anything."""
@@ -161,12 +159,8 @@ class CheckpointStore:
 
     def set_aside(self) -> None:
         """Moves what an earlier run left in ``root`` into ``root``/earlier, for a run that starts anew in its directory."""
-        if self.state.is_main and (found := files.list_checkpoints(self.root)):
-            attic = self.root / "earlier" / time.strftime("%Y%m%d-%H%M%S")
-            attic.mkdir(parents=True)
-            for path in found:
-                path.rename(attic / path.name)
-            logger.info("%d checkpoints of an earlier run are now in %s", len(found), attic)
+        if self.state.is_main and (earlier := files.list_checkpoints(self.root)):
+            logger.info("%d checkpoints of an earlier run are now in %s", len(earlier), files.set_aside(self.root, earlier))
         barrier(self.state, "the checkpoints of an earlier run")
 
     def load_latest(self, check: Callable[[dict[str, Any]], object] | None = None) -> dict[str, Any] | None:
@@ -207,7 +201,7 @@ class CheckpointStore:
                     check(progress)
         except CheckpointError as error:
             mine = str(error)
-        return next((found for found in gather_objects(mine, self.state) if found), None)
+        return next((damage for damage in gather_objects(mine, self.state) if damage), None)
 
     def _load(self, directory: Path) -> None:
         load_sharded(self.policy, directory / "megatron")
@@ -243,6 +237,6 @@ def load_sharded(policy: Policy, directory: Path) -> None:
         raise CheckpointError(f"{directory}: does not fit this model: {error}") from error
     for index, module in enumerate(policy.modules):
         module.load_state_dict(loaded[f"model{index}"], strict=True)
-    if policy.optimizer is not None:
+    if policy.scheduler is not None:
         policy.optimizer.load_state_dict(loaded["optimizer"])
         policy.scheduler.load_state_dict(loaded["schedule"])

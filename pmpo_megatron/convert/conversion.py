@@ -75,16 +75,17 @@ class Checksums:
     """CRC-32 of every tensor as it was read, by its Hugging Face name; of none unless ``wanted``."""
 
     def __init__(self, wanted: bool) -> None:
-        self.wanted, self._found = wanted, {}
+        self.wanted = wanted
+        self._noted: dict[str, int] = {}
 
     def note(self, names: Iterable[str], tensors: list[torch.Tensor]) -> None:
         if self.wanted:
-            self._found.update((name, self._of(tensor)) for name, tensor in zip(names, tensors, strict=True))
+            self._noted.update((name, self._of(tensor)) for name, tensor in zip(names, tensors, strict=True))
 
     def compare(self, names: Iterable[str], tensors: list[torch.Tensor], where: Path) -> None:
         """Raises CheckpointError if one of ``tensors`` is not what was noted under its name."""
         for name, tensor in zip(names, tensors, strict=True):
-            if self._of(tensor) != self._found[name]:
+            if self._of(tensor) != self._noted[name]:
                 raise CheckpointError(f"{where}: {name} reads back different from what was written; the disk may be failing")
 
     @staticmethod

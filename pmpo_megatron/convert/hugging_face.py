@@ -11,8 +11,9 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,12 +30,12 @@ HEADER_LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: ``offset`` bytes into ``path`` (None where the format does not tell)."""
+    """Where a tensor lies: ``offset`` bytes into ``path`` (0 in pickle files, which torch reads whole)."""
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int | None = None
+    offset: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -72,7 +73,7 @@ class SafetensorsWeights:
 
     def __init__(self, directory: Path) -> None:
         self.info: dict[str, TensorInfo] = {}
-        self._open: tuple[Path, BinaryIO] | None = None
+        self._open: tuple[Path, FileIO] | None = None
         files = SafetensorsReader(directory).files
         headers = {path: _read_header(path) for path in sorted(set(files.values()))}
         for name, path in files.items():
@@ -140,12 +141,12 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         raise MappingError(f"{path}: cannot be read as safetensors: {error}") from None
     header.pop("__metadata__", None)
     start = HEADER_LENGTH.size + length
-    found = {}
+    tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise MappingError(f"{path}: tensor {name} is {entry['dtype']}; supported: {', '.join(DTYPES)}")
-        found[name] = TensorInfo(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
-    return found
+        tensors[name] = TensorInfo(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+    return tensors
 
 
 class SafetensorsStream:
@@ -176,9 +177,8 @@ class SafetensorsStream:
         """Writes ``tensor``; it must be the next one of the plan."""
         number, planned, dtype, shape, _ = next(self._expected)
         assert (name, tensor.dtype, tuple(tensor.shape)) == (planned, dtype, shape), f"{name} comes where {planned} is due"
-        if number != self._number:
-            self._start(number)
-        self._file.write(byte_view(tensor.contiguous()))
+        file = self._file if self._file is not None and number == self._number else self._start(number)
+        file.write(byte_view(tensor.contiguous()))
 
     def finish(self) -> None:
         """Closes the last file, and writes the index where there are several."""
@@ -196,9 +196,10 @@ class SafetensorsStream:
             self._file.close()
             self._file = None
 
-    def _start(self, number: int) -> None:
+    def _start(self, number: int) -> BinaryIO:
         self._close()
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for name, dtype, shape, size in self._shards[number]:
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
             offset += size
@@ -206,6 +207,7 @@ class SafetensorsStream:
         encoded += b" " * (-len(encoded) % 8)
         self._file, self._number = (self.directory / self._name(number)).open("wb"), number
         self._file.write(HEADER_LENGTH.pack(len(encoded)) + encoded)
+        return self._file
 
     def _close(self) -> None:
         if self._file is not None:
@@ -220,4 +222,4 @@ class SafetensorsStream:
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

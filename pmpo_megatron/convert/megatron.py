@@ -67,18 +67,19 @@ class MegatronWriter:
     def __init__(self, directory: Path, *, num_layers: int) -> None:
         self.directory, self.num_layers = directory, num_layers
         self._file = (directory / DATA_FILE).open("wb")
-        self._described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._empty: dict[str, BytesStorageMetadata] = {}
         self._results: list[WriteResult] = []
 
     def add(self, megatron_name: str, tensor: torch.Tensor) -> None:
         """Writes a whole parameter (name of the local specification)."""
         name, layer = stored_name(megatron_name)
         if layer is None:
-            shape, offset = tensor.shape, [0] * tensor.dim()
+            shape, offset = tuple(tensor.shape), [0] * tensor.dim()
         else:
             tensor = tensor.unsqueeze(0)
             shape, offset = (self.num_layers, *tensor.shape[1:]), [layer] + [0] * (tensor.dim() - 1)
-        whole = self._described.setdefault(
+        whole = self._tensors.setdefault(
             name, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(shape), [])
         )
         if whole.properties.dtype != tensor.dtype:
@@ -100,7 +101,7 @@ class MegatronWriter:
         for layer in range(self.num_layers):
             for part in LAYER_OBJECTS:
                 name = f"{LAYERS}{part}.{EXTRA_STATE}/shard_{layer}_{self.num_layers}"
-                self._described[name] = BytesStorageMetadata()
+                self._empty[name] = BytesStorageMetadata()
                 start = self._file.tell()
                 self._file.write(empty.getbuffer())
                 self._note(MetadataIndex(name), start)
@@ -109,7 +110,7 @@ class MegatronWriter:
         self._file.close()
         torch.save({}, self.directory / "common.pt")
         (self.directory / "metadata.json").write_text(json.dumps(FORMAT))
-        FileSystemWriter(self.directory).finish(Metadata(self._described), [self._results])
+        FileSystemWriter(self.directory).finish(Metadata({**self._tensors, **self._empty}), [self._results])
 
     def close(self) -> None:
         """Ends an attempt that failed."""
@@ -164,12 +165,12 @@ class MegatronReader:
         used = set()
         for entry in entries:
             name, stored, layer = self._find(entry)
-            found, wanted = tuple(stored.size), self._shape(entry)
+            shape, wanted = tuple(stored.size), self._shape(entry)
             if layer is not None:
                 wanted = (num_layers, *wanted)
-            padded = isinstance(entry, VocabularyEntry) and found[0] >= wanted[0] and found[1:] == wanted[1:]
-            if found != wanted and not padded:
-                raise CheckpointError(f"{self.directory}: {name} has shape {found}; config.json says {wanted}")
+            padded = isinstance(entry, VocabularyEntry) and shape[0] >= wanted[0] and shape[1:] == wanted[1:]
+            if shape != wanted and not padded:
+                raise CheckpointError(f"{self.directory}: {name} has shape {shape}; config.json says {wanted}")
             used.add(name)
         if extra := sorted(set(self.names) - used):
             raise CheckpointError(f"{self.directory}: holds {', '.join(extra[:6])}, which the model of config.json has not")
@@ -202,10 +203,11 @@ class MegatronReader:
         name, layer = stored_name(entry.megatron)
         numbered = LAYERS + f"{layer}." + name.removeprefix(LAYERS)
         for candidate, at in ((name, layer), (numbered, None)):
-            if isinstance(described.get(candidate), TensorStorageMetadata):
-                if at is not None and at >= described[candidate].size[0]:
+            stored = described.get(candidate)
+            if isinstance(stored, TensorStorageMetadata):
+                if at is not None and at >= stored.size[0]:
                     break
-                return candidate, described[candidate], at
+                return candidate, stored, at
         raise CheckpointError(f"{self.directory}: parameter {entry.megatron} is missing (looked for {name})")
 
     @staticmethod
@@ -231,10 +233,10 @@ class _IntoOneTensor(LoadPlanner):
         self.target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        found = self.target
+        part = self.target
         for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            found = found.narrow(dim, offset, length)
-        return found
+            part = part.narrow(dim, offset, length)
+        return part
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         pass

@@ -14,7 +14,7 @@ from typing import Any
 from pmpo_megatron.config import Section, setting
 from pmpo_megatron.data.arithmetic import LEVELS, make_problems
 from pmpo_megatron.errors import ConfigError, DataError
-from pmpo_megatron.types import Prompt
+from pmpo_megatron.types import Prompt, to_token_ids
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 BOXED = "Please reason step by step, and put your final answer within \\boxed{{}}."
@@ -117,7 +117,8 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None =
             and line.
         ConfigError: no problem is short enough, or the tokenizer is another model's.
     """
-    prompts, too_long = [], 0
+    prompts: list[Prompt] = []
+    too_long = 0
     for where, row in read_rows(config):
         problem, answers = _fields(config, where, row)
         text, special = render(config, problem, tokenizer)
@@ -130,8 +131,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None =
         if len(token_ids) > config.max_prompt_tokens:
             too_long += 1
             continue
-        extra = {k: v for k, v in row.items() if k not in (config.problem_field, config.answer_field)}
-        prompts.append(Prompt(len(prompts), tuple(token_ids), problem, answers, extra))
+        prompts.append(Prompt(len(prompts), to_token_ids(token_ids), problem, answers))
     if not prompts:
         raise ConfigError("data.source", f"{config.source}: no prompt is left ({too_long} too long)")
     return PromptSet(tuple(prompts), too_long, tokenizer.decode)

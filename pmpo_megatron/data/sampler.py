@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pmpo_megatron.errors import ConfigError, DataError
+from pmpo_megatron.types import Integers
 
 
 class PromptSampler:
@@ -54,5 +55,5 @@ class PromptSampler:
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._shuffle()
 
-    def _shuffle(self) -> np.ndarray:
+    def _shuffle(self) -> Integers:
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.num_prompts)

@@ -113,7 +113,7 @@ class QKVEntry(Entry):
 
 
 def decoder_entries(shape: ModelShape) -> Iterator[Entry]:
-    """Entries of the family in `shape.llama_like`, in the order of the forward pass."""
+    """Entries of every architecture in `shape.ARCHITECTURES`, in the order of the forward pass."""
     hidden, padded = shape.hidden_size, shape.padded_vocab_size(1)
     table = ((shape.vocab_size, hidden),)
     yield VocabularyEntry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), table, 0, padded_rows=padded)

@@ -65,12 +65,18 @@ ROWS: dict[str, tuple[dict[str, Any], tuple]] = {
 }
 
 
+def known_config(name: str) -> dict[str, Any]:
+    """What ``config.json`` of the model of `ROWS` called ``name`` says of its shape."""
+    family, values = ROWS[name]
+    return family | dict(zip(COLUMNS, values, strict=True))
+
+
 def known_shape(path: str) -> ModelShape | None:
     """The shape of the published model whose hub name, or the part of it after the slash, ``path`` ends with."""
     last = Path(path).name
-    for name, (family, values) in ROWS.items():
+    for name in ROWS:
         if path.rstrip("/") == name or last == name.split("/")[1]:
-            return shape_of(family | dict(zip(COLUMNS, values, strict=True)), where=name)
+            return shape_of(known_config(name), where=name)
     return None
 
 

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 
 from pmpo_megatron.errors import MappingError
-from pmpo_megatron.hf.entries import Entry
-from pmpo_megatron.hf.shape import ModelShape, architectures
+from pmpo_megatron.hf.entries import Entry, decoder_entries
+from pmpo_megatron.hf.shape import ModelShape
 
 # Transformer Engine fuses a norm into the linear layer that follows it, and names its weight after that layer.
 TRANSFORMER_ENGINE_NAMES = {
@@ -44,15 +44,15 @@ class WeightMapping:
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
-        return tuple(architectures()[self.shape.architecture].entries(self.shape))
+        return tuple(decoder_entries(self.shape))
 
     @cached_property
     def by_megatron(self) -> dict[str, Entry]:
         """Entries by Megatron name (local specification, global layer numbers)."""
-        found = {entry.megatron: entry for entry in self.entries}
+        entries = {entry.megatron: entry for entry in self.entries}
         if self.shape.tied_embeddings:  # the last pipeline stage holds a copy of the embedding under this name
-            found["output_layer.weight"] = found["embedding.word_embeddings.weight"]
-        return found
+            entries["output_layer.weight"] = entries["embedding.word_embeddings.weight"]
+        return entries
 
     @cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -78,10 +78,10 @@ class WeightMapping:
         Raises:
             MappingError: names the tensors that are missing or extra.
         """
-        found = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
+        present = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
         if self.shape.tied_embeddings:
-            found.discard("lm_head.weight")
-        missing, extra = sorted(self.hf_shapes.keys() - found), sorted(found - self.hf_shapes.keys())
+            present.discard("lm_head.weight")
+        missing, extra = sorted(self.hf_shapes.keys() - present), sorted(present - self.hf_shapes.keys())
         if missing or extra:
             parts = [f"{kind}: {_some(which)}" for kind, which in (("missing", missing), ("not in the model", extra)) if which]
             raise MappingError(f"{where}: the tensors do not match {self.shape.architecture}; {'; '.join(parts)}")

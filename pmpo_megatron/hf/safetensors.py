@@ -81,11 +81,11 @@ class SafetensorsReader:
             path = self.files[name]
             try:
                 header = self._handle(path).get_slice(name)
-                found, dtype = tuple(header.get_shape()), header.get_dtype()
+                stored, dtype = tuple(header.get_shape()), header.get_dtype()
             except (SafetensorError, OSError) as error:
                 raise MappingError(f"{path}: tensor {name} cannot be read: {error}") from None
-            if found != shape:
-                raise MappingError(f"{path}: {name} has shape {found}; config.json says {shape}")
+            if stored != shape:
+                raise MappingError(f"{path}: {name} has shape {stored}; config.json says {shape}")
             if dtype not in FLOATS:
                 raise MappingError(f"{path}: {name} is {dtype}; supported: {', '.join(FLOATS)}")
 
@@ -134,7 +134,7 @@ class SafetensorsWriter:
         """Writes the last shard, gives the files their final names, and writes the index where there are several."""
         self._flush()
         count = len(self._shards)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
             final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             (self.directory / _part(number)).rename(self.directory / final)

@@ -1,21 +1,17 @@
-"""What a Hugging Face ``config.json`` says of a model, as one value, and which architecture file speaks for it."""
+"""What a Hugging Face ``config.json`` says of a model, as one value, and the table of supported architectures."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pmpo_megatron.errors import MappingError
 from pmpo_megatron.units import round_up
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-POSITIONS = 1 << 31
 LARGEST = {
     "num_hidden_layers": 4096,
     "num_attention_heads": 1 << 14,
@@ -24,7 +20,8 @@ LARGEST = {
     "hidden_size": 1 << 20,
     "intermediate_size": 1 << 22,
     "vocab_size": 1 << 24,
-    "max_position_embeddings": POSITIONS,
+    "max_position_embeddings": 1 << 31,
+    "original_max_position_embeddings": 1 << 31,
 }
 
 
@@ -68,15 +65,26 @@ class ModelShape:
         return round_up(self.vocab_size, multiple)
 
 
-def architectures() -> dict[str, ModuleType]:
-    """Every architecture file of this package by the Hugging Face class names that it lists in ``ARCHITECTURES``."""
-    found = {}
-    package = importlib.import_module("pmpo_megatron.hf")
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"pmpo_megatron.hf.{info.name}")
-        for name in getattr(module, "ARCHITECTURES", ()):
-            found[name] = module
-    return found
+@dataclass(frozen=True)
+class Architecture:
+    """How a Hugging Face class differs from what all share: RMSNorm, rotary embedding, grouped-query attention, SwiGLU."""
+
+    qkv_bias: bool = False  # biases on q, k and v
+    qk_norm: bool = False  # RMSNorm on every query and key head
+    refused: Mapping[str, str] = field(default_factory=dict)  # switches of config.json that must be off, and what is supported
+
+
+REFUSED = {
+    "quantization_config": "only weights that are not quantised are supported",
+    "use_sliding_window": "only full attention is supported",
+    "mlp_bias": "only MLPs without bias are supported",
+}
+NO_BIAS = {"attention_bias": "only attention without biases is supported"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(refused=NO_BIAS),  # Llama 2, 3, 3.1, 3.2, 3.3, DeepSeek-R1-Distill-Llama
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True),  # Qwen2, Qwen2.5, Qwen2.5-Math, DeepSeek-R1-Distill-Qwen
+    "Qwen3ForCausalLM": Architecture(qk_norm=True, refused=NO_BIAS),  # Qwen3 dense
+}
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -107,30 +115,61 @@ def read_shape(directory: str | Path) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], *, where: str = "config") -> ModelShape:
-    """As `read_shape`, from the values of ``config.json``; ``where`` stands in error messages."""
+    """Does what `read_shape` does, from the values of ``config.json``; ``where`` stands in error messages."""
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise MappingError(f"{where}: architectures is {names!r:.80}, not a list of names")
-    known = architectures()
-    supported = [name for name in names if name in known]
+    supported = [name for name in names if name in ARCHITECTURES]
     if not supported:
-        raise MappingError(f"{where}: architectures {names} are not supported; supported: {', '.join(sorted(known))}")
+        raise MappingError(f"{where}: architectures {names} are not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
     try:
-        return known[supported[0]].shape(config, supported[0])
+        return _shape(config, supported[0])
     except KeyError as error:
         raise MappingError(f"{where}: {error} is missing") from None
     except (MappingError, TypeError, ValueError) as error:  # a list where a mapping belongs, and the like
         raise MappingError(f"{where}: {error}") from None
 
 
-def llama_like(config: Mapping[str, Any], architecture: str, *, qkv_bias: bool, qk_norm: bool) -> ModelShape:
-    """Shape of the family RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+def _shape(config: Mapping[str, Any], name: str) -> ModelShape:
+    """The shape of the architecture ``name``.
 
     Raises:
-        MappingError: the config asks for something outside this family (sliding window, biases, other rope scaling).
+        MappingError: the config asks for something that the model would not compute, or a value is out of range.
+        KeyError: a value is missing.
     """
-    if config.get("quantization_config"):
-        raise MappingError("quantization_config is set; only weights that are not quantised are supported")
+    architecture = ARCHITECTURES[name]
+    for switch, supported in {**REFUSED, **architecture.refused}.items():
+        if config.get(switch):
+            raise MappingError(f"{switch} is {json.dumps(config[switch]):.80}; {supported}")
+    heads, groups, head_dim = _heads(config)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise MappingError(f"dtype is {dtype!r:.80}; supported: {', '.join(DTYPES)}")
+    if config.get("hidden_act", "silu") != "silu":
+        raise MappingError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
+    theta, scaling = _rope(config)
+    return ModelShape(
+        architecture=name,
+        vocab_size=_integer(config, "vocab_size"),
+        hidden_size=_integer(config, "hidden_size"),
+        num_layers=_integer(config, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=head_dim,
+        ffn_hidden_size=_integer(config, "intermediate_size"),
+        norm_epsilon=_positive(config, "rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=architecture.qkv_bias,
+        qk_norm=architecture.qk_norm,
+        max_position_embeddings=_integer(config, "max_position_embeddings"),
+        dtype=dtype,
+    )
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(query heads, key-value heads, elements of a head)."""
     heads = _integer(config, "num_attention_heads")
     groups = _integer(config, "num_key_value_heads", default=heads)
     if heads % groups:
@@ -141,34 +180,7 @@ def llama_like(config: Mapping[str, Any], architecture: str, *, qkv_bias: bool, 
     head_dim = _integer(config, "head_dim", default=hidden // heads)
     if head_dim % 2:
         raise MappingError(f"head_dim is {head_dim}; rotary embedding needs an even one")
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise MappingError(f"dtype is {dtype!r:.80}; supported: {', '.join(DTYPES)}")
-    if config.get("use_sliding_window"):
-        raise MappingError("use_sliding_window is true; only full attention is supported")
-    if config.get("mlp_bias"):
-        raise MappingError("mlp_bias is true; only MLPs without bias are supported")
-    if config.get("hidden_act", "silu") != "silu":
-        raise MappingError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
-    theta, scaling = _rope(config)
-    return ModelShape(
-        architecture=architecture,
-        vocab_size=_integer(config, "vocab_size"),
-        hidden_size=hidden,
-        num_layers=_integer(config, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        head_dim=head_dim,
-        ffn_hidden_size=_integer(config, "intermediate_size"),
-        norm_epsilon=_positive(config, "rms_norm_eps"),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
-        max_position_embeddings=_integer(config, "max_position_embeddings"),
-        dtype=dtype,
-    )
+    return heads, groups, head_dim
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -183,21 +195,21 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind != "llama3":
         raise MappingError(f"rope scaling {kind!r} is not supported; supported: default, llama3")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return theta, RopeScaling(
-        *(_positive(parameters, name) for name in names[:3]),
-        original_max_position_embeddings=_integer(parameters, names[3], POSITIONS),
+        factor=_positive(parameters, "factor"),
+        low_freq_factor=_positive(parameters, "low_freq_factor"),
+        high_freq_factor=_positive(parameters, "high_freq_factor"),
+        original_max_position_embeddings=_integer(parameters, "original_max_position_embeddings"),
     )
 
 
-def _integer(values: Mapping[str, Any], name: str, limit: int | None = None, *, default: int | None = None) -> int:
+def _integer(values: Mapping[str, Any], name: str, *, default: int | None = None) -> int:
     """The whole number ``name``, from 1 to what any model has (`LARGEST`): a slip must not become a layout that never ends."""
     value = values[name] if default is None else values.get(name)
     if value is None and default is not None:
         return default
-    limit = limit or LARGEST[name]
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-        raise MappingError(f"{name} is {value!r:.80}; it must be a whole number from 1 to {limit}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST[name]:
+        raise MappingError(f"{name} is {value!r:.80}; it must be a whole number from 1 to {LARGEST[name]}")
     return value
 
 

@@ -113,7 +113,7 @@ def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokeniz
 
 
 def _height(share: float) -> float:
-    """Of the learning rate: linear warm-up over a tenth, constant, linear decay to a twentieth over the last quarter."""
+    """Share of the largest learning rate: it warms up over a tenth of the steps and decays over the last quarter, linearly."""
     return min(1.0, 10 * share, max(0.05, 4 * (1 - share)))
 
 

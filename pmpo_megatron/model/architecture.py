@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def check_layout(shape: ModelShape, config: ParallelConfig) -> None:
         )
 
 
-def transformer_config(shape: ModelShape, state: ParallelState, *, dtype: torch.dtype, recompute: str, fused: bool):
+def transformer_config(shape: ModelShape, state: ParallelState, *, dtype: torch.dtype, recompute: str, fused: bool) -> Any:
     """Megatron's TransformerConfig for ``shape`` on this layout; ``fused``: of Transformer Engine's layers."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -139,7 +140,7 @@ def _pipeline_settings(state: ParallelState) -> dict:
     return settings
 
 
-def _recompute_settings(recompute: str) -> dict:
+def _recompute_settings(recompute: str) -> dict[str, Any]:
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if recompute == "selective":  # attention never stores its scores here: the MLP's activations are the large ones
@@ -147,24 +148,24 @@ def _recompute_settings(recompute: str) -> dict:
     return {}
 
 
-def build_chunks(shape: ModelShape, config, state: ParallelState, *, fused: bool) -> list[nn.Module]:
+def build_chunks(shape: ModelShape, config: Any, state: ParallelState, *, fused: bool) -> list[nn.Module]:
     """This rank's model chunks (one, or ``virtual_pipeline`` of them), with uninitialised weights, on the device."""
     return [_build_chunk(shape, config, state, chunk, fused) for chunk in range(state.num_chunks)]
 
 
 @functools.cache
-def _model_class() -> type[nn.Module]:
+def _model_class() -> Any:
     """GPTModel whose last stage returns hidden states: `log_probs` makes log-probs of them in chunks, never whole logits."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    class HiddenStatesModel(GPTModel):
-        def _postprocess(self, hidden_states, *_ignored, **_also_ignored):  # megatron-core 0.16.1 and 0.19.2, gpt_model.py
+    class HiddenStatesModel(GPTModel):  # megatron-core 0.16.1 and 0.19.2, gpt_model.py
+        def _postprocess(self, hidden_states: torch.Tensor, *_ignored: Any, **_also_ignored: Any) -> torch.Tensor:
             return hidden_states
 
     return HiddenStatesModel
 
 
-def _build_chunk(shape: ModelShape, config, state: ParallelState, chunk: int, fused: bool) -> nn.Module:
+def _build_chunk(shape: ModelShape, config: Any, state: ParallelState, chunk: int, fused: bool) -> nn.Module:
     virtual = chunk if state.config.virtual_pipeline else None
     model = _model_class()(
         config,
@@ -183,7 +184,7 @@ def _build_chunk(shape: ModelShape, config, state: ParallelState, chunk: int, fu
     return model.to(state.device)
 
 
-def _layer_specification(config, virtual: int | None, fused: bool):
+def _layer_specification(config: Any, virtual: int | None, fused: bool) -> Any:
     if fused:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 

@@ -9,6 +9,7 @@ Legend: T tokens (the same on every tensor-parallel rank), C tokens of a chunk, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,8 @@ def token_log_probs(
     temperature: float = 1.0,
     chunk_tokens: int = 256,
     group: dist.ProcessGroup | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    entropy: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-prob of every target, and the entropy, of softmax(hidden @ weight.T / temperature) over the vocabulary.
 
     Args:
@@ -35,12 +37,13 @@ def token_log_probs(
         vocab_size: true size; padded rows beyond it take no part and get gradient zero.
         chunk_tokens: tokens whose logits exist at once.
         group: tensor-parallel group; None: the weight is whole.
+        entropy: whether it is wanted; the log-probs have the same bits either way.
 
     Returns:
-        float32 [T] log-probs and float32 [T] entropies in nats, equal on all ranks of ``group``.
+        float32 [T] log-probs and float32 [T] entropies in nats (or None), equal on all ranks of ``group``.
     """
     vocabulary = _VocabularyShard.of(weight_VH.shape[0], vocab_size, group)
-    return _ChunkedLogProbs.apply(hidden_TH, weight_VH, targets_T, vocabulary, temperature, chunk_tokens)
+    return _ChunkedLogProbs.apply(hidden_TH, weight_VH, targets_T, vocabulary, temperature, chunk_tokens, entropy)
 
 
 @dataclass(frozen=True)
@@ -74,20 +77,31 @@ class _ChunkedLogProbs(torch.autograd.Function):
     """See `token_log_probs`. Backward: d log p(y) / d logit = onehot - p;  dS / d logit = -p (logit - E[logit])."""
 
     @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, targets_T, vocabulary, temperature, chunk_tokens):
+    def forward(
+        ctx: Any,
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        targets_T: torch.Tensor,
+        vocabulary: _VocabularyShard,
+        temperature: float,
+        chunk_tokens: int,
+        entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.set_materialize_grads(False)
-        statistics = hidden_TH.new_zeros(3, hidden_TH.shape[0], dtype=torch.float32)
+        statistics = hidden_TH.new_zeros(3 if entropy else 2, hidden_TH.shape[0], dtype=torch.float32)
         for part in _chunks(hidden_TH.shape[0], chunk_tokens):
             _chunk_statistics(statistics[:, part], hidden_TH[part], weight_VH, targets_T[part], vocabulary, temperature)
         parts = vocabulary.gather(statistics) if statistics.numel() else statistics.unsqueeze(0)
         log_sum_T = torch.logsumexp(parts[:, 0], dim=0)
-        mean_logit_T = (torch.exp(parts[:, 0] - log_sum_T) * parts[:, 1]).sum(0)
+        mean_logit_T = (torch.exp(parts[:, 0] - log_sum_T) * parts[:, 2]).sum(0) if entropy else None
         ctx.save_for_backward(hidden_TH, weight_VH, targets_T, log_sum_T, mean_logit_T)
         ctx.settings = vocabulary, temperature, chunk_tokens
-        return parts[:, 2].sum(0) - log_sum_T, log_sum_T - mean_logit_T
+        return parts[:, 1].sum(0) - log_sum_T, log_sum_T - mean_logit_T if entropy else None
 
     @staticmethod
-    def backward(ctx, grad_log_prob_T, grad_entropy_T):
+    def backward(
+        ctx: Any, grad_log_prob_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden_TH, weight_VH, targets_T, log_sum_T, mean_logit_T = ctx.saved_tensors
         vocabulary, temperature, chunk_tokens = ctx.settings
         valid = vocabulary.valid
@@ -98,7 +112,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad_CV = _grad_logits(
                 logits_CV,
                 log_sum_T[part],
-                mean_logit_T[part],
+                None if mean_logit_T is None else mean_logit_T[part],
                 None if grad_log_prob_T is None else grad_log_prob_T[part],
                 None if grad_entropy_T is None else grad_entropy_T[part],
                 vocabulary.local(targets_T[part]),
@@ -107,36 +121,51 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad_hidden_TH[part] = _product(grad_CV.to(weight_VH.dtype), weight_VH[:valid])
             _add_product(grad_weight_VH[:valid], grad_CV.to(hidden_TH.dtype).t(), hidden_TH[part])
             del grad_CV  # or the next chunk's logits would be a second buffer beside it
-        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None
+        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
 
 
 def _chunks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _chunk_statistics(out_3C, hidden_CH, weight_VH, targets_C, vocabulary, temperature) -> None:
-    """Writes log-sum-exp, mean logit under this rank's softmax, and the target's logit (0 if elsewhere) into [3, C]."""
+def _chunk_statistics(
+    out_QC: torch.Tensor,
+    hidden_CH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_C: torch.Tensor,
+    vocabulary: _VocabularyShard,
+    temperature: float,
+) -> None:
+    """Writes log-sum-exp, the target's logit (0 if elsewhere) and, if Q is 3, the mean logit under this rank's softmax."""
     if vocabulary.valid == 0:
-        out_3C[0] = float("-inf")
+        out_QC[0] = float("-inf")
         return
     logits_CV = _logits(hidden_CH, weight_VH[: vocabulary.valid], temperature)
     row_C, here_C = vocabulary.local(targets_C)
-    out_3C[2] = torch.where(here_C, logits_CV.gather(1, row_C.unsqueeze(1)).squeeze(1), 0.0)
+    out_QC[1] = torch.where(here_C, logits_CV.gather(1, row_C.unsqueeze(1)).squeeze(1), 0.0)
     largest_C1 = logits_CV.amax(dim=1, keepdim=True)
     logits_CV -= largest_C1
-    weights_CV = logits_CV.exp()
+    weights_CV = logits_CV.exp() if len(out_QC) == 3 else logits_CV.exp_()
     sum_C = weights_CV.sum(dim=1)
-    out_3C[0] = largest_C1.squeeze(1) + sum_C.log()
-    out_3C[1] = largest_C1.squeeze(1) + weights_CV.mul_(logits_CV).sum(dim=1) / sum_C
+    out_QC[0] = largest_C1.squeeze(1) + sum_C.log()
+    if len(out_QC) == 3:
+        out_QC[2] = largest_C1.squeeze(1) + weights_CV.mul_(logits_CV).sum(dim=1) / sum_C
 
 
-def _grad_logits(logits_CV, log_sum_C, mean_logit_C, grad_log_prob_C, grad_entropy_C, target) -> torch.Tensor:
+def _grad_logits(
+    logits_CV: torch.Tensor,
+    log_sum_C: torch.Tensor,
+    mean_logit_C: torch.Tensor,
+    grad_log_prob_C: torch.Tensor | None,
+    grad_entropy_C: torch.Tensor | None,
+    target: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
     """Gradient with respect to the (tempered) logits, [C, V]; overwrites ``logits_CV`` where it can."""
     deviation_CV = None if grad_entropy_C is None else logits_CV - mean_logit_C.unsqueeze(1)
     probability_CV = logits_CV.sub_(log_sum_C.unsqueeze(1)).exp_()
     if grad_log_prob_C is None:
         grad_log_prob_C = torch.zeros_like(log_sum_C)
-    if deviation_CV is None:
+    if deviation_CV is None or grad_entropy_C is None:
         grad_CV = probability_CV.mul_(-grad_log_prob_C.unsqueeze(1))
     else:
         factor_CV = deviation_CV.mul_(grad_entropy_C.unsqueeze(1)).add_(grad_log_prob_C.unsqueeze(1))
@@ -179,16 +208,17 @@ def score_hidden_states(
     vocab_size: int,
     temperature: float,
     chunk_tokens: int,
-    entropy_gradient: bool = False,
-) -> torch.Tensor:
-    """Log-prob and entropy of the wanted tokens from what the last pipeline stage returned: float32 [T, 2], 0 elsewhere.
+    entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs, and entropies if they are wanted, from what the last pipeline stage returned: float32 [T] each.
+
+    They have a gradient, and are 0 where ``wanted`` does not point.
 
     Args:
         hidden: [s, 1, H] of packed tokens, after the final norm; s is T, or this rank's part of it under sequence parallelism.
         weight_VH: of the output layer, this rank's rows; the embedding's where the two are tied.
         targets_T: int64 [T].
         wanted: int64 indices in [0, T) of the tokens to score.
-        entropy_gradient: whether the entropy takes part in the loss, which costs one more buffer in the backward.
     """
     from megatron.core.tensor_parallel import (
         copy_to_tensor_model_parallel_region,
@@ -201,7 +231,7 @@ def score_hidden_states(
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden, group=state.tp_group)
     hidden_TH = hidden.reshape(-1, hidden.shape[-1])
-    log_probs, entropy = token_log_probs(
+    parts = token_log_probs(
         hidden_TH.index_select(0, wanted),
         weight_VH,
         targets_T.index_select(0, wanted),
@@ -209,8 +239,8 @@ def score_hidden_states(
         temperature=temperature,
         chunk_tokens=chunk_tokens,
         group=state.tp_group,
+        entropy=entropy,
     )
-    if not entropy_gradient:
-        entropy = entropy.detach()
-    empty_T2 = torch.zeros(hidden_TH.shape[0], 2, dtype=torch.float32, device=hidden_TH.device)
-    return empty_T2.index_copy(0, wanted, torch.stack([log_probs, entropy], dim=-1))
+    empty_T = torch.zeros(hidden_TH.shape[0], dtype=torch.float32, device=hidden_TH.device)
+    log_probs_T, entropy_T = (None if part is None else empty_T.index_copy(0, wanted, part) for part in parts)
+    return log_probs_T, entropy_T

@@ -32,7 +32,7 @@ class OptimizerConfig(Section):
 
     def validate(self) -> None:
         decays = self.schedule != "constant"
-        if decays and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
+        if decays and (self.decay_steps or 0) <= self.warmup_steps:
             raise ConfigError(
                 "decay_steps",
                 f"{self.decay_steps} must be above warmup_steps = {self.warmup_steps} for schedule {self.schedule!r}",
@@ -47,7 +47,7 @@ def learning_rate_at(step: int, config: OptimizerConfig) -> float:
     """Learning rate of update number ``step``, counted from 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
+    if config.schedule == "constant" or config.decay_steps is None:
         return config.learning_rate
     share = min(1.0, (step - config.warmup_steps) / (config.decay_steps - config.warmup_steps))
     height = 1 - share if config.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
@@ -63,7 +63,7 @@ class LearningRateSchedule:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """The learning rate of the next update."""
         return learning_rate_at(self.num_updates, self.config)
 
     def advance(self) -> None:

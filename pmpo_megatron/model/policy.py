@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,14 @@ class Policy:
     """This rank's model chunks and what belongs to them.
 
     Attributes:
-        chunks: one, or one for each virtual pipeline stage; wrapped in Megatron's DDP where there is an optimizer.
+        chunks: Megatron's GPTModel, one, or one for each virtual pipeline stage; in Megatron's DDP where there is an optimizer.
         optimizer, scheduler: None for a model that is only scored.
         config: Megatron's TransformerConfig.
         log_prob_chunk: tokens whose logits exist at once.
     """
 
-    chunks: tuple[nn.Module, ...]
-    optimizer: Any | None
+    chunks: tuple[Any, ...]
+    optimizer: Any
     scheduler: LearningRateSchedule | None
     shape: ModelShape
     mapping: WeightMapping
@@ -97,7 +97,7 @@ class Policy:
         return Policy(tuple(wrapped), megatron_optimizer, schedule, shape, mapping, state, config, model.log_prob_chunk)
 
     @property
-    def modules(self) -> tuple[nn.Module, ...]:
+    def modules(self) -> tuple[Any, ...]:
         """The chunks without DDP around them."""
         return tuple(chunk.module if self.optimizer is not None else chunk for chunk in self.chunks)
 
@@ -112,9 +112,9 @@ class Policy:
         wanted: torch.Tensor,
         *,
         temperature: float,
-        entropy_gradient: bool = False,
-    ) -> torch.Tensor:
-        """Log-probs and entropies, float32 [T, 2], of what the last stage returned, as `log_probs.score_hidden_states`."""
+        entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs and, if wanted, entropies of what the last stage returned, as `log_probs.score_hidden_states`."""
         last = self.modules[-1]
         tied = last.share_embeddings_and_output_weights
         return score_hidden_states(
@@ -126,7 +126,7 @@ class Policy:
             vocab_size=self.shape.vocab_size,
             temperature=temperature,
             chunk_tokens=self.log_prob_chunk,
-            entropy_gradient=entropy_gradient,
+            entropy=entropy,
         )
 
     def zero_gradients(self) -> None:
@@ -135,8 +135,8 @@ class Policy:
         self.optimizer.zero_grad()
 
 
-def named_parameters(modules) -> Iterator[tuple[str, nn.Parameter]]:
-    """As `Policy.named_parameters`, of unwrapped chunks."""
+def named_parameters(modules: Iterable[Any]) -> Iterator[tuple[str, nn.Parameter]]:
+    """What `Policy.named_parameters` gives, for unwrapped chunks."""
     for module in modules:
         layers = module.decoder.layers
         offset = layers[0].layer_number - 1 if len(layers) else 0  # Megatron counts from 1
@@ -144,7 +144,7 @@ def named_parameters(modules) -> Iterator[tuple[str, nn.Parameter]]:
             yield global_name(name, offset), parameter
 
 
-def load_weights(chunks, mapping: WeightMapping, path: str, state: ParallelState) -> None:
+def load_weights(chunks: Iterable[nn.Module], mapping: WeightMapping, path: str, state: ParallelState) -> None:
     """Fills ``chunks`` from the checkpoint in ``path``, one parameter in memory at a time.
 
     Raises:

@@ -1,6 +1,6 @@
 """Forward and backward over micro-batches: scoring, and the optimizer step. This file alone owns loss scaling.
 
-Legend: N trajectories of a micro-batch, L tokens on this context-parallel rank, M micro-batches.
+Legend: N trajectories of a micro-batch, T tokens on this context-parallel rank, M micro-batches.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,60 +17,60 @@ from pmpo_megatron.algo.importance import importance_weights
 from pmpo_megatron.algo.objective import ObjectiveConfig, evaluate_objective
 from pmpo_megatron.algo.penalties import kl_penalty, mean_entropy
 from pmpo_megatron.errors import ConfigError
-from pmpo_megatron.model.inputs import Inputs, prepare_inputs
+from pmpo_megatron.model.micro_batch import MicroBatch, ScoredMicroBatch
 from pmpo_megatron.model.optimizer import apply_gradients
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.model.step_results import MicroResult, StepResult, collect_results
 from pmpo_megatron.parallel.collectives import gather_objects, sum_over
 from pmpo_megatron.parallel.liveness import naming_ranks
 from pmpo_megatron.parallel.state import ParallelState
-from pmpo_megatron.types import MicroBatch
 
 
-@dataclass(frozen=True)
-class TokenScores:
-    """float32 [L], detached, on the device: of this context-parallel rank's tokens; 0 where there is no response token."""
+def score(
+    policy: Policy, micro_batches: Sequence[MicroBatch], *, temperature: float, reference: Policy | None = None
+) -> list[ScoredMicroBatch]:
+    """Each micro-batch with the log-probs of its response tokens under ``policy`` and ``reference``, without gradient."""
+    old = _log_probs_of(policy, micro_batches, temperature=temperature)
+    others: list[torch.Tensor | None] = [None] * len(micro_batches)
+    if reference is not None:
+        others = _log_probs_of(reference, micro_batches, temperature=temperature)
+    return [ScoredMicroBatch(*parts) for parts in zip(micro_batches, old, others, strict=True)]
 
-    log_probs_T: torch.Tensor
-    entropy_T: torch.Tensor
 
-
-def score(policy: Policy, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[TokenScores | None]:
-    """Log-prob and entropy of every response token, without gradient; None on all but the last pipeline stage.
+def _log_probs_of(policy: Policy, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[torch.Tensor]:
+    """Log-probs of every micro-batch as `ScoredMicroBatch` holds them.
 
     The same model code, packing and chunks as in `optimizer_step`: where the weights did not change in between, the
     numbers are bitwise the same, and a round's first step is exactly on-policy.
     """
-    inputs = [prepare_inputs(micro_batch, policy.state) for micro_batch in micro_batches]
 
-    def collect(item: Inputs, hidden: torch.Tensor, non_loss_data: bool = True) -> TokenScores:
-        scores_T2 = policy.score_hidden_states(hidden, item.targets_T, item.wanted, temperature=temperature)
-        return TokenScores(*(part.clone() for part in scores_T2.unbind(-1)))
+    def collect(item: MicroBatch, hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+        return policy.score_hidden_states(hidden, item.targets_T, item.wanted, temperature=temperature, entropy=False)[0]
 
+    work = [(item, functools.partial(collect, item)) for item in micro_batches]
     with torch.no_grad(), naming_ranks("scoring"):
-        results = _run_schedule(policy, inputs, collect, forward_only=True)
-    return results if policy.state.is_last_stage else [None] * len(inputs)
+        found = _run_schedule(policy, work, forward_only=True)
+    return found if policy.state.is_last_stage else [torch.empty(0)] * len(work)
 
 
 def optimizer_step(
     policy: Policy,
-    micro_batches: Sequence[MicroBatch],
-    old_log_probs: Sequence[TokenScores | torch.Tensor | None],
+    micro_batches: Sequence[ScoredMicroBatch],
     *,
     objective: ObjectiveConfig,
     progress: float,
     temperature: float,
-    reference_log_probs: Sequence[TokenScores | torch.Tensor | None] | None = None,
 ) -> StepResult:
     """One update of the policy by the gradient of the objective over all micro-batches of all data-parallel ranks.
 
     Args:
         micro_batches: this data-parallel rank's, equally many on every rank; their weights c_i hold the denominator of
-            the whole step (docs/objective.md, "The formulas").
-        old_log_probs: for each micro-batch what `score` gave at the start of the round.
+            the whole step (docs/objective.md, "The formulas"). With the reference's log-probs where there is a KL.
         progress: share of training done, for scheduled p.
         temperature: of the distribution that was sampled from; the same as in `score`.
-        reference_log_probs: as ``old_log_probs``, of the reference model; needed where the objective has a KL.
+
+    Raises:
+        ConfigError: the policy has no optimizer, a KL has no reference, or the layout cannot take so many micro-batches.
 
     **Why the gradient is exactly that of the formula.** The loss is a sum over trajectories, J = sum_i c_i A_i M_i, and
     `evaluate_objective` gives, for the tokens on this rank, a surrogate s with exactly their part of dJ. The gradient
@@ -86,36 +85,30 @@ def optimizer_step(
     Pipeline parallelism: only the last stage returns l; tied embeddings' gradients are summed over first and last stage
     in finalize_model_grads. KL and entropy bring their own denominators and go through the same l.
     """
-    _check_arguments(policy, micro_batches, old_log_probs, objective, reference_log_probs)
-    state, count = policy.state, len(micro_batches)
-    inputs = [prepare_inputs(micro_batch, state) for micro_batch in micro_batches]
-    for index, item in enumerate(inputs):
-        item.old_log_probs_T = _log_probs_of(old_log_probs[index])
-        item.reference_log_probs_T = _log_probs_of(reference_log_probs[index]) if reference_log_probs else None
-    step_tokens = _count_response_tokens(inputs, state)
-    scale = state.dp_size * count  # the whole of loss scaling; derived above
+    _check_arguments(policy, micro_batches, objective)
+    state = policy.state
+    batches = [item.batch for item in micro_batches]
+    step_tokens = _count_response_tokens(batches, state)
+    scale = state.dp_size * len(batches)  # the whole of loss scaling; derived above
 
-    def loss(item: Inputs, hidden: torch.Tensor) -> tuple[torch.Tensor, MicroResult]:
-        scores_T2 = policy.score_hidden_states(
-            hidden,
-            item.targets_T,
-            item.wanted,
-            temperature=temperature,
-            entropy_gradient=objective.entropy_coefficient > 0,
-        )
-        terms = _evaluate(item, scores_T2, objective, progress=progress, step_tokens=step_tokens, state=state)
+    def loss(item: ScoredMicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, MicroResult]:
+        batch = item.batch
+        scores = policy.score_hidden_states(hidden, batch.targets_T, batch.wanted, temperature=temperature, entropy=True)
+        terms = _evaluate(item, *scores, objective, progress=progress, step_tokens=step_tokens, state=state)
         return terms.surrogate * scale, terms.detached()  # a tensor of its own: Megatron scales it in place
 
+    work = [(item.batch, functools.partial(loss, item)) for item in micro_batches]
     policy.zero_gradients()
     with naming_ranks("an optimizer step"):
-        results = _run_schedule(policy, inputs, loss, forward_only=False)
-        totals, trajectories = collect_results(results, inputs, state)
+        results = _run_schedule(policy, work, forward_only=False)
+        totals, trajectories = collect_results(results, batches, state)
     return _update(policy, totals, trajectories, step_tokens)
 
 
 def _evaluate(
-    item: Inputs,
-    scores_T2: torch.Tensor,
+    item: ScoredMicroBatch,
+    log_probs_T: torch.Tensor,
+    entropy_T: torch.Tensor,
     objective: ObjectiveConfig,
     *,
     progress: float,
@@ -123,23 +116,22 @@ def _evaluate(
     state: ParallelState,
 ) -> MicroResult:
     """Surrogate of one micro-batch on this rank. Every rank of the context-parallel group makes the same collectives."""
-    log_probs_T, entropy_T = scores_T2.unbind(-1)
-    sum_over_shards = sum_over(state.cp_group)
+    batch, sum_over_shards = item.batch, sum_over(state.cp_group)
     weights_T = importance_weights(
         item.old_log_probs_T,
-        item.rollout_log_probs_T,
-        item.trajectory_T,
-        item.num_trajectories,
+        batch.rollout_log_probs_T,
+        batch.trajectory_T,
+        batch.num_trajectories,
         level=objective.importance,
         cap=objective.importance_cap,
         sum_over_shards=sum_over_shards,
     )
-    found = evaluate_objective(
+    output = evaluate_objective(
         log_probs_T,
         item.old_log_probs_T,
-        item.trajectory_T,
-        item.advantages_N,
-        item.weights_N,
+        batch.trajectory_T,
+        batch.advantages_N,
+        batch.weights_N,
         objective,
         weights_T,
         progress,
@@ -150,63 +142,61 @@ def _evaluate(
         kl = kl_penalty(
             log_probs_T,
             item.reference_log_probs_T,
-            item.trajectory_T,
+            batch.trajectory_T,
             estimator=objective.kl_estimator,
             step_tokens=step_tokens,
         )
         penalty = penalty + objective.kl_coefficient * kl
-    entropy = mean_entropy(entropy_T, item.trajectory_T, step_tokens=step_tokens)
+    entropy = mean_entropy(entropy_T, batch.trajectory_T, step_tokens=step_tokens)
     if objective.entropy_coefficient:
         penalty = penalty - objective.entropy_coefficient * entropy
-    return MicroResult(found.surrogate + penalty, found, entropy, kl, penalty)
+    return MicroResult(output.surrogate + penalty, output, entropy, kl, penalty)
 
 
-def _run_schedule(policy: Policy, inputs: list[Inputs], loss: Callable, *, forward_only: bool) -> list[Any]:
-    """Megatron's schedule over ``inputs``; what ``loss`` returned per micro-batch on the last stage, else empty."""
+def _run_schedule(policy: Policy, work: list[tuple[MicroBatch, Callable]], *, forward_only: bool) -> list[Any]:
+    """Megatron's schedule over ``work``: micro-batches, and what takes the hidden states of each on the last stage.
+
+    Returns:
+        on the last stage what these returned, beside the loss where there is a backward; else an empty list.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward_step(iterator, model):
-        item = next(iterator)
-        hidden = model(item.tokens_1T, item.position_ids_1T, None, packed_seq_params=item.packed)
-        return hidden, functools.partial(loss, item)
+        batch, take = next(iterator)
+        hidden = model(batch.tokens_1T, batch.position_ids_1T, None, packed_seq_params=batch.sequences)
+        return hidden, take
 
-    iterators = [iter(inputs) for _ in policy.chunks]
+    iterators = [iter(work) for _ in policy.chunks]
     run = get_forward_backward_func()
     return run(
         forward_step_func=forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(policy.chunks) if len(policy.chunks) > 1 else policy.chunks[0],
-        num_microbatches=len(inputs),
-        seq_length=max(item.num_tokens for item in inputs),
+        num_microbatches=len(work),
+        seq_length=max(batch.num_tokens for batch, _ in work),
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
 
 
-def _log_probs_of(scores: TokenScores | torch.Tensor | None) -> torch.Tensor | None:
-    return scores.log_probs_T if isinstance(scores, TokenScores) else scores
-
-
-def _check_arguments(policy, micro_batches, old_log_probs, objective, reference_log_probs) -> None:
+def _check_arguments(policy: Policy, micro_batches: Sequence[ScoredMicroBatch], objective: ObjectiveConfig) -> None:
     if policy.optimizer is None:
         raise ConfigError("optimizer", "this policy was built without one: it can be scored, not trained")
-    if len(old_log_probs) != len(micro_batches):
-        raise ConfigError("old_log_probs", f"{len(old_log_probs)} for {len(micro_batches)} micro-batches")
-    if objective.kl_coefficient and reference_log_probs is None:
-        raise ConfigError("objective.kl_coefficient", f"{objective.kl_coefficient} needs reference_log_probs")
+    if objective.kl_coefficient and any(item.reference_log_probs_T is None for item in micro_batches):
+        raise ConfigError("objective.kl_coefficient", f"{objective.kl_coefficient} needs the log-probs of a reference model")
     interleaved = policy.state.config.virtual_pipeline
     if interleaved and len(micro_batches) % policy.state.pp_size:
         raise ConfigError(
             "parallel.virtual_pipeline",
             f"{len(micro_batches)} micro-batches; the interleaved schedule needs a multiple of pipeline = "
-            f"{policy.state.pp_size}: pack with micro_batch_multiple",
+            f"{policy.state.pp_size}: split with micro_batch_multiple",
         )
 
 
-def _count_response_tokens(inputs: list[Inputs], state: ParallelState) -> float:
-    """Response tokens of the whole step; inputs know their count over all context-parallel ranks."""
-    local = torch.tensor(float(sum(item.num_response_tokens for item in inputs)), device=state.device)
+def _count_response_tokens(batches: list[MicroBatch], state: ParallelState) -> float:
+    """Response tokens of the whole step; each micro-batch knows its count over all context-parallel ranks."""
+    local = torch.tensor(float(sum(batch.num_response_tokens for batch in batches)), device=state.device)
     return float(sum_over(state.dp_group)(local.double()))
 
 

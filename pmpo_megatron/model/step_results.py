@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pmpo_megatron.algo.objective import ObjectiveOutput
-from pmpo_megatron.model.inputs import Inputs
+from pmpo_megatron.model.micro_batch import MicroBatch
 from pmpo_megatron.parallel.collectives import gather_objects, sum_over
 from pmpo_megatron.parallel.state import ParallelState
 
@@ -63,14 +63,14 @@ class MicroResult:
 
 
 def collect_results(
-    results: list[MicroResult], inputs: list[Inputs], state: ParallelState
+    results: list[MicroResult], batches: list[MicroBatch], state: ParallelState
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Sums and per-trajectory arrays over the step, on every rank. One all-reduce (data x context) and one gather."""
     mine: tuple[dict[str, Any], dict[str, np.ndarray]] | None = None
     if state.is_last_stage:
         sums = sum_over(state.dp_cp_group)(_sums(results, state))
         if state.tp_rank == 0 and state.cp_rank == 0:
-            mine = _to_host(sums, results, inputs)
+            mine = _to_host(sums, results, batches)
     given = [item for item in gather_objects(mine, state) if item is not None]
     bad = sorted(sample for totals, _ in given for sample in totals["non_finite"])
     arrays = {name: np.concatenate([found[name] for _, found in given]) for name in ("sample_id", *TRAJECTORY_FIELDS)}
@@ -87,14 +87,14 @@ def _sums(results: list[MicroResult], state: ParallelState) -> torch.Tensor:
 
 
 def _to_host(
-    sums: torch.Tensor, results: list[MicroResult], inputs: list[Inputs]
+    sums: torch.Tensor, results: list[MicroResult], batches: list[MicroBatch]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The one synchronisation of a step before the update."""
     columns = [torch.cat([getattr(r.output, f"{name}_N").double() for r in results]) for name in TRAJECTORY_FIELDS]
     columns.append(torch.cat([r.output.non_finite_N for r in results]).double())
     table = torch.stack(columns).cpu().numpy()
     loss, entropy, kl = sums.tolist()
-    sample_ids = np.array([sample for item in inputs for sample in item.sample_ids], dtype=np.int64)
+    sample_ids = np.array([sample for batch in batches for sample in batch.sample_ids], dtype=np.int64)
     arrays = dict(zip(TRAJECTORY_FIELDS, table, strict=False)) | {"sample_id": sample_ids}
     totals = {
         "loss": loss,

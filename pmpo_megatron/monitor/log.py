@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from pmpo_megatron.checkpoint.files import replace_text, set_aside
 from pmpo_megatron.monitor.config import MonitorConfig
 from pmpo_megatron.monitor.jsonl import JsonLines
 from pmpo_megatron.monitor.metrics import Distribution, Metric, summarize
@@ -147,15 +147,8 @@ def round_significant(values: Sequence[float] | np.ndarray) -> list[float]:
 
 def _set_aside(directory: Path) -> None:
     old = [directory / name for name in (*FILES.values(), "run.json", "tensorboard") if (directory / name).exists()]
-    if not old:
-        return
-    attic = directory / "earlier" / time.strftime("%Y%m%d-%H%M%S")
-    while attic.exists():
-        attic = attic.with_name(attic.name + "+")
-    attic.mkdir(parents=True)
-    for path in old:
-        os.replace(path, attic / path.name)
-    logger.info("records of an earlier run in %s are now in %s", directory, attic)
+    if old:
+        logger.info("records of an earlier run in %s are now in %s", directory, set_aside(directory, old))
 
 
 def _describe_run(directory: Path, run: Mapping[str, Any], *, step: int, total_steps: int, step_name: str) -> None:
@@ -171,9 +164,7 @@ def _describe_run(directory: Path, run: Mapping[str, Any], *, step: int, total_s
         "versions": {"python": platform.python_version(), **_versions()},
         "config": run,
     }
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(values, indent=1, default=str) + "\n")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(values, indent=1, default=str) + "\n")
 
 
 def _read_description(directory: Path) -> dict[str, Any]:
@@ -186,10 +177,10 @@ def _read_description(directory: Path) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pmpo_megatron.monitor.read import RunRecord
 from pmpo_megatron.monitor.style import color, figure, to_svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Runs = Sequence[RunRecord]
 MAX_POINTS = 1500  # of a scatter plot, over all runs
@@ -141,7 +146,7 @@ def phases(runs: Runs) -> str | None:
         return _finish(drawn, axes, runs, title="Time per phase", name="phases", ylabel="s", always_legend=True)
 
 
-def _phase_bars(runs: Runs, names: Sequence[str], labels: Sequence[str]) -> str:
+def _phase_bars(runs: Runs, names: Sequence[str], labels: Sequence[str]) -> str | None:
     with figure(6.2, 1.3 + 0.45 * len(runs)) as (drawn, axes):
         left = np.zeros(len(runs))
         for index, (name, label) in enumerate(zip(names, labels, strict=True)):
@@ -191,7 +196,15 @@ def _per_trajectory(run: RunRecord, *names: str) -> tuple[np.ndarray, ...]:
 
 
 def _finish(
-    drawn, axes, runs: Runs, *, title: str, name: str, ylabel: str, x: bool = True, always_legend: bool = False
+    drawn: Figure,
+    axes: Axes,
+    runs: Runs,
+    *,
+    title: str,
+    name: str,
+    ylabel: str,
+    x: bool = True,
+    always_legend: bool = False,
 ) -> str | None:
     """Title, labels and legend; None where nothing was drawn."""
     drawn_points = sum(np.isfinite(entry.get_ydata()).sum() for entry in axes.lines)
@@ -201,7 +214,7 @@ def _finish(
     axes.set_ylabel(ylabel)
     if x:
         axes.set_xlabel(runs[0].step_name)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
     if always_legend or len(runs) > 1:
         drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return to_svg(drawn, name)

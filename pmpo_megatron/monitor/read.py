@@ -41,8 +41,8 @@ class RunRecord:
 
     def names(self, prefix: str, suffix: str = "") -> list[str]:
         """Metrics that begin with ``prefix`` and end with ``suffix``, in the order of their first appearance."""
-        found = dict.fromkeys(name for record in self.metrics for name in record)
-        return [name for name in found if name.startswith(prefix) and name.endswith(suffix)]
+        names = dict.fromkeys(name for record in self.metrics for name in record)
+        return [name for name in names if name.startswith(prefix) and name.endswith(suffix)]
 
 
 def read_run(directory: str | Path, *, label: str | None = None) -> RunRecord:

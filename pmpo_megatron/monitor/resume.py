@@ -18,7 +18,7 @@ def cut_back(files: Mapping[str, JsonLines], cursor: Mapping[str, Any], *, step_
 
     A file with lines that are no records is copied to ``NAME.damaged`` before these lines are taken out.
     """
-    step, found = int(cursor["step"]), []
+    step, problems = int(cursor["step"]), []
     for name, file in files.items():
         expected = int(cursor["bytes"].get(name, 0))
         lost = max(expected - file.size, 0)
@@ -27,13 +27,13 @@ def cut_back(files: Mapping[str, JsonLines], cursor: Mapping[str, Any], *, step_
         steps = [_step(line) for line in lines]
         if garbled := steps.count(None):
             shutil.copyfile(file.path, file.path.with_name(f"{file.path.name}.damaged"))
-        if garbled or any(number > step for number in steps):
+        if garbled or any(number is not None and number > step for number in steps):
             file.replace(line for line, number in zip(lines, steps, strict=True) if number is not None and number <= step)
         if lost or garbled:
-            missing = in_words(set(range(1, step + 1)) - set(steps))
+            missing = in_words(set(range(1, step + 1)).difference(steps))
             which = f"{step_name}s {missing} are missing" if missing else f"no {step_name} is missing altogether"
-            found.append(f"{file.path.name} ({lost} bytes gone, {garbled} lines garbled; {which})")
-    return ", ".join(found) or None
+            problems.append(f"{file.path.name} ({lost} bytes gone, {garbled} lines garbled; {which})")
+    return ", ".join(problems) or None
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -56,7 +56,7 @@ def in_words(numbers: Iterable[int]) -> str:
 
 
 def _step(line: bytes) -> int | None:
-    """Of a record; None if ``line`` is none."""
+    """The step of a record; None if ``line`` is no record."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -10,6 +10,11 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, MUTED, GRID, PAPER = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
 NUM_SERIES = 8
@@ -21,7 +26,7 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card"} | 
 LIGHT = ["#0072b2", "#d55e00", "#009e73", "#b1468f", "#9a7d00", "#4f8fc0", "#6b5b95", "#555555"]
 DARK = ["#56b4e9", "#f0894a", "#2fc99b", "#e08cc0", "#f0d060", "#8fc7f0", "#b8a6e0", "#b5b5b5"]
 
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # real text: selectable, and in the page's font
     "svg.hashsalt": "pmpo",  # equal data, equal file
     "font.size": 10,
@@ -54,7 +59,7 @@ def color(index: int) -> str:
 
 
 @contextmanager
-def figure(width: float = 6.2, height: float = 3.3) -> Iterator:
+def figure(width: float = 6.2, height: float = 3.3) -> Iterator[tuple[Figure, Axes]]:
     """A matplotlib figure and axes [inches] in the page's style; closed afterwards."""
     import matplotlib
 
@@ -69,7 +74,7 @@ def figure(width: float = 6.2, height: float = 3.3) -> Iterator:
             pyplot.close(drawn)
 
 
-def to_svg(drawn, name: str) -> str:
+def to_svg(drawn: Figure, name: str) -> str:
     """``drawn`` as SVG text for inside a page. ``name`` keeps its ids apart from those of other pictures."""
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

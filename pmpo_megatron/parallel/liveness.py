@@ -18,8 +18,10 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -30,6 +32,8 @@ EXIT_RANK_FAILURE = 70
 VICTIM = RankFailure.__name__  # how the report of a rank begins that ended because of another one
 GRACE_S = 2.0  # for the main thread's own error to surface first
 SIGNS_OF_COMMUNICATION = ("gloo", "nccl", "c10d", "tcpstore", "process group", "processgroup")  # in PyTorch's own messages
+
+Beat = dict[str, Any]  # count, pid, host, doing
 
 
 @dataclass
@@ -56,10 +60,11 @@ class Watch:
         self.stopping.set()
         self.thread.join(timeout=self.heartbeat_s + 1)
 
-    def seen(self, rank: int) -> dict:
+    def seen(self, rank: int) -> Beat:
         """The last heartbeat of ``rank``; empty if it never gave one."""
         key = f"beat/{rank}"
-        return json.loads(self.store.get(key)) if self.store.check([key]) else {}
+        beat: Beat = json.loads(self.store.get(key)) if self.store.check([key]) else {}
+        return beat
 
     def post(self, text: str) -> None:
         """Says once why this rank ends, for the others' messages."""
@@ -75,7 +80,8 @@ class Watch:
 
     def _run(self) -> None:
         peer = (self.rank + 1) % self.world_size
-        last, changed, message, stuck_since, count = {}, time.monotonic(), "", None, 0
+        last: Beat = {}
+        changed, message, stuck_since, count = time.monotonic(), "", None, 0
         while not self.stopping.wait(self.heartbeat_s):
             count, now = count + 1, time.monotonic()
             try:
@@ -133,7 +139,7 @@ def report_failure(error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def naming_ranks(what: str):
+def naming_ranks(what: str) -> Iterator[None]:
     """Errors of communication inside become RankFailure that names the ranks that are missing; others pass unchanged."""
     if _watch is None:
         yield
@@ -145,7 +151,7 @@ def naming_ranks(what: str):
     except RuntimeError as error:
         if not is_communication_error(error):
             raise
-        failure = RankFailure(f"rank {_watch.rank} in {what}: {diagnose()} (PyTorch: {_first_line(error)})")
+        failure = RankFailure(f"rank {_watch.rank} in {what}: {diagnose(_watch)} (PyTorch: {_first_line(error)})")
         report_failure(failure)
         raise failure from error
     finally:
@@ -164,9 +170,8 @@ def is_communication_error(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(sign in text for sign in SIGNS_OF_COMMUNICATION)
 
 
-def diagnose() -> str:
+def diagnose(watch: Watch) -> str:
     """Which ranks failed, are gone, or are elsewhere. Takes about three heartbeats."""
-    watch = _watch
     try:
         before = [watch.seen(rank) for rank in range(watch.world_size)]
         time.sleep(3 * watch.heartbeat_s + 0.5)
@@ -193,7 +198,7 @@ def diagnose() -> str:
     return "; ".join(found[:8]) or "every rank is alive and in the same place: the network between them failed"
 
 
-def describe_rank(rank: int, beat: dict) -> str:
+def describe_rank(rank: int, beat: Beat) -> str:
     where = f" (process {beat['pid']} on {beat['host']}, last seen in {beat['doing']})" if beat else " (never seen)"
     return f"rank {rank}{where}"
 

@@ -26,7 +26,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class _MegatronFinder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = _run_then_scope(spec.loader.exec_module)
+            setattr(spec.loader, "exec_module", _run_then_scope(spec.loader.exec_module))  # noqa: B010  on this loader alone
         return spec
 
 
@@ -77,7 +77,7 @@ def _run_then_scope(execute: Callable[[types.ModuleType], None]) -> Callable[[ty
 
 
 @contextlib.contextmanager
-def _no_compilation():
+def _no_compilation() -> Iterator[None]:
     compile_function = torch.compile
     torch.compile = lambda function=None, **kwargs: function if function is not None else (lambda inner: inner)
     try:
@@ -89,13 +89,15 @@ def _no_compilation():
 def _scope(module: types.ModuleType) -> None:
     """Gives one Megatron module the proxy, and its random-state helpers the CPU generator."""
     if module.__dict__.get("torch") is torch:
-        module.torch = _TORCH
+        module.__dict__["torch"] = _TORCH
     if module.__name__ == "megatron.core.tensor_parallel.random":
-        module._lazy_call = lambda function, **kwargs: function()
-        module._lazy_init = lambda: None
-        module.device_ctx_manager = lambda *args: contextlib.nullcontext()
-        module._get_cuda_rng_state = _get_rng_state
-        module._set_cuda_rng_state = _set_rng_state
+        module.__dict__.update(
+            _lazy_call=lambda function, **kwargs: function(),
+            _lazy_init=lambda: None,
+            device_ctx_manager=lambda *args: contextlib.nullcontext(),
+            _get_cuda_rng_state=_get_rng_state,
+            _set_cuda_rng_state=_set_rng_state,
+        )
 
 
 class _Proxy(types.ModuleType):
@@ -121,8 +123,8 @@ class _NoStream:
     def __enter__(self) -> _NoStream:
         return self
 
-    def __exit__(self, *error: Any) -> bool:
-        return False
+    def __exit__(self, *error: Any) -> None:
+        """Nothing was begun."""
 
     def elapsed_time(self, *args: Any) -> float:
         return 0.0
@@ -155,7 +157,7 @@ class _TypeName(str):
     __hash__ = str.__hash__
 
 
-def _type_with_both_names(original: Callable) -> Callable:
+def _type_with_both_names(original: Callable[..., Any]) -> Callable[..., Any]:
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         return _TypeName(result) if isinstance(result, str) else result
@@ -170,7 +172,7 @@ def _on_cpu(device: Any) -> Any:
     return CPU if isinstance(device, torch.device) and device.type == "cuda" else device
 
 
-def _factory_on_cpu(function: Callable) -> Callable:
+def _factory_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def factory(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"])

@@ -65,7 +65,7 @@ def sweep(prefix: str, directory: str | Path) -> list[Path]:
     return removed
 
 
-def temporary_directory(prefix: str) -> tempfile.TemporaryDirectory:
+def temporary_directory(prefix: str) -> tempfile.TemporaryDirectory[str]:
     """A directory that ends with this process; if it is killed, the next one that asks removes it."""
     sweep(prefix, tempfile.gettempdir())
     return tempfile.TemporaryDirectory(prefix=owned_prefix(prefix))

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 import torch
 
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.parallel.state import ParallelConfig
 
 
-def sequence_multiple(parallel) -> int:
-    """Every packed sequence's length must be a multiple of this. ``parallel``: ParallelConfig or ParallelState."""
+def sequence_multiple(parallel: ParallelConfig) -> int:
+    """Every packed sequence's length must be a multiple of this."""
     pieces = 2 * parallel.context if parallel.context > 1 else 1
     return pieces * (parallel.tensor if parallel.sequence_parallel else 1)
 

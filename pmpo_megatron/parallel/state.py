@@ -104,6 +104,10 @@ class ParallelState:
         """Model chunks on this rank."""
         return self.config.virtual_pipeline or 1
 
+    def ranks_of_replica(self, replica: int) -> list[int]:
+        """The ranks whose ``dp_rank`` is ``replica``: a whole copy of the model."""
+        return [rank for rank in range(self.world_size) if rank // (self.tp_size * self.cp_size) % self.dp_size == replica]
+
     def holds_first_stage(self, chunk: int) -> bool:
         """Whether model chunk ``chunk`` of this rank begins with the embedding."""
         return self.is_first_stage and chunk == 0
@@ -140,7 +144,8 @@ def initialize(config: ParallelConfig, *, device: str | None = None, seed: int =
     timeout = timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        store = dist.HashStore() if world_size == 1 else None  # PyTorch's own listens on every interface
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     control_group = dist.group.WORLD
     if chosen.type == "cuda":
         control_group = dist.new_group(backend="gloo", timeout=timeout)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from pmpo_megatron.rewards.extraction import LONGEST_ANSWER
 from pmpo_megatron.rewards.structure import is_value, numeric_functions, operators
 from pmpo_megatron.rewards.units import split_unit
+
+if TYPE_CHECKING:
+    from sympy import Basic
 
 # Spellings of the same thing, made one before texts are compared. Nothing here may change a meaning: "1 1/2" is not "11/2".
 SPELLINGS = [
@@ -120,8 +124,8 @@ def _without_name(text: str) -> str | None:
 
 def _same_kind(left: str, right: str) -> bool:
     """Whether both are of one kind: base, brackets, inequality, primes, and no operator that the answer has not."""
-    bases = [BASE.fullmatch(text) for text in (left, right)]
-    if any(bases) and not (all(bases) and bases[0][1] == bases[1][1]) and re.search(r"\d_", left + right):
+    bases = [match and match[1] for match in (BASE.fullmatch(left), BASE.fullmatch(right))]
+    if bases[0] != bases[1] and re.search(r"\d_", left + right):
         return False
     if left.count("'") != right.count("'"):
         return False
@@ -150,7 +154,7 @@ def _same_value(left: str, right: str, *, evaluated: bool) -> bool:
     return _verify(target, gold)
 
 
-def _other_variables(target, gold) -> bool:
+def _other_variables(target: Basic, gold: Basic) -> bool:
     """Whether two formulas are of different variables; simplifying their difference would take long to say so."""
     from sympy import Expr
 
@@ -159,7 +163,7 @@ def _other_variables(target, gold) -> bool:
     return {str(symbol) for symbol in target.free_symbols} != {str(symbol) for symbol in gold.free_symbols}
 
 
-def _other_small_number(target, gold) -> bool:
+def _other_small_number(target: Basic, gold: Basic) -> bool:
     """Whether two numbers near 0 differ by more than 1e-4 of them; math-verify rounds to 6 decimals: 4.6e-24 would be 1e-27."""
     from sympy import Expr, Float
 
@@ -172,7 +176,7 @@ def _other_small_number(target, gold) -> bool:
     return 0 < largest < 1e-2 and abs(sizes[0] - sizes[1]) > 1e-4 * largest
 
 
-def _parse(text: str):
+def _parse(text: str) -> Basic | None:
     """The expression that ``text`` is, not evaluated; None where it is none. Nothing is looked for inside of it."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
@@ -185,7 +189,7 @@ def _parse(text: str):
     return parsed[0] if parsed else None
 
 
-def _verify(target, gold) -> bool:
+def _verify(target: Basic | None, gold: Basic | None) -> bool:
     """math-verify's comparison. Its own time-outs use SIGALRM and are off: the pool's are hard."""
     from math_verify import verify
 

@@ -19,8 +19,8 @@ def math(response: str, answers: Sequence[str], *, evaluated: bool = True) -> fl
     Args:
         evaluated: an expression that is still to be evaluated, such as 17+25, is accepted only where the answer is one.
     """
-    found = extract_answer(response)
-    return float(found is not None and any(same_answer(found, answer, evaluated=evaluated) for answer in answers))
+    final = extract_answer(response)
+    return float(final is not None and any(same_answer(final, answer, evaluated=evaluated) for answer in answers))
 
 
 def boxed(response: str, answers: Sequence[str]) -> float:

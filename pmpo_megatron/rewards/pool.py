@@ -1,4 +1,10 @@
-"""Worker processes that score responses; one that hangs or dies is killed and replaced, and costs its item alone."""
+"""Worker processes that score responses; one that hangs or dies is killed and replaced, and costs its item alone.
+
+Why not a library's pool: pebble 5.2.3 (like multiprocessing and loky) sends results as pickles that the trainer loads, and a
+plug-in that returned an object with ``__reduce__``, or wrote a pickle to the pipe, had it executed in rank 0. In its other
+tests here workers that are stopped hold the lock of the one pipe that all share, so that no time-out ends them (four items
+of 2 s were open after 60 s), and what a plug-in had started outlived its pool.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +23,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.rewards.config import LONGEST_TIMEOUT_S
@@ -59,9 +66,14 @@ class RewardPool:
     """
 
     def __init__(
-        self, functions: str | Sequence[str] = "math", *, workers: int = 2, timeout: float = 5.0, memory_gib: float = 4.0,
+        self,
+        functions: str | Sequence[str] = "math",
+        *,
+        workers: int = 2,
+        timeout: float = 5.0,
+        memory_gib: float = 4.0,
         evaluated: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.functions = [functions] if isinstance(functions, str) else list(functions)
         if not self.functions:
             raise ConfigError("rewards.functions", "is empty: name at least one")
@@ -125,7 +137,7 @@ class RewardPool:
         waiting = deque(range(len(items)))
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                selector.register(worker.results, selectors.EVENT_READ, worker)
             while waiting or any(worker.item is not None for worker in self._workers):
                 for worker in self._workers:
                     if worker.ready and worker.item is None and waiting and worker.process.poll() is None:
@@ -140,7 +152,7 @@ class RewardPool:
     def _until_next_deadline(self) -> float:
         return max(0.0, min(min(worker.deadline for worker in self._workers) - time.monotonic(), 1.0))
 
-    def _give(self, worker: _Worker, index: int, items: list) -> None:
+    def _give(self, worker: _Worker, index: int, items: Sequence[tuple[str, list[str]]]) -> None:
         worker.item, worker.deadline = index, time.monotonic() + self.timeout
         if not worker.send(items[index]):
             worker.deadline = 0.0  # it does not read: stopped from outside, or a plug-in's thread has hold of it
@@ -153,7 +165,7 @@ class RewardPool:
             return
         if message == "ready":
             worker.ready, worker.failed_starts, worker.deadline = True, 0, float("inf")
-        elif message is not None:
+        elif message is not None and worker.item is not None:
             results[worker.item] = [self._clean(score) for score in message]
             worker.item, worker.deadline = None, float("inf")
 
@@ -172,18 +184,21 @@ class RewardPool:
         if worker.ready:
             self.stats.timeouts += timed_out
             self.stats.crashes += not timed_out
-        selector.unregister(worker.process.stdout)
+        selector.unregister(worker.results)
         worker.restart()
         if worker.failed_starts > MAX_FAILED_STARTS:
             raise PmpoError(f"reward workers for {', '.join(self.functions)} do not start; see the errors above")
-        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        selector.register(worker.results, selectors.EVENT_READ, worker)
 
 
 def _items(responses: Sequence[str], answers: Sequence[Answers]) -> list[tuple[str, list[str]]]:
     """Responses with their lists of accepted answers; an answer of another type would be wrong without a word."""
     if len(responses) != len(answers):
         raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
-    items = [(r, list(a) if isinstance(a, (list, tuple)) else [a]) for r, a in zip(responses, answers, strict=True)]
+    items: list[tuple[str, list[Any]]] = [
+        (response, list(answer) if isinstance(answer, (list, tuple)) else [answer])
+        for response, answer in zip(responses, answers, strict=True)
+    ]
     for index, (response, accepted) in enumerate(items):
         for kind, text in (("response", response), *(("answer", answer) for answer in accepted)):
             if not isinstance(text, str):
@@ -208,9 +223,12 @@ class _Worker:
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, bufsize=0, start_new_session=True
         )
-        os.set_blocking(self.process.stdout.fileno(), False)
-        os.set_blocking(self.process.stdin.fileno(), False)
-        self.ready, self.item = False, None
+        assert self.process.stdin is not None and self.process.stdout is not None  # both are pipes
+        self.requests, self.results = self.process.stdin, self.process.stdout
+        for pipe in (self.requests, self.results):
+            os.set_blocking(pipe.fileno(), False)
+        self.ready = False
+        self.item: int | None = None
         self.deadline = time.monotonic() + START_TIMEOUT_S
         self._buffer = b""
 
@@ -224,8 +242,8 @@ class _Worker:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # it leads its own session: what a plug-in started goes with it
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.requests.close()
+        self.results.close()
 
     def send(self, item: object) -> bool:
         """Hands ``item`` over; False if the worker did not take all of it within its time-out."""
@@ -233,7 +251,7 @@ class _Worker:
         view = memoryview(HEADER.pack(len(data)) + data)
         try:
             while view:
-                written = self.process.stdin.write(view)
+                written = self.requests.write(view)
                 view = view[written or 0 :]
                 if written is None and not self._wait_for_room():
                     return False
@@ -243,7 +261,7 @@ class _Worker:
 
     def _wait_for_room(self) -> bool:
         with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdin, selectors.EVENT_WRITE)
+            selector.register(self.requests, selectors.EVENT_WRITE)
             return bool(selector.select(timeout=max(0.0, self.deadline - time.monotonic())))
 
     def receive(self, count: int) -> list[float | str] | str | None:
@@ -252,7 +270,7 @@ class _Worker:
         Raises:
             EOFError: the process is gone, or sends what is no message: its function has written to the pipe itself.
         """
-        data = self.process.stdout.read(1 << 16)
+        data = self.results.read(1 << 16)
         if data == b"":
             raise EOFError
         self._buffer += data or b""

@@ -21,10 +21,8 @@ class RewardScorer:
 
     def __init__(self, config: RewardConfig, *, max_tokens: int) -> None:
         self.config, self.max_tokens = config, max_tokens
-        self.pool = RewardPool(
-            list(config.functions), workers=config.workers, timeout=config.timeout_s, memory_gib=config.memory_gib,
-            evaluated=config.evaluated,
-        )  # fmt: skip
+        limits = dict(timeout=config.timeout_s, memory_gib=config.memory_gib)
+        self.pool = RewardPool(list(config.functions), workers=config.workers, evaluated=config.evaluated, **limits)
 
     def score_rollouts(self, rollouts: Sequence[tuple[Prompt, Rollout]]) -> list[float]:
         """The reward of each rollout, in order."""

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sympy import Basic
 
 # Commands that a value may contain; any other (sum, int, lim, binom, bmod, to, lor, not ...) only where the answer has it.
 ORDINARY = set(
@@ -28,12 +32,12 @@ SCIENTIFIC = re.compile(r"[-+]?[1-9](?:\.\d+)?(?:\\times|\\cdot|\*)10\^(?:\{[-+]
 
 def operators(text: str) -> set[str]:
     """What ``text`` contains beyond the ordinary commands of a value."""
-    found = set(COMMAND.findall(text)) - ORDINARY
-    found |= {name for name in ENVIRONMENT.findall(text) if name in ("vmatrix", "Vmatrix", "cases")}
-    return found | ({"derivative"} if DERIVATIVE.search(text) else set()) | ({"!"} if "!" in text.replace(r"\!", "") else set())
+    names = set(COMMAND.findall(text)) - ORDINARY
+    names |= {name for name in ENVIRONMENT.findall(text) if name in ("vmatrix", "Vmatrix", "cases")}
+    return names | ({"derivative"} if DERIVATIVE.search(text) else set()) | ({"!"} if "!" in text.replace(r"\!", "") else set())
 
 
-def is_value(text: str, tree) -> bool:
+def is_value(text: str, tree: Basic) -> bool:
     """Whether nothing in ``tree``, parsed from ``text`` without evaluation, is left to be evaluated."""
     if SCIENTIFIC.fullmatch(text.replace(" ", "")):
         return True
@@ -44,14 +48,14 @@ def is_value(text: str, tree) -> bool:
     return not any(_evaluable(node) for node in _nodes(tree))
 
 
-def numeric_functions(tree) -> set[str]:
+def numeric_functions(tree: Basic) -> set[str]:
     """Names of functions of numbers in ``tree``: a logarithm or a sine that has only to be computed."""
     from sympy import Function
 
     return {type(node).__name__ for node in _nodes(tree) if isinstance(node, Function) and not node.free_symbols}
 
 
-def _nodes(tree) -> Iterator:
+def _nodes(tree: Basic) -> Iterator[Basic]:
     from sympy import MatrixBase
 
     waiting = [tree]
@@ -61,7 +65,7 @@ def _nodes(tree) -> Iterator:
         waiting.extend(node.flat() if isinstance(node, MatrixBase) else getattr(node, "args", ()))
 
 
-def _evaluable(node) -> bool:
+def _evaluable(node: Basic) -> bool:
     from sympy import Add, Expr, MatMul, MatrixBase, Mul, Pow
 
     if isinstance(node, MatrixBase) or not isinstance(node, Expr):
@@ -80,18 +84,18 @@ def _evaluable(node) -> bool:
     return bool(node.args) and _is_rational(node)
 
 
-def _integer_quotient(node, whole: list, rest: list) -> bool:
+def _integer_quotient(node: Basic, whole: list[Basic], rest: list[Basic]) -> bool:
     return bool(whole and rest) and _is_rational(node) and bool(node.doit().is_integer)
 
 
-def _factors(node) -> Iterator:
+def _factors(node: Basic) -> Iterator[Basic]:
     from sympy import Mul
 
     for arg in node.args:
         yield from _factors(arg) if isinstance(arg, Mul) else (arg,)
 
 
-def _is_rational(node) -> bool:
+def _is_rational(node: Basic) -> bool:
     """Whether ``node`` is a number without roots and constants once it is evaluated."""
     if getattr(node, "free_symbols", True):
         return False

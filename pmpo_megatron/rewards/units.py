@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 # Names of one unit, the first of which stands for all. One letter outside \text is a variable, not a unit.
-SYNONYMS = (
-    "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "mm millimeter millimetre", "in inch inches",
-    "ft foot feet", "yd yard", "mi mile", "g gram", "kg kilogram", "mg milligram", "lb pound", "s sec second", "min minute",
-    "h hr hour", "day", "week", "month", "yr year", "cent", "dollar", "degree deg", "unit", "Hz hertz", "l liter litre", "ml",
-    "percent percentage pct", "mph", "J joule", "N newton", "W watt", "V volt", "K kelvin", "eV", "Pa", "mol", "gal gallon",
-)  # fmt: skip
-CANONICAL = {name: names.split()[0] for names in SYNONYMS for name in names.split()}
+SYNONYMS = """
+    cm centimeter centimetre, m meter metre, km kilometer kilometre, mm millimeter millimetre, in inch inches, ft foot feet,
+    yd yard, mi mile, g gram, kg kilogram, mg milligram, lb pound, s sec second, min minute, h hr hour, day, week, month,
+    yr year, cent, dollar, degree deg, unit, Hz hertz, l liter litre, ml, percent percentage pct, mph, J joule, N newton,
+    W watt, V volt, K kelvin, eV, Pa, mol, gal gallon
+"""
+CANONICAL = {name: names.split()[0] for names in SYNONYMS.split(",") for name in names.split()}
 POWER = r"(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?"
 IN_TEXT = re.compile(
     r"(?<=[\w})\]%\s~,;!])(?:\\?\s|~|\\,|\\;|\\!)*\\(text|mbox|textrm|mathrm)\s*\{([^{}]*)\}" + POWER + r"\s*$"
@@ -56,7 +56,7 @@ def _canonical(words: str) -> str | None:
     """``square inches`` as ``in2``; None where a word is no unit."""
     squared = len(words.split()) > 1 and words.split()[0] in ("square", "sq", "cubic")
     names = words.strip(" .").split()[squared:]
-    found = [CANONICAL.get(name) or CANONICAL.get(name.removesuffix("s")) for name in names]
-    if not found or None in found:
+    units = [CANONICAL.get(name) or CANONICAL.get(name.removesuffix("s"), "") for name in names]
+    if not units or "" in units:
         return None
-    return " ".join(found) + ({"cubic": "3"}.get(words.split()[0], "2") if squared else "")
+    return " ".join(units) + ({"cubic": "3"}.get(words.split()[0], "2") if squared else "")

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+from typing import BinaryIO
 
 from pmpo_megatron.rewards.pool import HEADER
 
@@ -56,14 +57,15 @@ def main() -> None:
         _write(results, scores)
 
 
-def _read(stream) -> object | None:
+def _read(stream: BinaryIO) -> tuple[str, list[str]] | None:
+    """The next response with its accepted answers; None where the pool is gone."""
     header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
         return None
     return json.loads(stream.read(HEADER.unpack(header)[0]))
 
 
-def _write(stream, value: object) -> None:
+def _write(stream: BinaryIO, value: object) -> None:
     data = json.dumps(value).encode()
     stream.write(HEADER.pack(len(data)) + data)
     stream.flush()

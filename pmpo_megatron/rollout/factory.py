@@ -31,8 +31,9 @@ def make_engine(
         RolloutError: it does not start; with the end of its log.
         DataError: recorded rollouts cannot be read.
     """
-    if config.engine == "replay":
+    if config.engine == "replay" and config.replay_from is not None:
         return ReplayEngine(config.replay_from)
+    engine: RolloutEngine
     if config.engine == "server":
         engine = ServerEngine(config)
     else:

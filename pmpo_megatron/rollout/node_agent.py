@@ -11,9 +11,11 @@ import os
 import secrets
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge, wait
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from pathlib import Path
 
 from pmpo_megatron.errors import RolloutError
@@ -22,14 +24,16 @@ from pmpo_megatron.rollout.vllm_child import ELSEWHERE
 from pmpo_megatron.rollout.vllm_process import LocalProcess, NodeAddress
 
 logger = logging.getLogger(__name__)
+MOST_STRANGERS = 16  # callers that have not proved the key; the next one takes the place of the oldest
+PROOF_S = 10.0  # time to prove the key; in it at most 256 bytes are read at once, whatever length a message claims
 
 
 class NodeAgent:
     """Listens until it is closed. ``address`` is for rank 0: its key lets nobody else start processes here."""
 
     def __init__(self) -> None:
-        self._listener = Listener((address_here(), 0), backlog=64)
-        self.address = NodeAddress(*self._listener.address, secrets.token_bytes(32))
+        self._listener = socket.create_server((address_here(), 0), backlog=64)
+        self.address = NodeAddress(*self._listener.getsockname(), secrets.token_bytes(32))
         self._directory = temporary_directory("pmpo-vllm-")
         self._joined: list[_Joined] = []
         threading.Thread(target=self._accept, daemon=True, name="node-agent").start()
@@ -41,58 +45,94 @@ class NodeAgent:
 
     def close(self) -> None:
         """Ends what was started here."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `_accept`, which closing alone does not
         self._listener.close()
         for joined in self._joined:
             joined.end()
         self._directory.cleanup()
 
     def _accept(self) -> None:
+        for number, caller in enumerate(self._callers()):
+            self._joined = [joined for joined in self._joined if joined.lives]
+            strangers = [joined for joined in self._joined if joined.stranger]
+            if len(strangers) >= MOST_STRANGERS:
+                strangers[0].end()
+            self._joined.append(_Joined(caller, self.address.key, Path(self._directory.name) / f"engine-{number}.log"))
+
+    def _callers(self) -> Iterator[socket.socket]:
         while True:
             try:
-                connection = self._listener.accept()
+                caller, _ = self._listener.accept()
             except OSError:
-                return  # closed
-            log_path = Path(self._directory.name) / f"engine-{len(self._joined)}.log"
-            self._joined.append(_Joined(connection, self.address.key, log_path))
+                if self._listener.fileno() < 0:
+                    return  # closed
+                time.sleep(0.1)  # the caller is gone again, or this process has no descriptor left
+            else:
+                yield caller
 
 
 class _Joined:
     """One connection and, if it is rank 0's, the vLLM behind it."""
 
-    def __init__(self, connection: Connection, key: bytes, log_path: Path) -> None:
-        self._connection, self._key, self._log_path = connection, key, log_path
+    def __init__(self, caller: socket.socket, key: bytes, log_path: Path) -> None:
+        self._caller, self._key, self._log_path = caller, key, log_path
+        self.stranger = True
         self.process: LocalProcess | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="node-agent-vllm")
         self._thread.start()
 
+    @property
+    def lives(self) -> bool:
+        return self._thread.is_alive()
+
     def end(self) -> None:
         if self.process is not None:
             self.process.interrupt()
+        self._cut_off()
         self._thread.join(timeout=10)
 
-    def _run(self) -> None:
-        try:
-            deliver_challenge(self._connection, self._key)  # here, not in `_accept`, which a silent caller would block
-            answer_challenge(self._connection, self._key)
-            launch = self._connection.recv()
-            self.process = LocalProcess(launch, self._log_path, {ELSEWHERE: "1"})
-            self._pass_on(self.process.open())
-        except AuthenticationError as error:
-            logger.warning("a caller that is not of this run was refused: %s", error)
-        except RolloutError as error:
-            self._connection.send(("error", str(error)))
-        except (EOFError, OSError):
-            pass  # rank 0 is gone, or ends this vLLM
-        finally:
-            if self.process is not None:
-                self.process.kill()
-            self._connection.close()
+    def _cut_off(self) -> None:
+        """Ends a stranger's reads; who has proved the key is not cut off."""
+        if self.stranger:
+            with suppress(OSError):
+                self._caller.shutdown(socket.SHUT_RDWR)
 
-    def _pass_on(self, theirs: Connection) -> None:
+    def _run(self) -> None:
+        with self._caller, Connection(os.dup(self._caller.fileno())) as connection:
+            try:
+                self._prove(connection)
+                self.process = LocalProcess(connection.recv(), self._log_path, {ELSEWHERE: "1"})
+                self._pass_on(connection, self.process.open())
+            except AuthenticationError as error:
+                logger.warning("a caller that is not of this run was refused: %s", error)
+            except RolloutError as error:
+                with suppress(OSError):
+                    connection.send(("error", str(error)))
+            except (EOFError, OSError):
+                pass  # rank 0 is gone, or ends this vLLM; or a stranger was cut off
+            finally:
+                if self.process is not None:
+                    self.process.kill()
+
+    def _prove(self, connection: Connection) -> None:
+        """Both sides show that they have the key; here, not in `_accept`, which a silent caller would block."""
+        limit = threading.Timer(PROOF_S, self._cut_off)
+        limit.daemon = True
+        limit.start()
+        try:
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            self.stranger = False
+        finally:
+            limit.cancel()
+            limit.join()  # it may be at work, and the connection is about to be closed
+
+    def _pass_on(self, connection: Connection, theirs: Connection) -> None:
         while True:
-            for ready in wait([self._connection, theirs]):
-                if ready is self._connection:
-                    message = self._connection.recv()
+            for ready in wait([connection, theirs]):
+                if ready is connection:
+                    message = connection.recv()
                     if message[0] == "interrupt":
                         self.process.interrupt()
                     else:
@@ -102,9 +142,9 @@ class _Joined:
                 try:
                     message = theirs.recv_bytes()
                 except (EOFError, ConnectionResetError):
-                    self._connection.send(("ended", (self.process.why_dead(), self.process.log_tail())))
+                    connection.send(("ended", (self.process.why_dead(), self.process.log_tail())))
                     return
-                self._connection.send_bytes(message)
+                connection.send_bytes(message)
 
 
 def address_here() -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from pmpo_megatron.errors import DataError, RolloutError
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
-from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
+from pmpo_megatron.types import Prompt, Rollout, RolloutGroup, to_token_ids
 
 FORMAT = 1
 
@@ -126,7 +126,7 @@ class ReplayEngine:
 def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
     rollouts = [
         {
-            "token_ids": list(r.token_ids),
+            "token_ids": r.token_ids.tolist(),
             "log_probs": [float(x) for x in r.log_probs],
             "text": r.text,
             "finish_reason": r.finish_reason,
@@ -139,8 +139,8 @@ def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
 
 
 def _rollout(record: dict[str, Any]) -> Rollout:
-    log_probs = np.array(record["log_probs"], dtype=np.float32)
-    if len(log_probs) != len(record["token_ids"]):
-        raise ValueError(f"{len(record['token_ids'])} tokens but {len(log_probs)} log-probs")
+    token_ids, log_probs = to_token_ids(record["token_ids"]), np.array(record["log_probs"], dtype=np.float32)
+    if len(log_probs) != len(token_ids):
+        raise ValueError(f"{len(token_ids)} tokens but {len(log_probs)} log-probs")
     fields = (record["text"], record["finish_reason"], record["policy_version"], record["seed"])
-    return Rollout(tuple(record["token_ids"]), log_probs, *fields)
+    return Rollout(token_ids, log_probs, *fields)

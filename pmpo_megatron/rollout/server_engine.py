@@ -21,7 +21,7 @@ import numpy as np
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.vllm_engine import make_requests
-from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
+from pmpo_megatron.types import Prompt, Rollout, RolloutGroup, to_token_ids
 
 logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -39,7 +39,8 @@ class ServerEngine:
     same_host = elsewhere = False
 
     def __init__(self, config: RolloutConfig) -> None:
-        self.config, self.version, self.broken = config, 0, None
+        self.config, self.version = config, 0
+        self.broken: str | None = None
         self.urls = [url.rstrip("/") for url in config.urls]
         self.on_loopback = all(urlsplit(url).hostname in LOOPBACK for url in self.urls)
         self.on_restart: Callable[[ServerEngine], None] | None = None
@@ -87,7 +88,10 @@ class ServerEngine:
             self.on_restart(self)
 
     def _rollout(self, choice: dict[str, Any], seed: int) -> Rollout:
-        token_ids = tuple(choice["token_ids"])
+        try:
+            token_ids = to_token_ids(choice["token_ids"])
+        except ValueError as error:
+            raise RolloutError(f"a server returned something else: {error}") from None
         log_probs = np.array([token["logprob"] for token in choice["logprobs"]["content"]], dtype=np.float32)
         if len(log_probs) != len(token_ids):
             raise RolloutError(f"a server returned {len(log_probs)} log-probs for {len(token_ids)} tokens")

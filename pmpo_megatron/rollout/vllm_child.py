@@ -8,7 +8,10 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HEARTBEAT_S = 1.0
 ELSEWHERE = "PMPO_ELSEWHERE"  # in the environment of a vLLM that is not on rank 0's node
@@ -80,11 +83,14 @@ def _generate(llm: Any, connection: Connection, requests: list[tuple[str, list[i
     connection.send(("value", None))
 
 
-def _plain(output: Any) -> tuple[str, list[int], list[float], str, str]:
-    """(request, token ids, log-prob of each sampled token, text, finish reason)."""
+def _plain(output: Any) -> tuple[str, np.ndarray, np.ndarray, str, str]:
+    """(request, token ids, int32, log-prob of each sampled token, float32, text, finish reason)."""
+    import numpy as np
+
     [sample] = output.outputs
-    token_ids = list(sample.token_ids)
-    log_probs = [entry[token].logprob for token, entry in zip(token_ids, sample.logprobs, strict=True)]
+    token_ids = np.array(sample.token_ids, dtype=np.int32)
+    log_probs = [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs, strict=True)]
+    log_probs = np.array(log_probs, dtype=np.float32)
     return output.request_id, token_ids, log_probs, sample.text, sample.finish_reason
 
 

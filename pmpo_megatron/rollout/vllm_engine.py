@@ -6,12 +6,10 @@ Never in the trainer's process: vLLM initialises torch.distributed and, when it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
-
-import numpy as np
 
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.parallel.processes import temporary_directory
@@ -109,7 +107,7 @@ class VLLMEngine:
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the engines on this host."""
+        """Those of the engines on this host."""
         return [process.process_id for process in self._processes if isinstance(process, LocalProcess)]
 
     def _start(self, processes: list[VLLMProcess]) -> None:
@@ -145,15 +143,17 @@ class VLLMEngine:
         results = _all_at_once(run, self._processes, shares)
         return {process: error for process, error in zip(self._processes, results, strict=True) if error is not None}
 
-    def _groups(self, prompts, sampling, round_index, finished) -> list[RolloutGroup]:
+    @staticmethod
+    def _groups(
+        prompts: Sequence[Prompt], sampling: SamplingConfig, round_index: int, finished: Mapping[str, tuple]
+    ) -> list[RolloutGroup]:
         groups = []
         for position, prompt in enumerate(prompts):
             rollouts = []
             for sample in range(sampling.samples_per_prompt):
                 token_ids, log_probs, text, reason, version = finished[f"{position}/{sample}"]
                 seed = request_seed(sampling, round_index, prompt.index, sample)
-                log_probs = np.array(log_probs, dtype=np.float32)
-                rollouts.append(Rollout(tuple(token_ids), log_probs, text, reason, version, seed))
+                rollouts.append(Rollout(token_ids, log_probs, text, reason, version, seed))
             groups.append(RolloutGroup(prompt, tuple(rollouts)))
         return groups
 
@@ -202,7 +202,7 @@ def make_requests(prompts: Sequence[Prompt], sampling: SamplingConfig, round_ind
     return [
         (
             f"{position}/{sample}",
-            list(prompt.token_ids),
+            prompt.token_ids.tolist(),
             common | {"seed": request_seed(sampling, round_index, prompt.index, sample)},
         )
         for position, prompt in enumerate(prompts)

@@ -11,10 +11,11 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import AuthenticationError, resource_tracker
 from multiprocessing.connection import Client, Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def give_up_starts() -> None:
 
 
 @contextlib.contextmanager
-def _without_interrupts():
+def _without_interrupts() -> Iterator[None]:
     """What is started here never sees SIGINT, which a terminal sends to all of a run's processes: its parent ends it.
 
     The mask is inherited, also by what the fork server forks later, and is in place before any of its code runs.
@@ -48,7 +49,7 @@ def _without_interrupts():
 
 
 class EngineDied(Exception):
-    """The process ended, or stopped to answer."""
+    """The process ended, or answers no longer."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,16 @@ class Launch:
     engines: int
 
     def environment(self) -> dict[str, str]:
-        """Of the process, on this host.
+        """What the environment of the process has beside this one's.
 
         Raises:
             RolloutError: the host has too few GPUs.
         """
         threads = self.threads or max(1, (os.cpu_count() or 1) // self.engines)
-        found = {"OMP_NUM_THREADS": str(threads)}
+        variables = {"OMP_NUM_THREADS": str(threads)}
         if self.device == "cuda" and self.number:
-            found["CUDA_VISIBLE_DEVICES"] = visible_gpus(self.number, self.settings["tensor_parallel_size"])
-        return found
+            variables["CUDA_VISIBLE_DEVICES"] = visible_gpus(self.number, self.settings["tensor_parallel_size"])
+        return variables
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class VLLMProcess(ABC):
             self._connection = self.open()
             if self.given_up:
                 raise EngineDied("the start was given up")
-            self._wait("ready", timeout_s, "the start of the rollout engine")
+            self._wait(self._connection, "ready", timeout_s, "the start of the rollout engine")
         except (EngineDied, RolloutError, OSError) as error:
             log = self.log_tail()
             self.kill()
@@ -133,32 +134,35 @@ class VLLMProcess(ABC):
             EngineDied: the process ended, or gave no sign of life.
             RolloutError: vLLM raised an exception; with its traceback.
         """
-        if self._connection is None:
+        connection = self._connection
+        if connection is None:
             raise EngineDied(f"{what}: it was ended and does not run")
         try:
             with self._sending:
-                self._connection.send((method, arguments))
+                connection.send((method, arguments))
         except (BrokenPipeError, ConnectionResetError):
             raise EngineDied(self.why_dead()) from None
-        return self._wait("value", timeout_s, what, on_finished)
+        return self._wait(connection, "value", timeout_s, what, on_finished)
 
-    def _wait(self, kind: str, timeout_s: float, what: str, on_finished: Callable[[list], None] | None = None) -> Any:
+    def _wait(
+        self, connection: Connection, kind: str, timeout_s: float, what: str, on_finished: Callable[[list], None] | None = None
+    ) -> Any:
         """The content of the next message of ``kind``; every message counts as a sign of life."""
         while True:
-            if not self._connection.poll(timeout_s):
+            if not connection.poll(timeout_s):
                 raise EngineDied(f"{what}: no sign of life for {timeout_s:g} s")
             try:
-                found, content = self._connection.recv()
+                received, content = connection.recv()
             except (EOFError, ConnectionResetError):
                 raise EngineDied(self.why_dead()) from None
-            if found == "finished" and on_finished is not None:
+            if received == "finished" and on_finished is not None:
                 on_finished(content)
-            elif found == "error":
+            elif received == "error":
                 raise RolloutError(f"{what} failed:\n{content}")
-            elif found == "ended":
+            elif received == "ended":
                 self._end = content
                 raise EngineDied(self.why_dead())
-            elif found == kind:
+            elif received == kind:
                 return content
 
     @abstractmethod
@@ -195,10 +199,11 @@ class LocalProcess(VLLMProcess):
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pmpo_megatron.rollout.vllm_preload"])
         self._log_path, self._environment = log_path, launch.environment() | (environment or {})
-        self._process = None
+        self._process: ForkServerProcess | None = None
 
     @property
     def process_id(self) -> int:
+        assert self._process is not None and self._process.pid is not None  # it was started
         return self._process.pid
 
     @property
@@ -209,14 +214,16 @@ class LocalProcess(VLLMProcess):
         connection, theirs = self._context.Pipe()
         alive, self._alive = self._context.Pipe(duplex=False)
         arguments = (theirs, alive, str(self._log_path), self.launch.settings, self._environment)
-        self._process = self._context.Process(target=vllm_child.serve, args=arguments, name="vllm")
+        process = self._process = self._context.Process(target=vllm_child.serve, args=arguments, name="vllm")
         with _without_interrupts():
-            self._process.start()
+            process.start()
         theirs.close()
         alive.close()
         return connection
 
     def why_dead(self) -> str:
+        if self._process is None:
+            return "the rollout engine's process was ended"
         self._process.join(timeout=5)
         code = self._process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
@@ -255,13 +262,16 @@ class RemoteProcess(VLLMProcess):
 
     def open(self) -> Connection:
         self._end = None
-        connection = Client((self._address.host, self._address.port), authkey=self._address.key)
+        try:
+            connection = Client((self._address.host, self._address.port), authkey=self._address.key)
+        except (EOFError, AuthenticationError) as error:
+            raise EngineDied(f"who answers on {self._address.host} did not prove to be of this run ({error!r})") from None
         connection.send(self.launch)
         return connection
 
     def why_dead(self) -> str:
         try:
-            while self._end is None and self._connection.poll():
+            while self._end is None and self._connection is not None and self._connection.poll():
                 kind, content = self._connection.recv()
                 self._end = content if kind == "ended" else None
         except (EOFError, OSError):
@@ -273,12 +283,9 @@ class RemoteProcess(VLLMProcess):
         return self._end[1] if self._end is not None else f"Its log was on {self._address.host}."
 
     def interrupt(self) -> None:
-        try:
-            with self._sending:
-                if self._connection is not None:
-                    self._connection.send(("interrupt", ()))
-        except OSError:
-            pass  # it has ended
+        with contextlib.suppress(OSError), self._sending:  # it may have ended
+            if self._connection is not None:
+                self._connection.send(("interrupt", ()))
 
     def kill(self) -> None:
         if self._connection is not None:

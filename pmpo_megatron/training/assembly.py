@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.monitor import RunLog, write_report
 from pmpo_megatron.parallel.collectives import broadcast_object, gather_objects
 from pmpo_megatron.parallel.liveness import report_failure
+from pmpo_megatron.parallel.stand_by import StandBy
 from pmpo_megatron.parallel.state import ParallelState, initialize, shut_down
 from pmpo_megatron.rewards import RewardScorer
 from pmpo_megatron.rollout.config import RolloutConfig
@@ -40,7 +42,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     logger.info("%s", state.describe())
     try:
         with ExitStack() as parts:
-            stop.close = lambda: (report_failure(KeyboardInterrupt("interrupted")), parts.close())
+            stop.close = functools.partial(_interrupt, parts)
             trainer = build_trainer(config, state, stop, parts)
             stop.started()
             finished = trainer.run()
@@ -53,6 +55,11 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         _say_goodbye(config, finished)
     shut_down()
     return 0
+
+
+def _interrupt(parts: ExitStack) -> None:
+    report_failure(KeyboardInterrupt("interrupted"))
+    parts.close()
 
 
 def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, parts: ExitStack) -> Trainer:
@@ -70,18 +77,25 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, pa
     if config.objective.kl_coefficient:
         reference = Policy.build(config.model, None, config.parallel, state)
     store = CheckpointStore(Path(config.run.directory) / "checkpoints", config.checkpoint, policy)
-    saved = store.load_latest(RunProgress.of) if config.checkpoint.resume else store.set_aside()
+    if not config.checkpoint.resume:
+        store.set_aside()
+    saved = store.load_latest(RunProgress.of) if config.checkpoint.resume else None
     progress = RunProgress.of(saved) if saved else RunProgress()
     if saved:
         logger.info("going on after round %d of %d", progress.round, config.run.rounds)
     engine = starting.result() if starting is not None else None
-    bridge = WeightBridge(policy, engine, config.bridge)
+    stand_by = StandBy(state)
+    parts.callback(stand_by.close)
+    bridge = WeightBridge(policy, engine, config.bridge, stand_by)
     parts.callback(bridge.close)
-    collector, evaluator, log = _main_parts(config, engine, data, progress, parts) if state.is_main else (None, None, None)
+    collector = evaluator = log = None
+    if engine is not None and data is not None:  # on rank 0
+        collector, evaluator, log = _main_parts(config, engine, data, progress, parts)
     return Trainer(
         config,
         policy=policy,
         reference=reference,
+        stand_by=stand_by,
         bridge=bridge,
         store=store,
         collector=collector,
@@ -101,7 +115,7 @@ def _other_nodes(config: RolloutConfig, state: ParallelState, parts: ExitStack) 
         agent = NodeAgent()
         parts.callback(agent.close)
         address = agent.address
-    return [found for found in gather_objects(address, state) if found is not None]
+    return [node for node in gather_objects(address, state) if node is not None]
 
 
 def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nodes: list[NodeAddress]) -> Future[RolloutEngine]:
@@ -132,13 +146,12 @@ def _end_engine(future: Future[RolloutEngine]) -> None:
 def _load_data(config: RunConfig) -> tuple[PromptSet, PromptSet | None]:
     """The prompts to train on, and those held out."""
     tokenizer, vocab_size = load_tokenizer(config.model.path), read_shape(config.model.path).vocab_size
-    train, held_out = (
-        None if data is None else load_prompts(data, tokenizer, vocab_size=vocab_size)
-        for data in (config.data, config.evaluation.data)
-    )
-    for found in filter(None, (train, held_out)):
-        if found.too_long:
-            logger.warning("%d of %d prompts are too long and left out", found.too_long, found.too_long + len(found))
+    train, held_out = load_prompts(config.data, tokenizer, vocab_size=vocab_size), None
+    if config.evaluation.data is not None:
+        held_out = load_prompts(config.evaluation.data, tokenizer, vocab_size=vocab_size)
+    for prompts in filter(None, (train, held_out)):
+        if prompts.too_long:
+            logger.warning("%d of %d prompts are too long and left out", prompts.too_long, prompts.too_long + len(prompts))
     return train, held_out
 
 

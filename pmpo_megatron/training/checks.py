@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +26,7 @@ from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import round_up
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> list[str]:
@@ -115,7 +117,8 @@ def _on_gpu(config: RunConfig) -> bool:
     return config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
 
 
-def _in_section(section: str, call):
+def _in_section(section: str, call: Callable[[], T]) -> T:
+    """``call()``, whose ConfigError names a field of ``section``."""
     try:
         return call()
     except ConfigError as error:

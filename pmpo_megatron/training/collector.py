@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pmpo_megatron.algo.advantages import compute_advantages
 from pmpo_megatron.data.prompts import PromptSet
 from pmpo_megatron.data.sampler import PromptSampler
@@ -16,17 +18,19 @@ from pmpo_megatron.rewards import RewardScorer, ScoredGroup, score_groups
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.training.run_config import BatchConfig, RoundConfig
-from pmpo_megatron.types import Sample
+from pmpo_megatron.types import Sample, TrajectoryTable
 
 POLL_S = 0.05
 
 
 @dataclass(frozen=True)
 class RoundBatch:
-    """A round's trajectories, the same on every rank, and what rank 0 saw while it collected them."""
+    """A round's trajectories and what was seen while they were collected; on rank 0 alone, the others get their samples."""
 
-    round_index: int
     samples: tuple[Sample, ...]  # group after group
+    table: TrajectoryTable  # of the samples
+    rewards: np.ndarray  # float64, one for each sample
+    policy_version: int  # that made the first of them
     metrics: dict[str, float | Metric]
     sampler_state: dict[str, Any]  # after this round's prompts: what a checkpoint of the finished round holds
     examples: tuple[dict[str, Any], ...]  # a few rollouts for people
@@ -96,9 +100,12 @@ class Collector:
             "rewards/errors": float(sum(stats.errors.values())),
         }
         metrics["time/collecting_s"] = time.monotonic() - started
+        samples = make_samples(groups, advantage=self.advantage)
         return RoundBatch(
-            round_index=round_index,
-            samples=tuple(make_samples(groups, advantage=self.advantage)),
+            samples=tuple(samples),
+            table=TrajectoryTable.of(samples),
+            rewards=np.array([reward for group in groups for reward in group.rewards]),
+            policy_version=groups[0].group.rollouts[0].policy_version,
             metrics=metrics,
             sampler_state=self.sampler.state(),
             examples=tuple(example_rollouts(groups, self.examples)),
@@ -124,11 +131,11 @@ class Collector:
 
 
 def make_samples(groups: Sequence[ScoredGroup], *, advantage: str) -> list[Sample]:
-    """One `Sample` for every response, group after group; weights are set when the optimizer steps are known."""
+    """One `Sample` for every response, group after group."""
     advantages = compute_advantages([group.rewards for group in groups], advantage)
     samples: list[Sample] = []
     for group_id, (scored, values) in enumerate(zip(groups, advantages, strict=True)):
-        for rollout, reward, value in zip(scored.group.rollouts, scored.rewards, values, strict=True):
+        for rollout, value in zip(scored.group.rollouts, values, strict=True):
             samples.append(
                 Sample(
                     sample_id=len(samples),
@@ -137,10 +144,7 @@ def make_samples(groups: Sequence[ScoredGroup], *, advantage: str) -> list[Sampl
                     response_ids=rollout.token_ids,
                     rollout_log_probs=rollout.log_probs,
                     truncated=rollout.finish_reason == "length",
-                    reward=reward,
                     advantage=float(value),
-                    weight=0.0,
-                    policy_version=rollout.policy_version,
                 )
             )
     return samples

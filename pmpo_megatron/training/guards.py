@@ -6,16 +6,16 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pmpo_megatron.errors import MismatchError, NonFiniteError
-from pmpo_megatron.model.step import TokenScores
+from pmpo_megatron.model.micro_batch import ScoredMicroBatch
 from pmpo_megatron.model.step_results import StepResult
 from pmpo_megatron.monitor import Metric, summarize
 from pmpo_megatron.parallel.state import ParallelState
 from pmpo_megatron.training.run_config import GuardConfig
-from pmpo_megatron.types import MicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,7 @@ def check_step(result: StepResult, skipped_in_a_row: int, config: GuardConfig, n
 def dump_step(
     directory: Path,
     name: str,
-    micro_batches: Sequence[MicroBatch],
-    old: Sequence[TokenScores | None],
-    reference: Sequence[TokenScores | None] | None,
+    micro_batches: Sequence[ScoredMicroBatch],
     result: StepResult,
     state: ParallelState,
 ) -> None:
@@ -49,8 +47,6 @@ def dump_step(
     plain = {
         "problem": result.problem,
         "micro_batches": [_plain(micro_batch) for micro_batch in micro_batches],
-        "old": [None if scores is None else _plain(scores) for scores in old],
-        "reference": None if reference is None else [None if scores is None else _plain(scores) for scores in reference],
         "trajectories": {key: torch.from_numpy(values) for key, values in result.trajectories.items()},
     }
     try:
@@ -60,9 +56,12 @@ def dump_step(
         logger.warning("%s: not written: %s", path, error)
 
 
-def _plain(record: MicroBatch | TokenScores) -> dict:
-    fields = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
-    return {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in fields.items()}
+def _plain(scored: ScoredMicroBatch) -> dict[str, Any]:
+    """The fields of both records in one; of Megatron's description of the sequences their boundaries."""
+    both = [(item.name, getattr(record, item.name)) for record in (scored.batch, scored) for item in dataclasses.fields(record)]
+    fields = {name: value for name, value in both if name not in ("batch", "sequences")}
+    fields["boundaries"] = scored.batch.sequences.boundaries
+    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in fields.items()}
 
 
 def check_mismatch(

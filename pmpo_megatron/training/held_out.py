@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from pmpo_megatron.data.prompts import PromptSet
 from pmpo_megatron.monitor import Distribution, Mean, Metric
 from pmpo_megatron.rewards import RewardScorer, ScoredGroup, score_groups
@@ -35,8 +37,8 @@ class Evaluator:
         The engine sees a negative round number: seeds and recorded rollouts of evaluations are apart from training's.
         """
         groups = self._answer(self.sampling, -1 - round_index)
-        lengths = [len(rollout.token_ids) for group in groups for rollout in group.group.rollouts]
-        metrics = {"eval/accuracy_mean": _accuracy(groups), "eval/length": Distribution(lengths)}
+        lengths = np.array([len(rollout.token_ids) for group in groups for rollout in group.group.rollouts])
+        metrics: dict[str, Metric] = {"eval/accuracy_mean": _accuracy(groups), "eval/length": Distribution(lengths)}
         if self.greedy is not None:
             metrics["eval/greedy_accuracy_mean"] = _accuracy(self._answer(self.greedy, -1 - round_index))
         return metrics

@@ -12,6 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from pmpo_megatron.errors import ConfigError, PmpoError
 
@@ -70,15 +71,18 @@ def rank_environment() -> tuple[int, int]:
     Raises:
         ConfigError: only some of torchrun's variables are set.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
-    if len(missing) == len(names) or set(missing) == set(names) - {"MASTER_ADDR", "MASTER_PORT"}:
+    from pmpo_megatron.parallel.state import RANK_VARIABLES  # imports torch, which --help must not wait for
+
+    missing = [name for name in RANK_VARIABLES if name not in os.environ]
+    if set(missing) in (set(RANK_VARIABLES), {"RANK", "WORLD_SIZE", "LOCAL_RANK"}):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     elif missing:
-        raise ConfigError("environment", f"{', '.join(missing)} not set; start with torchrun, or without any of {names}")
+        raise ConfigError(
+            "environment", f"{', '.join(missing)} not set; start with torchrun, or without any of {RANK_VARIABLES}"
+        )
     return _number("RANK"), world_size_of_environment()
 
 
@@ -115,11 +119,11 @@ def quiet_libraries() -> None:
 
 
 def _rank() -> int:
-    """Before anything is checked; nonsense counts as 0, and is named later."""
+    """This process's rank before anything is checked: nonsense counts as 0, and is named later."""
     return int(rank) if (rank := os.environ.get("RANK", "0")).isdigit() else 0
 
 
-def _leave(*signal_and_frame: object) -> None:
+def _leave(*signal_and_frame: object) -> NoReturn:
     """Ends this process where it is; children notice that it is gone. No exception passes through libraries' imports."""
     if _rank() == 0:
         os.write(2, b"interrupted\n")
@@ -127,7 +131,7 @@ def _leave(*signal_and_frame: object) -> None:
 
 
 def close_on_interrupt() -> None:
-    """From here on an interrupt is a KeyboardInterrupt, because there is something to close; before, it just ends."""
+    """Makes an interrupt a KeyboardInterrupt, because there is something to close now; before, it just ends the process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

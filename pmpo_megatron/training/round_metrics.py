@@ -9,14 +9,12 @@ import torch
 import torch.distributed as dist
 
 from pmpo_megatron.algo.importance import MISMATCH, mismatch_sums
-from pmpo_megatron.model.inputs import local_indices
-from pmpo_megatron.model.step import TokenScores
+from pmpo_megatron.model.micro_batch import ScoredMicroBatch
 from pmpo_megatron.model.step_results import StepResult
 from pmpo_megatron.monitor import Distribution, Maximum, Mean, Metric, Sum
 from pmpo_megatron.parallel.collectives import gather_objects, sum_over
 from pmpo_megatron.parallel.liveness import naming_ranks
 from pmpo_megatron.parallel.state import ParallelState
-from pmpo_megatron.types import MicroBatch, Sample
 
 
 def step_metrics(results: Sequence[StepResult]) -> dict[str, Metric]:
@@ -47,32 +45,24 @@ def trajectory_arrays(results: Sequence[StepResult]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([result.trajectories[name] for result in results]) for name in results[0].trajectories}
 
 
-def trajectory_record(results: Sequence[StepResult], samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    """What the report plots of each trajectory."""
+def trajectory_record(results: Sequence[StepResult], rewards: np.ndarray) -> dict[str, np.ndarray]:
+    """What the report plots of each trajectory; ``rewards`` are those of the round's samples, by their number."""
     arrays = trajectory_arrays(results)
-    rewards = {sample.sample_id: sample.reward for sample in samples}
     chosen = {name: arrays[name] for name in ("p", "ess", "target_ess", "clip_fraction", "length")}
-    return chosen | {"reward": np.array([rewards[i] for i in arrays["sample_id"].tolist()])}
+    return chosen | {"reward": rewards[arrays["sample_id"]]}
 
 
 def measure_mismatch(
-    steps: Sequence[Sequence[MicroBatch]],
-    old: Sequence[Sequence[TokenScores | None]],
-    log_bounds: tuple[float, float],
-    state: ParallelState,
+    steps: Sequence[Sequence[ScoredMicroBatch]], log_bounds: tuple[float, float], state: ParallelState
 ) -> dict[str, Metric]:
     """|trainer - engine| log-probs of the sampled tokens before any update of the round. Collective; equal on every rank."""
     found = None
     if state.is_last_stage:
         sums = torch.zeros(len(MISMATCH), dtype=torch.float64, device=state.device)
         largest = torch.zeros((), dtype=torch.float64, device=state.device)
-        for micro_batch, scores in (
-            (m, s) for step, parts in zip(steps, old, strict=True) for m, s in zip(step, parts, strict=True)
-        ):
-            here = local_indices(micro_batch, state)
-            rollout_T = micro_batch.rollout_log_probs_T[here].to(state.device)
-            trajectory_T = micro_batch.trajectory_T[here].to(state.device)
-            more, peak = mismatch_sums(scores.log_probs_T, rollout_T, trajectory_T, log_bounds)
+        for item in (item for step in steps for item in step):
+            batch = item.batch
+            more, peak = mismatch_sums(item.old_log_probs_T, batch.rollout_log_probs_T, batch.trajectory_T, log_bounds)
             sums, largest = sums + more, torch.maximum(largest, peak)
         sums = sum_over(state.dp_cp_group)(sums)
         with naming_ranks("the largest mismatch"):

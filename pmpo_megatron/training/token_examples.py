@@ -9,15 +9,19 @@ import numpy as np
 import torch
 
 from pmpo_megatron.algo.objective import ObjectiveConfig, evaluate_objective
-from pmpo_megatron.model.inputs import local_indices
-from pmpo_megatron.model.step import TokenScores
+from pmpo_megatron.model.micro_batch import ScoredMicroBatch
+from pmpo_megatron.model.policy import Policy
+from pmpo_megatron.model.step import score
 from pmpo_megatron.model.step_results import StepResult
 from pmpo_megatron.parallel.collectives import gather_objects
-from pmpo_megatron.parallel.state import ParallelState
-from pmpo_megatron.types import MicroBatch, Sample
+from pmpo_megatron.training.collector import RoundBatch
+from pmpo_megatron.training.run_config import RunConfig
+from pmpo_megatron.types import Float32s, Float64s, Integers, Sample, TrajectoryTable
 
 RECORDED_ROUNDS = 40  # of a run, evenly spread
 MAX_TOKENS = 4096  # of a trajectory that a person would look at
+
+LogProbs = tuple[Integers, Float32s, Float32s]  # positions in the sequence, old and new log-probs; one for each token
 
 
 def recorded(round_index: int, rounds: int) -> bool:
@@ -26,84 +30,76 @@ def recorded(round_index: int, rounds: int) -> bool:
 
 
 def token_examples(
-    micro_batches: Sequence[MicroBatch],
-    old: Sequence[TokenScores | None],
-    new: Sequence[TokenScores | None],
+    policy: Policy,
+    micro_batches: Sequence[ScoredMicroBatch],
     result: StepResult,
-    samples: Sequence[Sample],
+    batch: RoundBatch | None,
+    table: TrajectoryTable,
+    config: RunConfig,
     *,
-    objective: ObjectiveConfig,
-    progress: float,
-    count: int,
+    round_index: int,
     decode: Callable[[int], str] | None,
-    state: ParallelState,
 ) -> list[dict[str, Any]]:
-    """``count`` trajectories of one optimizer step as `describe_tokens` has them, on rank 0. Collective.
+    """Trajectories of a round's last optimizer step as `describe_tokens` has them, on rank 0; none elsewhere. Collective.
+
+    They are weighed for the policy as the round leaves it: one forward pass after the last update.
 
     Args:
-        micro_batches, old, samples: of the step.
-        new: the log-probs that the step saw: `score` just before it.
-        decode: a token as text; None on all ranks but rank 0.
+        micro_batches, result: of that step.
+        table: of all trajectories of the round.
+        batch: the round's, on rank 0, as is ``decode``: a token as text.
     """
-    by_id = {sample.sample_id: sample for sample in samples}
-    chosen = choose(result, by_id, count)
-    local = local_log_probs(micro_batches, old, new, chosen, state) if state.tp_rank == 0 else {}
-    parts = gather_objects(local, state)
-    if decode is None:
+    wanted = config.monitor.token_examples and recorded(round_index, config.run.rounds)
+    if not wanted or not result.applied:
+        return []
+    chosen = choose(result, table.advantages_N, config.monitor.token_examples)
+    parts = gather_objects(local_log_probs(policy, micro_batches, chosen, config.sampling.temperature), policy.state)
+    if batch is None or decode is None:
         return []
     examples = []
     for sample_id in chosen:
-        pieces = [part[sample_id] for part in parts if sample_id in part]
-        position, before, now = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        columns = zip(*[part[sample_id] for part in parts if sample_id in part], strict=True)
+        position, old, new = (np.concatenate(column) for column in columns)
         order = np.argsort(position)
-        examples.append(
-            describe_tokens(by_id[sample_id], before[order], now[order], objective, progress=progress, decode=decode)
-        )
+        sample, progress = batch.samples[sample_id], round_index / config.run.rounds
+        shares = describe_tokens(sample, old[order], new[order], config.objective, progress=progress)
+        text = {"prompt": "".join(map(decode, sample.prompt_ids)), "tokens": [decode(token) for token in sample.response_ids]}
+        examples.append(shares | text | {"reward": float(batch.rewards[sample_id])})
     return examples
 
 
-def choose(result: StepResult, by_id: dict[int, Sample], count: int) -> list[int]:
-    """Sample ids of ``count`` trajectories that have a gradient, from the least p to the largest; the same on every rank."""
+def choose(result: StepResult, advantages_N: Float64s, count: int) -> list[int]:
+    """Numbers of ``count`` trajectories that have a gradient, from the least p to the largest; the same on every rank."""
     arrays = result.trajectories
     order = np.lexsort((arrays["sample_id"], arrays["ess"] / np.maximum(arrays["length"], 1), arrays["p"]))
-    ids = [int(arrays["sample_id"][i]) for i in order if 0 < arrays["length"][i] <= MAX_TOKENS]
-    ids = [sample_id for sample_id in ids if by_id[sample_id].advantage != 0]
+    wanted = (arrays["length"] > 0) & (arrays["length"] <= MAX_TOKENS) & (advantages_N[arrays["sample_id"]] != 0)
+    ids = arrays["sample_id"][order[wanted[order]]].astype(int).tolist()
     at = np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int)) if ids else []
     return [ids[index] for index in at]
 
 
 def local_log_probs(
-    micro_batches: Sequence[MicroBatch],
-    old: Sequence[TokenScores | None],
-    new: Sequence[TokenScores | None],
-    chosen: Sequence[int],
-    state: ParallelState,
-) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(positions, old, new log-probs) of this rank's response tokens of each chosen trajectory; on the last stage."""
-    found = {}
-    for micro_batch, before, now in zip(micro_batches, old, new, strict=True):
-        if before is None or now is None:
-            continue
-        here = local_indices(micro_batch, state)
-        trajectory_T = micro_batch.trajectory_T[here]
-        for index, sample_id in enumerate(micro_batch.sample_ids):
+    policy: Policy, micro_batches: Sequence[ScoredMicroBatch], chosen: Sequence[int], temperature: float
+) -> dict[int, LogProbs]:
+    """This rank's response tokens of each chosen trajectory; nothing on ranks that only repeat another's. Collective."""
+    now = score(policy, [item.batch for item in micro_batches], temperature=temperature)
+    if not policy.state.is_last_stage or policy.state.tp_rank != 0:
+        return {}
+    log_probs: dict[int, LogProbs] = {}
+    for before, after in zip(micro_batches, now, strict=True):
+        batch = before.batch
+        columns = (batch.position_ids_1T[0], before.old_log_probs_T, after.old_log_probs_T)
+        for index, sample_id in enumerate(batch.sample_ids):
             if sample_id in chosen:
-                at = (trajectory_T == index).nonzero().flatten()
-                values = (before.log_probs_T.cpu()[at].numpy(), now.log_probs_T.cpu()[at].numpy())
-                found[sample_id] = (here[at].numpy(), *values)
-    return found
+                position, old, new = (column[batch.trajectory_T == index].cpu().numpy() for column in columns)
+                log_probs[sample_id] = (position, old, new)
+    return log_probs
 
 
 def describe_tokens(
-    sample: Sample,
-    old_T: np.ndarray,
-    new_T: np.ndarray,
-    objective: ObjectiveConfig,
-    *,
-    progress: float,
-    decode: Callable[[int], str],
+    sample: Sample, old_T: Float32s, new_T: Float32s, objective: ObjectiveConfig, *, progress: float
 ) -> dict[str, Any]:
-    """One trajectory for `monitor.token_page`: text, ``log_ratio`` and ``weight`` w[t] * T of every response token.
+    """The numbers of one trajectory for `monitor.token_page`: ``log_ratio`` and ``weight`` w[t] * T of every response token.
 
     The weights come out of the objective's own gradient, d loss / d log_ratio = -A M w[t], so they are right for every rule
     and clip; a token that is clipped has weight 0.
@@ -120,15 +116,12 @@ def describe_tokens(
         None,
         progress,
     )
-    output.surrogate.backward()
-    weight_T = -log_probs_T.grad.numpy() / (sample.advantage * float(output.power_mean_N)) * length
+    (gradient_T,) = torch.autograd.grad(output.surrogate, log_probs_T)
+    weight_T: Float64s = -gradient_T.numpy() / (sample.advantage * float(output.power_mean_N)) * length
     one = {name: float(getattr(output, f"{name}_N")) for name in ("p", "ess", "target_ess", "clip_fraction")}
     return one | {
         "sample_id": sample.sample_id,
         "advantage": sample.advantage,
-        "reward": sample.reward,
-        "prompt": "".join(map(decode, sample.prompt_ids)),
-        "tokens": [decode(token) for token in sample.response_ids],
         "log_ratio": (new_T - old_T).round(4).tolist(),
         "weight": weight_T.round(4).tolist(),
     }

@@ -26,7 +26,7 @@ from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
-from tests.distributed.parity_worker import TEMPERATURE, micro_batches
+from tests.distributed.parity_worker import TEMPERATURE, prepared
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.003, warmup_steps=3)
 
@@ -41,12 +41,11 @@ class Run:
         self.store = CheckpointStore(root, CheckpointConfig(keep=2, **checkpoint), self.policy)
 
     def train(self, steps: int) -> None:
-        multiple = self.parallel.pipeline * (self.parallel.virtual_pipeline or 0)
-        batches = micro_batches(self.state.dp_size, self.state.dp_rank, multiple)
+        batches = prepared(self.state)
         for _ in range(steps):
-            old = score(self.policy, batches, temperature=TEMPERATURE)
+            scored = score(self.policy, batches, temperature=TEMPERATURE)
             for _ in range(2):
-                optimizer_step(self.policy, batches, old, objective=PRESETS["pmpo"], progress=0.0, temperature=TEMPERATURE)
+                optimizer_step(self.policy, scored, objective=PRESETS["pmpo"], progress=0.0, temperature=TEMPERATURE)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole tensors by Hugging Face name on rank 0."""

@@ -10,13 +10,13 @@ from pmpo_megatron.algo.objective import PRESETS
 from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.checkpoint.config import CheckpointConfig
 from pmpo_megatron.checkpoint.store import CheckpointStore, load_sharded
-from pmpo_megatron.data.packing import make_micro_batch
 from pmpo_megatron.errors import CheckpointError
+from pmpo_megatron.model.micro_batch import prepare
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
-from tests.distributed.parity_worker import TEMPERATURE, micro_batches, samples
+from tests.distributed.parity_worker import TEMPERATURE, prepared, whole_batch
 
 EXTRA_STATE = "_extra_state"  # objects of Megatron's linear layers, empty without float8
 
@@ -82,9 +82,9 @@ def load_layouts(layouts: list[dict], cases: list[tuple[str, str, str]]) -> list
 
 def scores(policy: Policy) -> torch.Tensor | None:
     """Log-probs of every response token of `samples`, in one micro-batch; None where this rank has not the last stage."""
-    batches = [make_micro_batch(samples(), 16, 0)] * 2  # the interleaved schedule needs as many as pipeline stages
+    batches = [prepare(whole_batch(), policy.state)] * 2  # the interleaved schedule needs as many as pipeline stages
     result = score(policy, batches, temperature=TEMPERATURE)[0]
-    return None if result is None else result.log_probs_T
+    return result.old_log_probs_T if policy.state.is_last_stage else None
 
 
 def train_and_save(path: str, root: str, layouts: dict[str, dict]) -> dict[str, dict]:
@@ -98,10 +98,9 @@ def train_and_save(path: str, root: str, layouts: dict[str, dict]) -> dict[str, 
         parallel = ParallelConfig(**layout)
         state = initialize(parallel, device="cpu")
         policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.01), parallel, state)
-        batches = micro_batches(state.dp_size, state.dp_rank, parallel.pipeline * (parallel.virtual_pipeline or 0))
-        old = score(policy, batches, temperature=TEMPERATURE)
+        scored = score(policy, prepared(state), temperature=TEMPERATURE)
         for _ in range(2):
-            optimizer_step(policy, batches, old, objective=PRESETS["pmpo"], progress=0.0, temperature=TEMPERATURE)
+            optimizer_step(policy, scored, objective=PRESETS["pmpo"], progress=0.0, temperature=TEMPERATURE)
         CheckpointStore(f"{root}/{name}", CheckpointConfig(), policy).save(1, {"round": 1}, required=True)
         weights[name] = {key: tensor.clone() for key, tensor in WeightSource(policy)}
         shut_down(keep_world=True)

@@ -7,9 +7,9 @@ import torch
 from pmpo_megatron.model import step as step_module
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
-from pmpo_megatron.model.step import TokenScores, optimizer_step, score
+from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
-from tests.distributed.parity_worker import STEPS, TEMPERATURE, TYPICAL, micro_batches, recording
+from tests.distributed.parity_worker import STEPS, TEMPERATURE, prepared, recording, staled
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.02, epsilon=0.05, weight_decay=0.1, clip_grad=0.25)
 
@@ -22,21 +22,16 @@ def two_steps(path: str, number: int) -> dict:
     parallel = ParallelConfig()
     state = initialize(parallel, device="cpu")
     policy = Policy.build(ModelConfig(path=path, log_prob_chunk=13), OPTIMIZER, parallel, state)
-    batches, stale, gradients, before = micro_batches(1, 0, 0), [], [], values_of(policy)
-    for batch, scores in zip(batches, score(policy, batches, temperature=TEMPERATURE), strict=True):
-        shift = torch.where(batch.trajectory_T >= 0, batch.rollout_log_probs_T - TYPICAL, 0.0)
-        stale.append(TokenScores(scores.log_probs_T + shift, scores.entropy_T))
+    gradients, before = [], values_of(policy)
+    stale = [staled(scored) for scored in score(policy, prepared(state), temperature=TEMPERATURE)]
     step_module.apply_gradients = recording(policy, gradients)
     results = [
-        optimizer_step(
-            policy, batches, stale, objective=objective, progress=0.5, temperature=TEMPERATURE,
-            reference_log_probs=stale if objective.kl_coefficient else None,
-        )
+        optimizer_step(policy, stale, objective=objective, progress=0.5, temperature=TEMPERATURE)
         for objective in (STEPS[number], STEPS[1 - number])
-    ]  # fmt: skip
+    ]
     after = values_of(policy)
     shut_down()
-    old = [scores.log_probs_T for scores in stale]
+    old = [scored.old_log_probs_T for scored in stale]
     return {"before": before, "after": after, "gradients": gradients, "old": old, "results": results}
 
 

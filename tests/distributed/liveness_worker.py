@@ -17,6 +17,8 @@ from pmpo_megatron.parallel.collectives import any_rank, broadcast_object
 from pmpo_megatron.parallel.liveness import naming_ranks
 
 BAD = 1  # the rank that misbehaves
+# On a machine with twenty other busy processes a rank that lives may not run for seconds; these are longer.
+HEARTBEAT_S, STALL_S = 1.5, 12.0
 
 
 def connect(timeout_s: float):
@@ -24,7 +26,7 @@ def connect(timeout_s: float):
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", timeout=timedelta(seconds=200))
     group = dist.new_group(timeout=timedelta(seconds=timeout_s))
-    liveness.start_watch(rank=rank, world_size=world_size, heartbeat_s=0.2, stall_s=2.0)
+    liveness.start_watch(rank=rank, world_size=world_size, heartbeat_s=HEARTBEAT_S, stall_s=STALL_S)
     dist.barrier()
     state = SimpleNamespace(rank=rank, world_size=world_size, control_group=group)
     assert not any_rank(False, state) and any_rank(rank == BAD, state)
@@ -64,7 +66,7 @@ def elsewhere(state):
 def slow_source(state):
     """A source that takes longer than ``stall_s`` and the collectives' time-out, but lives: all is well."""
     if state.rank == BAD:
-        time.sleep(4)
+        time.sleep(STALL_S + 2)
     value = broadcast_object({"from": state.rank}, state, source=BAD)
     assert value == {"from": BAD}, value
     print("RECEIVED", flush=True)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from pmpo_megatron.algo.objective import PRESETS, ObjectiveConfig
 from pmpo_megatron.config import build
-from pmpo_megatron.data.packing import make_micro_batch
+from pmpo_megatron.data.packing import pack
 from pmpo_megatron.model import step as step_module
-from pmpo_megatron.model.inputs import local_indices
+from pmpo_megatron.model.micro_batch import MicroBatch, ScoredMicroBatch, prepare
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
-from pmpo_megatron.model.step import TokenScores, optimizer_step, score
+from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.collectives import gather_tensor
 from pmpo_megatron.parallel.shards import join_context_shards
-from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
-from pmpo_megatron.types import Sample
+from pmpo_megatron.parallel.state import ParallelConfig, ParallelState, initialize, shut_down
+from pmpo_megatron.types import PackedTrajectories, Sample
 
 VOCAB = 250
 PROMPTS = (5, 20, 3, 8, 1, 12)
@@ -33,36 +36,53 @@ STEPS = (
 )
 
 
-def samples() -> list[Sample]:
-    """Six trajectories: stale enough that clipping binds, with advantages of both signs and unequal weights."""
+def samples() -> tuple[list[Sample], list[float]]:
+    """Six trajectories, stale enough that clipping binds, with advantages of both signs; and their unequal weights."""
     rng = np.random.default_rng(11)
-    made = []
+    made, weights = [], []
     for index, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         made.append(
             Sample(
                 sample_id=100 + index,
                 group_id=0,
-                prompt_ids=tuple(int(t) for t in rng.integers(0, VOCAB, prompt)),
-                response_ids=tuple(int(t) for t in rng.integers(0, VOCAB, response)),
+                prompt_ids=rng.integers(0, VOCAB, prompt).astype(np.int32),
+                response_ids=rng.integers(0, VOCAB, response).astype(np.int32),
                 rollout_log_probs=(TYPICAL + 0.5 * rng.standard_normal(response)).astype(np.float32),
                 truncated=False,
-                reward=0.0,
                 advantage=float(rng.standard_normal()),
-                weight=float(rng.uniform(0.05, 0.3)),
-                policy_version=0,
             )
         )
-    return made
+        weights.append(float(rng.uniform(0.05, 0.3)))
+    return made, weights
 
 
-def micro_batches(dp_size: int, dp_rank: int, multiple: int) -> list:
+def whole_batch() -> PackedTrajectories:
+    """All of `samples` in one micro-batch."""
+    return pack(*samples(), sequence_multiple=16)
+
+
+def micro_batches(dp_size: int, dp_rank: int, multiple: int) -> list[PackedTrajectories]:
     """Uneven micro-batches of this data-parallel rank; padding to 16 gives trajectory 100 to one context rank only."""
     if dp_size == 1:
         split = [[0], [1, 2], [3, 4], [5]] if multiple > 1 else [[0], [1, 2], [3, 4, 5]]
     else:
         split = {2: ([[1, 2], [0]], [[3, 4, 5], []]), 4: ([[0], [1]], [[2], []], [[3], [4]], [[5], []])}[dp_size][dp_rank]
-    made = samples()
-    return [make_micro_batch([made[i] for i in members], 16, 0) for members in split]
+    made, weights = samples()
+    return [pack([made[i] for i in each], [weights[i] for i in each], sequence_multiple=16) for each in split]
+
+
+def prepared(state: ParallelState) -> list[MicroBatch]:
+    """`micro_batches` of this rank, prepared."""
+    multiple = state.pp_size * (state.config.virtual_pipeline or 0)
+    return [prepare(packed, state) for packed in micro_batches(state.dp_size, state.dp_rank, multiple)]
+
+
+def staled(scored: ScoredMicroBatch) -> ScoredMicroBatch:
+    """As if the old log-probs, which the reference's equal, were of another policy: off by the fake rollouts' scatter."""
+    batch, old_T = scored.batch, scored.old_log_probs_T
+    shift_T = torch.where(batch.trajectory_T >= 0, batch.rollout_log_probs_T - TYPICAL, 0.0)
+    old_T = old_T + shift_T if len(old_T) else old_T  # only the last pipeline stage has any
+    return replace(scored, old_log_probs_T=old_T, reference_log_probs_T=old_T)
 
 
 def run_layouts(layouts: list[dict], paths: dict[str, str], task: str) -> list[dict]:
@@ -88,24 +108,13 @@ def train(model: ModelConfig, parallel: ParallelConfig, state, distributed: bool
     # Adam's epsilon is large so that an update is smooth in the gradient, not its sign: rounding stays rounding.
     optimizer = OptimizerConfig(learning_rate=0.02, epsilon=0.05, weight_decay=0.1, clip_grad=0.5, distributed=distributed)
     policy = Policy.build(model, optimizer, parallel, state)
-    batches = micro_batches(state.dp_size, state.dp_rank, parallel.pipeline * (parallel.virtual_pipeline or 0))
-    initial = score(policy, batches, temperature=TEMPERATURE)
-    stale, empty = [], 0
-    for batch, scores in zip(batches, initial, strict=True):
-        here = local_indices(batch, state)
-        wanted = batch.trajectory_T[here] >= 0
-        empty += int(batch.num_trajectories > 0 and not wanted.any())
-        shift = torch.where(wanted, batch.rollout_log_probs_T[here] - TYPICAL, 0.0)
-        stale.append(None if scores is None else TokenScores(scores.log_probs_T + shift, scores.entropy_T))
+    batches = prepared(state)
+    empty = sum(batch.num_trajectories > 0 and not len(batch.wanted) for batch in batches)
+    stale = [staled(scored) for scored in score(policy, batches, temperature=TEMPERATURE)]
     gradients, results = [], []
     step_module.apply_gradients = recording(policy, gradients)
     for objective in STEPS:
-        results.append(
-            optimizer_step(
-                policy, batches, stale, objective=objective, progress=0.5, temperature=TEMPERATURE,
-                reference_log_probs=stale if objective.kl_coefficient else None,
-            )
-        )  # fmt: skip
+        results.append(optimizer_step(policy, stale, objective=objective, progress=0.5, temperature=TEMPERATURE))
     values = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
     return dict(gradients=gradients, values=values, results=results, empty_shards=empty)
 
@@ -137,14 +146,14 @@ def complete_buffers(policy: Policy) -> None:
 def logits(model: ModelConfig, parallel: ParallelConfig, state) -> dict:
     """Log-probs and entropies of all response tokens, whole; and logits [T, V] where this layout can give them simply."""
     policy = Policy.build(model, None, parallel, state)
-    batches = micro_batches(state.dp_size, state.dp_rank, parallel.pipeline * (parallel.virtual_pipeline or 0))
-    scores = score(policy, batches, temperature=TEMPERATURE)
+    batches = prepared(state)
+    scored, entropies = score(policy, batches, temperature=TEMPERATURE), entropies_of(policy, batches)
     found = {"log_probs": [], "entropy": [], "logits": []}
     if not state.is_last_stage:
         return found
-    for batch, part in zip(batches, scores, strict=True):
-        boundaries = batch.cu_seqlens.tolist()
-        for name, shard in (("log_probs", part.log_probs_T), ("entropy", part.entropy_T)):
+    for batch, item, entropy in zip(batches, scored, entropies, strict=True):
+        boundaries = batch.sequences.boundaries
+        for name, shard in (("log_probs", item.old_log_probs_T), ("entropy", entropy)):
             found[name].append(join_context_shards(gather_tensor(shard, state.cp_group), boundaries))
     if state.pp_size == 1 and state.cp_size == 1:
         found["logits"] = [full_logits(policy, batch) for batch in batches]
@@ -152,12 +161,19 @@ def logits(model: ModelConfig, parallel: ParallelConfig, state) -> dict:
 
 
 @torch.no_grad()
-def full_logits(policy: Policy, batch) -> torch.Tensor:
-    from pmpo_megatron.model.inputs import prepare_inputs
+def entropies_of(policy: Policy, batches: list[MicroBatch]) -> list[torch.Tensor]:
+    """Of every micro-batch, as an optimizer step computes them; empty off the last stage."""
 
-    inputs = prepare_inputs(batch, policy.state)
+    def collect(batch, hidden, non_loss_data=True):
+        return policy.score_hidden_states(hidden, batch.targets_T, batch.wanted, temperature=TEMPERATURE, entropy=True)[1]
+
+    return step_module._run_schedule(policy, [(batch, partial(collect, batch)) for batch in batches], forward_only=True)
+
+
+@torch.no_grad()
+def full_logits(policy: Policy, batch: MicroBatch) -> torch.Tensor:
     [model] = policy.modules
-    hidden = policy.chunks[0](inputs.tokens_1T, inputs.position_ids_1T, None, packed_seq_params=inputs.packed)
+    hidden = policy.chunks[0](batch.tokens_1T, batch.position_ids_1T, None, packed_seq_params=batch.sequences)
     weight = model.shared_embedding_or_output_weight() if policy.shape.tied_embeddings else None
     logits = model.output_layer(hidden, weight=weight)[0][:, 0]
     return torch.cat(gather_tensor(logits, policy.state.tp_group), dim=-1)[:, :VOCAB]

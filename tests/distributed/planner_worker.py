@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from pmpo_megatron.algo.objective import PRESETS
-from pmpo_megatron.data.packing import make_micro_batch
-from pmpo_megatron.model.inputs import packed_sequences
+from pmpo_megatron.data.packing import pack
+from pmpo_megatron.model.layers import packed_sequences
+from pmpo_megatron.model.micro_batch import prepare
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
@@ -81,7 +82,7 @@ def measure_activations(case: dict, parallel: ParallelConfig, state: ParallelSta
     positions = torch.cat([torch.arange(end - start) for start, end in pairwise(BOUNDARIES)])[here]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=packed)
-        output = policy.score_hidden_states(hidden, tokens, torch.arange(len(tokens)), temperature=1.0)
+        output, _ = policy.score_hidden_states(hidden, tokens, torch.arange(len(tokens)), temperature=1.0, entropy=True)
     assert output.requires_grad
     return storage_bytes(kept)
 
@@ -89,18 +90,17 @@ def measure_activations(case: dict, parallel: ParallelConfig, state: ParallelSta
 def measure_in_flight(path: str, parallel: ParallelConfig, state: ParallelState, count: int) -> int:
     """Most bytes that autograd keeps at any time of an optimizer step of ``count`` equal micro-batches in a pipeline."""
     policy = Policy.build(ModelConfig(path=path), OptimizerConfig(), parallel, state)
-    batches = [make_micro_batch([sample_of(length) for length in LENGTHS], 4, 0)] * count
-    old = score(policy, batches, temperature=1.0)
+    packed = pack([sample_of(length) for length in LENGTHS], [0.1] * len(LENGTHS), sequence_multiple=4)
+    scored = score(policy, [prepare(packed, state)] * count, temperature=1.0)
     live = LiveBytes({p.untyped_storage().data_ptr() for m in policy.modules for p in m.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(live.keep, lambda held: held.tensor):
-        optimizer_step(policy, batches, old, objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
+        optimizer_step(policy, scored, objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
     return live.most
 
 
 def sample_of(length: int) -> Sample:
-    prompt, response = tuple(range(4)), tuple(range(length - 4))
-    log_probs = np.full(len(response), -5.0, dtype=np.float32)
-    return Sample(0, 0, prompt, response, log_probs, False, 1.0, 1.0, 0.1, 0)
+    prompt, response = np.arange(4, dtype=np.int32), np.arange(length - 4, dtype=np.int32)
+    return Sample(0, 0, prompt, response, np.full(len(response), -5.0, dtype=np.float32), False, 1.0)
 
 
 class LiveBytes:

@@ -13,7 +13,7 @@ from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
-from tests.distributed.parity_worker import TEMPERATURE, micro_batches
+from tests.distributed.parity_worker import TEMPERATURE, prepared
 
 OBJECTIVE = PRESETS["pmpo"]
 
@@ -25,8 +25,7 @@ def run_layouts(layouts: list[dict], path: str) -> list[dict]:
         recompute = options.pop("recompute", "none")
         parallel = ParallelConfig(**options)
         state = initialize(parallel, device="cpu")
-        batches = micro_batches(state.dp_size, state.dp_rank, parallel.pipeline * (parallel.virtual_pipeline or 0))
-        world = Case(ModelConfig(path=path, recompute=recompute, log_prob_chunk=16), parallel, state, batches)
+        world = Case(ModelConfig(path=path, recompute=recompute, log_prob_chunk=16), parallel, state, prepared(state))
         found.append({"twice": [world.two_steps() for _ in range(2)], "broken": world.broken(), "refused": world.refusals()})
         shut_down(keep_world=True)
     shut_down()
@@ -43,38 +42,38 @@ class Case:
     def build(self) -> Policy:
         return Policy.build(self.model, OptimizerConfig(learning_rate=0.01), self.parallel, self.state)
 
-    def step(self, policy, old, batches=None, **changes):
+    def step(self, policy, scored, **changes):
         settings = dict(objective=OBJECTIVE, progress=0.0, temperature=TEMPERATURE) | changes
-        return optimizer_step(policy, batches or self.batches, old, **settings)
+        return optimizer_step(policy, scored, **settings)
 
     def two_steps(self):
         """An on-policy step and the one after it, with the weights they lead to."""
         policy = self.build()
-        old = score(policy, self.batches, temperature=TEMPERATURE)
-        results = [self.step(policy, old), self.step(policy, old)]
+        scored = score(policy, self.batches, temperature=TEMPERATURE)
+        results = [self.step(policy, scored), self.step(policy, scored)]
         return results, {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
 
     def broken(self):
         """(problem, whether weights and schedule stayed) for NaN in a weight, for a gradient that overflows, and after."""
         policy = self.build()
-        old = score(policy, self.batches, temperature=TEMPERATURE)
-        found = []
+        scored = score(policy, self.batches, temperature=TEMPERATURE)
+        found, replace = [], dataclasses.replace
         huge = [
-            dataclasses.replace(batch, weights_N=batch.weights_N * 1e30, advantages_N=batch.advantages_N * 1e20)
-            for batch in self.batches
+            replace(item, batch=replace(item.batch, weights_N=batch.weights_N * 1e30, advantages_N=batch.advantages_N * 1e20))
+            for item, batch in zip(scored, self.batches, strict=True)
         ]
         before = self.values(policy)
-        result = self.step(policy, old, huge)
+        result = self.step(policy, huge)
         found.append((result, self.same(policy, before)))
         victim = next((p for name, p in policy.named_parameters() if name == "decoder.layers.0.mlp.linear_fc2.weight"), None)
         if victim is not None:
             kept = victim.detach().clone()
             victim.data[0, 0] = float("nan")
         before = self.values(policy)
-        found.append((self.step(policy, old), self.same(policy, before)))
+        found.append((self.step(policy, scored), self.same(policy, before)))
         if victim is not None:
             victim.data.copy_(kept)
-        found.append((self.step(policy, old), policy.scheduler.num_updates))
+        found.append((self.step(policy, scored), policy.scheduler.num_updates))
         return found
 
     def values(self, policy):
@@ -88,14 +87,13 @@ class Case:
     def refusals(self):
         """Messages of calls that cannot work."""
         policy = self.build()
-        old = score(policy, self.batches, temperature=TEMPERATURE)
+        scored = score(policy, self.batches, temperature=TEMPERATURE)
         reference = Policy.build(self.model, None, self.parallel, self.state)
         penalised = build(ObjectiveConfig, {"preset": "pmpo", "kl_coefficient": 0.1})
         messages = []
         for call in (
-            lambda: self.step(policy, old[:-1]),
-            lambda: self.step(policy, old, objective=penalised),
-            lambda: self.step(reference, old),
+            lambda: self.step(policy, scored, objective=penalised),
+            lambda: self.step(reference, scored),
         ):
             try:
                 call()

@@ -8,11 +8,10 @@ import torch
 from pmpo_megatron.convert import Options, hf_to_megatron, megatron_to_hf
 from pmpo_megatron.convert.hugging_face import SafetensorsWeights
 from pmpo_megatron.convert.megatron import MODEL_PARTS
-from pmpo_megatron.data.packing import make_micro_batch
 from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.shape import read_shape
 from tests.distributed.harness import run_ranks
-from tests.distributed.parity_worker import samples
+from tests.distributed.parity_worker import whole_batch
 from tests.distributed.test_parity import score_with
 from tests.tiny_models import save_tiny_model
 
@@ -67,7 +66,7 @@ class TestLoadingOnLayouts:
         import transformers
 
         model = transformers.AutoModelForCausalLM.from_pretrained(models[kind][0], dtype=torch.float32)
-        expected = score_with(model, make_micro_batch(samples(), 16, 0))[0]
+        expected = score_with(model, whole_batch())[0]
         found = [rank[list(PAIR).index(layout)][kind][1] for rank in loaded]
         assert sum(scores is not None for scores in found) == (2 if layout == "tp2" else 1)
         for scores in (scores for scores in found if scores is not None):

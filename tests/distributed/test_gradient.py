@@ -3,6 +3,8 @@
 Layouts are compared with each other in test_parity; here is what all of them must equal.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from tests.unit.algo.reference import reference_objective
 
 def scores_of(model, batch):
     """Log-probs of the targets and entropies, every sequence alone, with gradient."""
-    bounds = zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)
+    bounds = pairwise(batch.boundaries)
     logits = torch.cat([model(batch.tokens_T[None, start:end]).logits[0] for start, end in bounds])
     table = (logits / TEMPERATURE).log_softmax(-1)
     return table.gather(1, batch.targets_T[:, None])[:, 0], -(table.exp() * table).sum(-1)
@@ -35,7 +37,7 @@ def step_loss(model, batches, old, config):
         )
         [gradient] = torch.autograd.grad(objective, leaf)
         if config.importance == "sequence":
-            for index in range(batch.num_trajectories):
+            for index in range(len(batch.sample_ids)):
                 chosen = batch.trajectory_T == index
                 gap = (old_T[chosen] - batch.rollout_log_probs_T[chosen]).mean()
                 gradient[chosen] *= min(float(gap.exp()), config.importance_cap)

@@ -30,10 +30,8 @@ def shards(cases):
         hidden, weight, uniform, upstream = problem()
         weight[vocab_size:] = 30.0  # padding that would be seen
         hidden, mine = hidden.requires_grad_(), weight.chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
-        log_probs, entropy = token_log_probs(
-            hidden, mine, targets_of(uniform, vocab_size),
-            vocab_size=vocab_size, temperature=TEMPERATURE, chunk_tokens=chunk, group=dist.group.WORLD,
-        )  # fmt: skip
+        settings = dict(vocab_size=vocab_size, temperature=TEMPERATURE, chunk_tokens=chunk, group=dist.group.WORLD)
+        log_probs, entropy = token_log_probs(hidden, mine, targets_of(uniform, vocab_size), **settings)
         (log_probs * upstream[0] + entropy * upstream[1]).sum().backward()
         found.append([x.detach() for x in (log_probs, entropy, hidden.grad, mine.grad)])
     dist.destroy_process_group()

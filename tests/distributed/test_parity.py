@@ -4,6 +4,8 @@ A whole optimizer step, off-policy, with active clipping, packed uneven micro-ba
 micro-batch of padding only, and a context-parallel rank whose shard holds no response token.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -152,12 +154,7 @@ def transformers_scores(models):
 
 @torch.no_grad()
 def score_with(model, batch):
-    logits = torch.cat(
-        [
-            model(batch.tokens_T[None, start:end]).logits[0]
-            for start, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)
-        ]
-    )
+    logits = torch.cat([model(batch.tokens_T[None, start:end]).logits[0] for start, end in pairwise(batch.boundaries)])
     log_probs = (logits / TEMPERATURE).log_softmax(-1)
     response = batch.trajectory_T >= 0
     chosen = log_probs.gather(1, batch.targets_T[:, None])[:, 0]

@@ -9,9 +9,8 @@ from pmpo_megatron.model import architecture
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
-from pmpo_megatron.parallel.shards import join_context_shards
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
-from tests.distributed.parity_worker import TEMPERATURE, micro_batches
+from tests.distributed.parity_worker import TEMPERATURE, prepared
 
 
 def train(path: str, layout: dict, dtype: str, *, own_layers: bool = False) -> dict:
@@ -28,10 +27,9 @@ def train(path: str, layout: dict, dtype: str, *, own_layers: bool = False) -> d
         parallel,
         state,
     )
-    batches = micro_batches(state.dp_size, state.dp_rank, parallel.pipeline * (parallel.virtual_pipeline or 0))
-    old = score(policy, batches, temperature=TEMPERATURE)
+    scored = score(policy, prepared(state), temperature=TEMPERATURE)
     settings = dict(objective=PRESETS["pmpo"], progress=0.0, temperature=TEMPERATURE)
-    results = [optimizer_step(policy, batches, old, **settings) for _ in range(2)]
+    results = [optimizer_step(policy, scored, **settings) for _ in range(2)]
     found = {
         "first": results[0].trajectories,
         "losses": [result.loss for result in results],
@@ -43,8 +41,7 @@ def train(path: str, layout: dict, dtype: str, *, own_layers: bool = False) -> d
         "main_gradients": sorted({str(parameter.main_grad.dtype) for _, parameter in policy.named_parameters()}),
     }
     if state.is_last_stage and state.cp_size == 1:
-        boundaries = batches[0].cu_seqlens.tolist()
-        found["log_probs"] = join_context_shards([old[0].log_probs_T.cpu()], boundaries).numpy()
+        found["log_probs"] = scored[0].old_log_probs_T.cpu().numpy()
     shut_down()
     return found
 

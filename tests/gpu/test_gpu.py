@@ -53,7 +53,7 @@ def test_log_probs_are_those_of_transformers(layers, path, request):
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     batch = micro_batches(1, 0, 0)[0]
     with torch.no_grad():
-        logits = model(batch.tokens_T[None, : int(batch.cu_seqlens[1])]).logits[0] / TEMPERATURE
+        logits = model(batch.tokens_T[None, : batch.boundaries[1]]).logits[0] / TEMPERATURE
     expected = torch.log_softmax(logits, -1).gather(1, batch.targets_T[: len(logits), None])[:, 0].numpy()
     response = (batch.trajectory_T[: len(logits)] == 0).numpy()
     runs = request.getfixturevalue(layers)

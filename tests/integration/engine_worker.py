@@ -20,11 +20,13 @@ from pmpo_megatron.data.packing import pack
 from pmpo_megatron.errors import RolloutError, WeightSyncError
 from pmpo_megatron.hf.safetensors import SafetensorsWriter, copy_side_files
 from pmpo_megatron.hf.tiny_model import make_tokenizer
+from pmpo_megatron.model.micro_batch import prepare
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.collectives import barrier, gather_objects
 from pmpo_megatron.parallel.shards import sequence_multiple
+from pmpo_megatron.parallel.stand_by import StandBy
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.factory import make_engine
@@ -49,8 +51,7 @@ def save_model(kind: str, directory: Path) -> str:
 def prompts(count: int = 4) -> list[Prompt]:
     rng = np.random.default_rng(5)
     return [
-        Prompt(index, tuple(int(t) for t in rng.integers(2, 80, 5 + 7 * index)), f"problem {index}", ("1",))
-        for index in range(count)
+        Prompt(index, rng.integers(2, 80, 5 + 7 * index).astype(np.int32), f"problem {index}", ("1",)) for index in range(count)
     ]
 
 
@@ -66,29 +67,25 @@ def train(policy: Policy, parallel: ParallelConfig) -> None:
         Sample(
             sample_id=i,
             group_id=0,
-            prompt_ids=tuple(int(t) for t in rng.integers(2, 80, 6)),
-            response_ids=tuple(int(t) for t in rng.integers(2, 80, 20)),
+            prompt_ids=rng.integers(2, 80, 6).astype(np.int32),
+            response_ids=rng.integers(2, 80, 20).astype(np.int32),
             rollout_log_probs=np.zeros(20, dtype=np.float32),
             truncated=False,
-            reward=0.0,
             advantage=(-1.0) ** i,
-            weight=0.25,
-            policy_version=0,
         )
         for i in range(4)
     ]
     state = policy.state
-    batches = pack(samples, max_tokens=64, data_parallel_size=state.dp_size, sequence_multiple=sequence_multiple(parallel))[
-        state.dp_rank
-    ]
-    old = score(policy, batches, temperature=1.0)
-    result = optimizer_step(policy, batches, old, objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
+    mine = samples[state.dp_rank :: state.dp_size]
+    packed = [pack([sample], [0.25], sequence_multiple=sequence_multiple(parallel)) for sample in mine]
+    scored = score(policy, [prepare(each, state) for each in packed], temperature=1.0)
+    result = optimizer_step(policy, scored, objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
     assert result.applied
 
 
-def answers(engine) -> list[tuple[tuple[int, ...], np.ndarray]]:
+def answers(engine) -> list[tuple[list[int], np.ndarray]]:
     groups = engine.generate(prompts(), GREEDY, round_index=0)
-    return [(group.rollouts[0].token_ids, group.rollouts[0].log_probs) for group in groups]
+    return [(group.rollouts[0].token_ids.tolist(), group.rollouts[0].log_probs) for group in groups]
 
 
 def export(bridge: WeightBridge, path: str, target: Path) -> None:
@@ -115,7 +112,7 @@ def update_and_compare(path: str, layout: dict, engine_settings: dict, bridge_se
         if engine is not None:
             parts.callback(engine.close)
             found["before"] = answers(engine)
-        bridge = WeightBridge(policy, engine, BridgeConfig(**bridge_settings))
+        bridge = WeightBridge(policy, engine, BridgeConfig(**bridge_settings), stand_by := StandBy(state))
         parts.callback(bridge.close)
         train(policy, parallel)
         report = bridge.push(7)
@@ -126,7 +123,7 @@ def update_and_compare(path: str, layout: dict, engine_settings: dict, bridge_se
         export(bridge, path, target)
         if engine is not None:
             os.kill(engine.process_ids[0], signal.SIGKILL)
-        found["restarted"] = bridge.attend(lambda: answers(engine))
+        found["restarted"] = stand_by.run(lambda: answers(engine))
         if engine is not None:
             engine.close()
             parts.pop_all()
@@ -153,7 +150,8 @@ def update_nodes(path: str, bridge_settings: dict, directory: str) -> dict | Non
         if engine is not None:
             parts.callback(engine.close)
             found["before"] = answers(engine)
-        bridge = WeightBridge(policy, engine, BridgeConfig(bucket_mib=SMALL, timeout_s=200, **bridge_settings))
+        stand_by = StandBy(state)
+        bridge = WeightBridge(policy, engine, BridgeConfig(bucket_mib=SMALL, timeout_s=200, **bridge_settings), stand_by)
         parts.callback(bridge.close)
         train(policy, ParallelConfig())
         bridge.push(7)
@@ -165,13 +163,13 @@ def update_nodes(path: str, bridge_settings: dict, directory: str) -> dict | Non
         barrier(state, "the exported checkpoint")
         if agent is not None:
             os.kill(agent.process_ids[-1], signal.SIGKILL)
-        found["restarted"] = bridge.attend(lambda: answers(engine))
+        found["restarted"] = stand_by.run(lambda: answers(engine))
         if agent is not None:
             killer = threading.Timer(0.02, os.kill, (agent.process_ids[-1], signal.SIGKILL))
             killer.start()
         began = time.monotonic()
         bridge.push(8)
-        found["killed, seconds"], found["killed"] = time.monotonic() - began, bridge.attend(lambda: answers(engine))
+        found["killed, seconds"], found["killed"] = time.monotonic() - began, stand_by.run(lambda: answers(engine))
         if engine is not None:
             engine.close()
             fresh = engine_for(str(target))
@@ -192,7 +190,7 @@ def corrupt_and_recover(path: str, engines: int) -> dict:
     state = initialize(parallel, device="cpu")
     policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.02), parallel, state)
     engine = engine_for(path, engines=engines)
-    bridge = WeightBridge(policy, engine, BridgeConfig(bucket_mib=SMALL, timeout_s=200))
+    bridge = WeightBridge(policy, engine, BridgeConfig(bucket_mib=SMALL, timeout_s=200), StandBy(state))
     train(policy, parallel)
     real, send, found = engine.collective_rpc, SharedFile.move, {}
 
@@ -249,14 +247,14 @@ def update_servers(path: str, urls: list[str], directory: str, bridge_settings: 
         RolloutConfig(engine="server", urls=tuple(urls)), model_path=path, device="cpu", worker_extension=EXTENSION
     )
     found = {"before": answers(engine)}
-    bridge = WeightBridge(policy, engine, BridgeConfig(**bridge_settings))
+    bridge = WeightBridge(policy, engine, BridgeConfig(**bridge_settings), stand_by := StandBy(state))
     train(policy, ParallelConfig())
     bridge.push(4)
     found["after"] = answers(engine)
     real, calls = engine.on_restart, []
     engine.on_restart = lambda engine: (calls.append(engine.version), real(engine))
     engine.version = 5  # as if the servers, which say 4, had been started again since
-    found["again"], found["restored"] = bridge.attend(lambda: answers(engine)), calls
+    found["again"], found["restored"] = stand_by.run(lambda: answers(engine)), calls
     export(bridge, path, Path(directory) / "exported")
     bridge.close()
     fresh = engine_for(str(Path(directory) / "exported"))

@@ -53,10 +53,9 @@ def start(model: str, directory: Path, *settings: str, processes: int = 1) -> su
     """A run in a process group of its own, so that all of it can be killed; its output goes to ``directory``.log."""
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     with open(f"{directory}.log", "ab") as log:
-        return subprocess.Popen(
-            command(model, directory, *settings, processes=processes),
-            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        started = command(model, directory, *settings, processes=processes)
+        output = dict(stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(started, cwd=ROOT, env=environment, start_new_session=True, **output)
 
 
 def output(directory: Path) -> str:

@@ -125,7 +125,7 @@ def test_figures_are_those_of_the_records(place):
 
 
 def test_a_complete_evaluation_starts_no_engine(place, capsys, monkeypatch):
-    monkeypatch.setattr("pmpo_megatron.commands.evaluate.make_engine", None)
+    monkeypatch.setattr("pmpo_megatron.benchmarks.evaluation.make_engine", None)
     assert main(arguments(place)) == 0
     assert capsys.readouterr().out == (place / "table").read_text()
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -59,3 +61,15 @@ def test_at_any_moment(model, tmp_path, after):
 @pytest.mark.parametrize("after", [0.0, 2.0, 4.0, 6.0])
 def test_at_any_moment_of_the_engines_start(model, tmp_path, after):
     interrupt(model, tmp_path / "run", after, said="processes on cpu")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_while_a_command_imports_its_libraries(name, tmp_path):
+    """Torch is loaded file by file for a second or more; a traceback would go through it."""
+    command = [sys.executable, "-m", f"pmpo_megatron.commands.{name}"]
+    command += ["model", "--out", str(tmp_path)] if name == "evaluate" else ["model.path=model"]
+    with subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        runs.wait_until(lambda: "libtorch" in maps.read_text(), timeout=100, what="the import of torch")
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate(timeout=100)[0], process.returncode) == ("interrupted\n", 130)

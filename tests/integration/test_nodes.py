@@ -1,17 +1,22 @@
 """Engines on every node: two ranks stand for two nodes, each the first of its own, and the network is this host's."""
 
 import multiprocessing
+import os
 import socket
+import struct
+import threading
 import time
+from contextlib import ExitStack
 from multiprocessing.connection import Client
 
 import pytest
 
 from pmpo_megatron.errors import RolloutError
+from pmpo_megatron.rollout import node_agent
 from pmpo_megatron.rollout.config import RolloutConfig
-from pmpo_megatron.rollout.node_agent import NodeAgent
+from pmpo_megatron.rollout.node_agent import MOST_STRANGERS, NodeAgent
 from pmpo_megatron.rollout.vllm_engine import engine_settings
-from pmpo_megatron.rollout.vllm_process import Launch, RemoteProcess
+from pmpo_megatron.rollout.vllm_process import Launch, NodeAddress, RemoteProcess
 from tests.distributed.harness import run_ranks
 from tests.integration.engine_worker import save_model
 from tests.integration.test_bridge import WORKER, same
@@ -60,3 +65,68 @@ def test_whoever_lacks_the_key_starts_nothing_and_does_not_stop_others(agent):
     Client((agent.address.host, agent.address.port), authkey=agent.address.key).close()
     silent.close()
     assert agent.process_ids == []
+
+
+def stranger(agent) -> socket.socket:
+    """Somebody who has read the agent's challenge and does not answer."""
+    caller = socket.create_connection((agent.address.host, agent.address.port), timeout=60)
+    assert caller.recv(1000), "the challenge"
+    return caller
+
+
+def is_cut_off(caller: socket.socket) -> bool:
+    """Waits for the end of the connection, for at most the socket's own 60 s."""
+    try:
+        return caller.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_strangers_do_not_add_up_and_do_not_keep_rank_0_out(agent, monkeypatch):
+    monkeypatch.setattr(node_agent, "PROOF_S", 1000.0)
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with ExitStack() as callers:
+        strangers = [callers.enter_context(stranger(agent)) for _ in range(5 * MOST_STRANGERS)]
+        assert all(map(is_cut_off, strangers[:-MOST_STRANGERS])), "each newcomer takes the place of the oldest"
+        assert threading.active_count() <= threads + 2 * MOST_STRANGERS, "a thread and a timer for each"
+        assert len(os.listdir("/proc/self/fd")) <= descriptors + len(strangers) + 2 * MOST_STRANGERS
+        Client((agent.address.host, agent.address.port), authkey=agent.address.key).close()
+
+
+def test_a_stranger_has_little_time_however_slowly_it_talks(agent, monkeypatch):
+    monkeypatch.setattr(node_agent, "PROOF_S", 2.0)
+    with stranger(agent) as silent, stranger(agent) as slow:
+        slow.sendall(struct.pack("!i", 200))
+        began = time.monotonic()
+        try:
+            while time.monotonic() < began + 60:  # each byte is a sign of life
+                slow.sendall(b"x")
+                time.sleep(0.3)
+        except OSError:
+            pass
+        assert time.monotonic() < began + 50
+        assert is_cut_off(silent)
+
+
+def test_who_has_proved_the_key_may_take_its_time(agent, monkeypatch):
+    monkeypatch.setattr(node_agent, "PROOF_S", 0.5)
+    with Client((agent.address.host, agent.address.port), authkey=agent.address.key) as known, ExitStack() as callers:
+        for _ in range(2 * MOST_STRANGERS):
+            callers.enter_context(stranger(agent))
+        assert not known.poll(1.5), "it is neither cut off nor told anything"
+
+
+@pytest.mark.parametrize("header", [struct.pack("!i", 2**31 - 1), struct.pack("!iQ", -1, 2**62)], ids=["2 GiB", "4 EiB"])
+def test_a_stranger_cannot_announce_a_large_message(agent, header):
+    with stranger(agent) as caller:
+        caller.sendall(header)
+        assert is_cut_off(caller), "before any of it was sent or room was made for it"
+    Client((agent.address.host, agent.address.port), authkey=agent.address.key).close()
+
+
+def test_rank_0_is_told_when_its_agent_does_not_answer():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=lambda: other.accept()[0].close(), daemon=True).start()
+        process = RemoteProcess(Launch({}, "cpu", 1, 0, 1), NodeAddress(*other.getsockname(), b"key"))
+        with pytest.raises(RolloutError, match="did not start.*127.0.0.1 did not prove"):
+            process.start(20)

@@ -115,7 +115,10 @@ class TestGuards:
         dumps = sorted((directory / "skipped").glob("*.pt"))
         assert len(dumps) == 2
         dump = torch.load(dumps[0], weights_only=True)
-        assert dump["problem"] and dump["micro_batches"][0]["tokens_T"].numel() > 0 and dump["old"]
+        assert (
+            dump["problem"]
+            and dump["micro_batches"][0]["tokens_1T"].numel() == dump["micro_batches"][0]["old_log_probs_T"].numel() > 0
+        )
 
     def test_engine_and_trainer_with_different_weights_stop_the_run(self, model, recorded, tmp_path):
         """Another model's rollouts stand for an engine that does not hold the trainer's weights."""

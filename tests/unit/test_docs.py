@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from pmpo_megatron.algo.objective import ObjectiveConfig, evaluate_objective
 from pmpo_megatron.config import build, to_plain
-from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.errors import ConfigError, MappingError
+from pmpo_megatron.hf.mapping import WeightMapping
+from pmpo_megatron.hf.shape import ARCHITECTURES, Architecture, shape_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -27,7 +30,6 @@ CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w/.])(?:tools|examples|tests|docs|requirements|pmpo_megatron|\.ci)/[\w./-]*\w/?")
 MODULE = re.compile(r"(?<![\w/.])pmpo_megatron(?:\.\w+)+")
-MADE_BY_THE_READER = {"pmpo_megatron/hf/mistral.py"}  # what the documentation asks for; not files of the project
 
 
 def page_name(page):
@@ -68,8 +70,8 @@ def exists_in_package(name):
 
 def test_the_configuration_reference_is_current():
     tool = [sys.executable, "tools/make_config_reference.py", "--check"]
-    found = subprocess.run(tool, cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert found.returncode == 0, found.stderr
+    check = subprocess.run(tool, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert check.returncode == 0, check.stderr
 
 
 def test_an_outdated_reference_is_noticed(tmp_path, monkeypatch, capsys):
@@ -94,10 +96,22 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_files_and_modules_that_are_named_exist(page):
     text = page.read_text()
-    files = {name for name in PATH.findall(text) if name.rstrip("/") not in MADE_BY_THE_READER}
-    absent = sorted(name for name in files if not (ROOT / name).exists())
-    assert not absent
+    assert not sorted(name for name in set(PATH.findall(text)) if not (ROOT / name).exists())
     assert not sorted(name for name in set(MODULE.findall(text)) if not exists_in_package(name))
+
+
+def test_the_example_of_an_architecture_is_complete(monkeypatch):
+    """docs/adding_an_architecture.md: its row alone gives the tensors of transformers' own Mistral, and refuses a window."""
+    row = re.search(r"^ARCHITECTURES\[.*\] = .*$", (ROOT / "docs/adding_an_architecture.md").read_text(), re.MULTILINE)[0]
+    monkeypatch.setattr("pmpo_megatron.hf.shape.ARCHITECTURES", table := dict(ARCHITECTURES))
+    exec(row, {"ARCHITECTURES": table, "Architecture": Architecture})
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.MistralConfig(**sizes, vocab_size=100, sliding_window=None, architectures=["MistralForCausalLM"])
+    tensors = transformers.MistralForCausalLM(config).named_parameters()
+    shapes = WeightMapping(shape_of(config.to_dict())).hf_shapes
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in tensors}
+    with pytest.raises(MappingError, match="sliding_window is 4096; only full attention"):
+        shape_of(config.to_dict() | {"sliding_window": 4096})
 
 
 class TestTheExampleOfARule:
@@ -157,7 +171,7 @@ def cited_headings(text):
 
 def test_headings_that_code_and_tools_cite_exist():
     sources = [*(ROOT / "pmpo_megatron").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
-    cited = {(source, *found) for source in sources for found in cited_headings(source.read_text())}
+    cited = {(source, *citation) for source in sources for citation in cited_headings(source.read_text())}
     assert cited
     for source, page, heading in cited:
         assert re.search(rf"^#+ {re.escape(heading)}$", (ROOT / page).read_text(), re.MULTILINE), (source, page, heading)

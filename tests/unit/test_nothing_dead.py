@@ -7,7 +7,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "pmpo_megatron").rglob("*.py"))
-USERS = [*(ROOT / "tools").rglob("*.py"), *(ROOT / "examples").rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "setup.py"]
+USERS = [
+    *(ROOT / "tools").rglob("*.py"),
+    *(ROOT / "examples").rglob("*.py"),
+    *(ROOT / "docs").glob("*.md"),
+    ROOT / "pyproject.toml",
+]
 CALLED_BY_LIBRARIES = {
     "_postprocess",  # Megatron's GPTModel
     "forward",  # torch

@@ -57,10 +57,9 @@ def test_wrong_input_is_one_line(capfd, tmp_path, overrides, message):
     ],
 )
 def test_the_command_itself(arguments, variables, message):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "pmpo_megatron.commands.train", "--dry-run", *arguments],
-        env=dict(os.environ, PYTHONPATH=str(ROOT), **variables), capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-m", "pmpo_megatron.commands.train", "--dry-run", *arguments]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), **variables)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
 
 

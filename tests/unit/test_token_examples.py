@@ -10,19 +10,18 @@ from pmpo_megatron.algo.objective import PRESETS, ObjectiveConfig
 from pmpo_megatron.model.step_results import StepResult
 from pmpo_megatron.monitor import MonitorConfig, RunLog, write_report
 from pmpo_megatron.training.token_examples import MAX_TOKENS, choose, describe_tokens, recorded
-from pmpo_megatron.types import Sample
+from pmpo_megatron.types import Sample, to_token_ids
 
 
 def sample(length: int, advantage: float, sample_id: int = 3) -> Sample:
-    return Sample(
-        sample_id, 0, (7, 8), tuple(range(length)), np.zeros(length, np.float32), False, 1.0, advantage, 0.0, policy_version=0
-    )
+    log_probs = np.zeros(length, np.float32)
+    return Sample(sample_id, 0, to_token_ids([7, 8]), to_token_ids(range(length)), log_probs, False, advantage)
 
 
 def described(log_ratio, advantage, objective):
     old = np.full(len(log_ratio), -1.0, dtype=np.float32)
     new = (old + np.asarray(log_ratio)).astype(np.float32)
-    return describe_tokens(sample(len(log_ratio), advantage), old, new, objective, progress=0.0, decode="<{}>".format)
+    return describe_tokens(sample(len(log_ratio), advantage), old, new, objective, progress=0.0)
 
 
 @pytest.mark.parametrize("advantage", [0.7, -1.3])
@@ -38,7 +37,6 @@ def test_weights_are_the_formulas_and_clipped_tokens_have_none(p, advantage):
     np.testing.assert_allclose(found["log_ratio"], log_ratio, atol=1e-4)
     assert found["ess"] == pytest.approx(60 / np.mean(weight**2), rel=1e-5)
     assert found["clip_fraction"] == pytest.approx(clipped.mean()) and found["p"] == p and found["advantage"] == advantage
-    assert found["prompt"] == "<7><8>" and found["tokens"][:2] == ["<0>", "<1>"]
 
 
 def test_the_rule_of_the_run_chooses_p():
@@ -50,9 +48,9 @@ def test_trajectories_are_chosen_over_the_whole_range_of_p_and_only_with_a_gradi
     length = np.array([9.0, 9, 9, 9, 9, MAX_TOKENS + 1, 0])
     arrays = {"sample_id": np.arange(7), "p": np.array([0.9, 0.1, 0.5, 0.0, 0.4, 0.05, 0.2]), "ess": length, "length": length}
     result = StepResult(0.0, 0.0, 0.0, True, None, arrays, 0.0, None, 0)
-    samples = {i: sample(9, 0.0 if i == 3 else 1.0, i) for i in range(7)}
-    assert choose(result, samples, 3) == [1, 2, 0] or choose(result, samples, 3) == [1, 4, 0]
-    assert choose(result, samples, 9) == [1, 4, 2, 0] and choose(result, {i: sample(9, 0.0, i) for i in range(7)}, 3) == []
+    advantages = np.array([1.0, 1, -1, 0, 1, 1, 1])
+    assert choose(result, advantages, 3) in ([1, 2, 0], [1, 4, 0])
+    assert choose(result, advantages, 9) == [1, 4, 2, 0] and choose(result, np.zeros(7), 3) == []
 
 
 def test_a_long_run_records_few_rounds_and_the_last():
@@ -63,7 +61,7 @@ def test_a_long_run_records_few_rounds_and_the_last():
 
 def test_the_page_shades_tokens_and_the_report_links_it(tmp_path):
     log = RunLog(MonitorConfig(progress="off", tensorboard=False), tmp_path / "run", run={}, total_steps=40)
-    example = described([0.1, -0.2, 2.0, 0.3], 1.0, PRESETS["gmpo"])
+    example = described([0.1, -0.2, 2.0, 0.3], 1.0, PRESETS["gmpo"]) | {"prompt": "1+1=", "reward": 1.0}
     for step in range(1, 41):
         log.log(step, {"reward/mean": 0.5}, tokens=[example | {"tokens": ["<b>", "x", "y", "z"]}])
     log.close()

@@ -22,32 +22,18 @@ from pathlib import Path
 import torch
 
 from pmpo_megatron.convert.hugging_face import SafetensorsStream, SafetensorsWeights
+from pmpo_megatron.hf.known_models import known_config
 from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.shape import shape_of
 
 TOOLS = Path(__file__).parents[1]
-SHARED = dict(
-    architectures=["Qwen2ForCausalLM"],
-    model_type="qwen2",
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    max_position_embeddings=32768,
-    torch_dtype="bfloat16",
-)
-SIZES = {
-    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-               intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False),
-    "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-               intermediate_size=11008, vocab_size=151936, tie_word_embeddings=True),
-    "0.5B": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-                 intermediate_size=4864, vocab_size=151936, tie_word_embeddings=True),
-}  # fmt: skip
+SIZES = {size: known_config(f"Qwen/Qwen2.5-{size}") | {"model_type": "qwen2"} for size in ("7B", "3B", "0.5B")}
 COPIES = 4  # original, Megatron's, the one converted back; and room for the rest of the machine
 GB = 1e9
 
 
 def plan_of(size: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    shapes = WeightMapping(shape_of(SHARED | SIZES[size])).hf_shapes
+    shapes = WeightMapping(shape_of(SIZES[size])).hf_shapes
     return [(name, torch.bfloat16, shape) for name, shape in shapes.items()]
 
 
@@ -67,7 +53,7 @@ def choose_size(wanted: str, directory: Path) -> str:
 def generate(directory: Path, size: str) -> None:
     """Random bit patterns of bf16 with finite values, so that nothing compresses and everything compares."""
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(SHARED | SIZES[size]))
+    (directory / "config.json").write_text(json.dumps(SIZES[size]))
     stream = SafetensorsStream(directory, plan_of(size), shard_bytes=4 << 30)
     generator = torch.Generator().manual_seed(0)
     block = torch.randint(-(2**15), 2**15, (1 << 24,), dtype=torch.int16, generator=generator) & ~0x4000

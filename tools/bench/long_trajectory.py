@@ -80,6 +80,7 @@ def measure(directory: Path, length: int, context: int) -> dict:
 
 def work(model: str, length: int, context: int, out: str) -> None:
     from pmpo_megatron.algo.objective import PRESETS
+    from pmpo_megatron.model.micro_batch import prepare
     from pmpo_megatron.model.optimizer import OptimizerConfig
     from pmpo_megatron.model.policy import ModelConfig, Policy
     from pmpo_megatron.model.step import optimizer_step, score
@@ -88,16 +89,16 @@ def work(model: str, length: int, context: int, out: str) -> None:
     parallel = ParallelConfig(context=context)
     state = initialize(parallel, device="cpu")
     policy = Policy.build(ModelConfig(path=model, recompute="full"), OptimizerConfig(learning_rate=1e-4), parallel, state)
-    warm, batch = [one_trajectory(512)], [one_trajectory(length)]
+    warm, batch = ([prepare(one_trajectory(size), state)] for size in (512, length))
     settings = dict(objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
-    optimizer_step(policy, warm, score(policy, warm, temperature=1.0), **settings)
-    old = score(policy, batch, temperature=1.0)
+    optimizer_step(policy, score(policy, warm, temperature=1.0), **settings)
+    scored = score(policy, batch, temperature=1.0)
     meter = Meter()
     instrument(policy.modules[0], meter)
     found = []
     for _ in range(3 if length <= REPEATED_UP_TO else 1):
         meter.start()
-        optimizer_step(policy, batch, old, **settings)
+        optimizer_step(policy, scored, **settings)
         found.append(meter.result())
     best = {name: (max if name.endswith("bytes") else min)(result[name] for result in found) for name in found[0]}
     Path(f"{out}{state.rank}").write_text(json.dumps(best))
@@ -144,8 +145,8 @@ def memory(field: str) -> int:
 
 
 def instrument(module, meter: Meter) -> None:
-    """Parts begin where the decoder, the output layer, the objective, and the optimizer's update are called."""
-    from pmpo_megatron.model import step
+    """Parts begin where the decoder, the scoring of its output, the objective, and the optimizer's update are called."""
+    from pmpo_megatron.model import policy, step
 
     def first(part: str, function, *, after: str | None = None):
         def timed(*args, **kwargs):
@@ -158,9 +159,9 @@ def instrument(module, meter: Meter) -> None:
         return timed
 
     module.decoder.forward = first("forward", module.decoder.forward)
-    module.output_layer.forward = first("log_probs", module.output_layer.forward)
+    policy.score_hidden_states = first("log_probs", policy.score_hidden_states)
     step.evaluate_objective = first("objective", step.evaluate_objective, after="backward")
-    step._collect = first("update", step._collect)
+    step.collect_results = first("update", step.collect_results)
     for layer in module.decoder.layers:
         time_attention(layer.self_attention.core_attention, meter)
 
@@ -183,14 +184,13 @@ def time_attention(attention, meter: Meter) -> None:
 def one_trajectory(length: int):
     import numpy as np
 
-    from pmpo_megatron.data.packing import make_micro_batch
+    from pmpo_megatron.data.packing import pack
     from pmpo_megatron.types import Sample
 
     rng = np.random.default_rng(0)
-    ids = tuple(rng.integers(0, 32000, length).tolist())
+    ids = rng.integers(0, 32000, length, dtype=np.int32)
     log_probs = np.full(length - 16, -10.0, dtype=np.float32)
-    sample = Sample(0, 0, ids[:16], ids[16:], log_probs, False, 1.0, 1.0, 1.0, 0)
-    return make_micro_batch([sample], 16, 0)
+    return pack([Sample(0, 0, ids[:16], ids[16:], log_probs, False, 1.0)], [1.0], sequence_multiple=16)
 
 
 def plot(rows: list[dict], path: Path) -> None:

@@ -21,18 +21,19 @@ from pathlib import Path
 
 import torch
 
+from pmpo_megatron.hf.known_models import known_config
+
 ROOT = Path(__file__).resolve().parents[2]
-COMMON = dict(architectures=["Qwen2ForCausalLM"], rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=1 << 17)
-SIZES = {
-    "tiny": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
-                 vocab_size=1000, tie_word_embeddings=False),
-    "0.5B": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
-                 vocab_size=151936, tie_word_embeddings=True),
-    "1.5B": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960,
-                 vocab_size=151936, tie_word_embeddings=True),
-    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
-               vocab_size=152064, tie_word_embeddings=False),
-}  # fmt: skip
+TINY = dict(
+    known_config("Qwen/Qwen2.5-7B"),
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=1000,
+)
+SIZES = {"tiny": TINY} | {size: known_config(f"Qwen/Qwen2.5-{size}") for size in ("0.5B", "1.5B", "7B")}
 LAYOUT = ("tensor", "pipeline", "context")
 
 
@@ -70,7 +71,7 @@ def make_model(directory: Path, size: str) -> None:
     from pmpo_megatron.hf.mapping import WeightMapping
     from pmpo_megatron.hf.shape import shape_of
 
-    config = COMMON | SIZES[size] | {"torch_dtype": "bfloat16"}
+    config = SIZES[size] | {"max_position_embeddings": 1 << 17}
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     shapes = WeightMapping(shape_of(config)).hf_shapes
@@ -111,6 +112,7 @@ def report(ranks: list[dict]) -> None:
 def work(options: argparse.Namespace) -> None:
     from pmpo_megatron.algo.objective import PRESETS
     from pmpo_megatron.model.architecture import transformer_engine_available
+    from pmpo_megatron.model.micro_batch import prepare
     from pmpo_megatron.model.optimizer import OptimizerConfig
     from pmpo_megatron.model.policy import ModelConfig, Policy
     from pmpo_megatron.model.step import optimizer_step, score
@@ -122,12 +124,13 @@ def work(options: argparse.Namespace) -> None:
     state = initialize(parallel, device=options.device)
     model = ModelConfig(path=str(options.model), dtype=options.dtype, recompute=options.recompute)
     policy = Policy.build(model, OptimizerConfig(), parallel, state)
-    batches = [micro_batch(options, policy.shape.vocab_size, index) for index in range(options.micro_batches)]
+    packed = [pack_trajectories(options, policy.shape.vocab_size, index) for index in range(options.micro_batches)]
+    batches = [prepare(each, state) for each in packed]
     found = {"score": [], "step": []}
     for _ in range(options.steps + 1):
-        old = timed(found["score"], state.device, lambda: score(policy, batches, temperature=1.0))
+        scored = timed(found["score"], state.device, lambda: score(policy, batches, temperature=1.0))
         settings = dict(objective=PRESETS["pmpo"], progress=0.0, temperature=1.0)
-        result = timed(found["step"], state.device, lambda old=old, s=settings: optimizer_step(policy, batches, old, **s))
+        result = timed(found["step"], state.device, lambda scored=scored, s=settings: optimizer_step(policy, scored, **s))
         if not result.applied:
             raise SystemExit(f"a step failed: {result.problem}")
     found = {name: seconds[1:] for name, seconds in found.items()}
@@ -144,20 +147,19 @@ def work(options: argparse.Namespace) -> None:
     shut_down()
 
 
-def micro_batch(options: argparse.Namespace, vocabulary: int, seed: int):
+def pack_trajectories(options: argparse.Namespace, vocabulary: int, seed: int):
     import numpy as np
 
-    from pmpo_megatron.data.packing import make_micro_batch
+    from pmpo_megatron.data.packing import pack
     from pmpo_megatron.types import Sample
 
     rng, prompt = np.random.default_rng(seed), min(64, options.trajectory // 2)
     samples = []
     for index in range(options.trajectories):
-        ids = tuple(rng.integers(0, vocabulary, options.trajectory).tolist())
+        ids = rng.integers(0, vocabulary, options.trajectory, dtype=np.int32)
         log_probs = np.full(len(ids) - prompt, -10.0, dtype=np.float32)
-        advantage = 1.0 if index % 2 else -1.0
-        samples.append(Sample(index, 0, ids[:prompt], ids[prompt:], log_probs, False, 0.0, advantage, 1e-3, 0))
-    return make_micro_batch(samples, 2 * options.context * options.tensor, 0)
+        samples.append(Sample(index, 0, ids[:prompt], ids[prompt:], log_probs, False, 1.0 if index % 2 else -1.0))
+    return pack(samples, [1e-3] * len(samples), sequence_multiple=2 * options.context * options.tensor)
 
 
 def timed(seconds: list[float], device: torch.device, action):

@@ -17,16 +17,16 @@ import torch
 
 from pmpo_megatron.bridge.config import BridgeConfig
 from pmpo_megatron.bridge.sync import WeightBridge
+from pmpo_megatron.hf.known_models import COLUMNS, known_config
 from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.parallel.stand_by import StandBy
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.training.launch import rank_environment
 
-QWEN_HALF_B = dict(
-    vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-    num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=2048,
-)  # fmt: skip
+SHAPE = known_config("Qwen/Qwen2.5-0.5B")
+QWEN_HALF_B = {column: SHAPE[column] for column in COLUMNS} | {"max_position_embeddings": 2048}
 EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
 
 
@@ -77,7 +77,7 @@ def main() -> None:
             "bridge over gloo, every byte": dict(transport="gloo"),
             "export to disk and reload": dict(transport="disk", verify="off", directory=directory),
         }.items():
-            bridge = WeightBridge(policy, engine, BridgeConfig(**settings))
+            bridge = WeightBridge(policy, engine, BridgeConfig(**settings), StandBy(state))
             reports = [bridge.push(1) for _ in range(options.repeats + 2)][2:]  # the first ones grow vLLM's memory
             rows.append(
                 (name, *(statistics.median(values) for values in zip(*((r.seconds, r.waited_s) for r in reports), strict=True)))

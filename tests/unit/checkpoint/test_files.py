@@ -65,12 +65,11 @@ def test_damaged_ones_do_not_count_among_those_kept(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        "[]", "null", "3", "{}", '{"files": null}', '{"files": {}}', '{"files": []}', '{"files": {"x": 5}}',
-        '{"files": {"x": [1]}}', '{"files": {"x": [1, "2"]}}', '{"files": {"x": [true, 2]}}', "\udcff", "[" * 100_000,
-        '{"files": {"../x": [1, 2]}}', '{"files": {"/etc/passwd": [1, 2]}}', '{"files": {"a/../../x": [1, 2]}}',
-        '{"files": {"": [1, 2]}}', '{"files": {"a\\u0000": [1, 2]}}',
+        *("[]", "null", "3", "{}", "\udcff", "[" * 100_000),
+        *(json.dumps({"files": listed}) for listed in (None, {}, [], {"x": 5}, {"x": [1]}, {"x": [1, "2"]}, {"x": [True, 2]})),
+        *(json.dumps({"files": {name: [1, 2]}}) for name in ("../x", "/etc/passwd", "a/../../x", "", "a\0")),
     ],
-)  # fmt: skip
+)
 def test_a_manifest_of_another_shape_is_damage(content, tmp_path):
     (tmp_path / "manifest.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointError, match="manifest.json: (absent or )?damaged: "):
@@ -97,11 +96,13 @@ GOOD = {
 @pytest.mark.parametrize(
     "changed",
     [
-        {"round": "4"}, {"round": -1}, {"round": True}, {"round": None}, {"sampler": []}, {"sampler": {"epoch": 0}}, {"log": 3},
-        {"log": {"step": 4}}, {"log": {"step": "x", "bytes": {}}}, {"log": {"step": 4, "bytes": {"metrics": None}}},
-        {"accuracy": {"two": 0.5}}, {"accuracy": {"2": "high"}}, {"surprise": 1},
+        *({"round": value} for value in ("4", -1, True, None)),
+        *({"sampler": value} for value in ([], {"epoch": 0})),
+        *({"log": value} for value in (3, {"step": 4}, {"step": "x", "bytes": {}}, {"step": 4, "bytes": {"metrics": None}})),
+        *({"accuracy": value} for value in ({"two": 0.5}, {"2": "high"})),
+        {"surprise": 1},
     ],
-)  # fmt: skip
+)
 def test_progress_of_wrong_types_is_damage(changed):
     assert RunProgress.of(GOOD).accuracy == {} and RunProgress.of(GOOD | {"accuracy": {"2": 0.5}}).accuracy == {"2": 0.5}
     with pytest.raises(CheckpointError, match="progress.json"):

@@ -4,16 +4,16 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from pmpo_megatron.config import build
 from pmpo_megatron.data.arithmetic import Memory, Problem, is_held_out, make_problems, solve
-from pmpo_megatron.data.packing import pack
+from pmpo_megatron.data.packing import flat_sizes, flatten, pack, unflatten
 from pmpo_megatron.data.prompts import DataConfig, load_prompts, render
 from pmpo_megatron.data.sampler import PromptSampler
+from pmpo_megatron.data.split import split_into_steps, split_step, step_weights
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.hf.tiny_model import make_tokenizer
-from pmpo_megatron.types import Sample
+from pmpo_megatron.types import Sample, TrajectoryTable, to_token_ids
 
 
 def test_sampler_covers_every_epoch_and_resumes_anywhere():
@@ -31,57 +31,115 @@ def test_sampler_covers_every_epoch_and_resumes_anywhere():
         PromptSampler(11, seed=3).restore(whole.state())
 
 
-def samples(lengths, seed=0):
+def samples(lengths, seed=0, groups=1):
     g = np.random.default_rng(seed)
     made = []
     for i, (prompt, response) in enumerate(lengths):
-        ids = tuple(g.integers(5, 99, prompt + response).tolist())
+        ids = g.integers(5, 99, prompt + response).astype(np.int32)
         log_probs = g.normal(size=response).astype(np.float32)
-        made.append(Sample(i, 0, ids[:prompt], ids[prompt:], log_probs, False, 0.0, float(i), 0.5 + i, 0))
+        made.append(Sample(i, i * groups // len(lengths), ids[:prompt], ids[prompt:], log_probs, i % 5 == 0, float(i) / 3))
     return made
 
 
-@pytest.mark.parametrize("dp, multiple, micro_batch_multiple", [(1, 1, 1), (2, 4, 1), (4, 8, 2)])
-def test_packing_loses_nothing_and_balances(dp, multiple, micro_batch_multiple):
+def some_samples(groups=1):
     g = np.random.default_rng(1)
-    given = samples([(int(p), int(r)) for p, r in zip(g.integers(1, 20, 37), g.integers(0, 60, 37), strict=True)])
-    kwargs = dict(max_tokens=160, data_parallel_size=dp, sequence_multiple=multiple, micro_batch_multiple=micro_batch_multiple)
-    ranks = pack(given, **kwargs)
-    assert len(ranks) == dp and len({len(r) for r in ranks}) == 1 and len(ranks[0]) % micro_batch_multiple == 0
-    seen = []
-    for micro_batch in (m for rank in ranks for m in rank):
-        assert micro_batch.num_tokens <= 160 and micro_batch.cu_seqlens[-1] == micro_batch.num_tokens
-        assert all(n % multiple == 0 for n in micro_batch.cu_seqlens.diff().tolist())
-        for number, sample_id in enumerate(micro_batch.sample_ids):
-            sample, start = given[sample_id], int(micro_batch.cu_seqlens[number])
-            ids = sample.prompt_ids + sample.response_ids
-            assert micro_batch.tokens_T[start : start + len(ids)].tolist() == list(ids)
-            where = (micro_batch.trajectory_T == number).nonzero().flatten()
-            assert micro_batch.targets_T[where].tolist() == list(sample.response_ids)
-            assert where.tolist() == list(range(start + len(sample.prompt_ids) - 1, start + len(ids) - 1))
-            assert np.array_equal(micro_batch.rollout_log_probs_T[where].numpy(), sample.rollout_log_probs)
-            assert micro_batch.position_ids_T[start : start + len(ids)].tolist() == list(range(len(ids)))
-            assert micro_batch.advantages_N[number] == sample.advantage and micro_batch.weights_N[number] == sample.weight
-            seen.append(sample_id)
-    assert sorted(seen) == list(range(37))
-    loads = [sum(m.num_tokens for m in rank) for rank in ranks]
+    lengths = [(int(p), int(r)) for p, r in zip(g.integers(1, 20, 37), g.integers(0, 60, 37), strict=True)]
+    return samples(lengths, groups=groups)
+
+
+def split_of(given, **settings):
+    return split_step(np.arange(len(given)), TrajectoryTable.of(given), **settings)
+
+
+@pytest.mark.parametrize("dp, multiple, micro_batch_multiple", [(1, 1, 1), (2, 4, 1), (4, 8, 2)])
+def test_the_split_loses_nothing_and_balances(dp, multiple, micro_batch_multiple):
+    given = some_samples()
+    settings = dict(max_tokens=160, replicas=dp, sequence_multiple=multiple, micro_batch_multiple=micro_batch_multiple)
+    replicas = split_of(given, **settings)
+    assert len(replicas) == dp and len({len(r) for r in replicas}) == 1 and len(replicas[0]) % micro_batch_multiple == 0
+    assert sorted(i for replica in replicas for members in replica for i in members.tolist()) == list(range(37))
+    padded = [-(-(len(sample.prompt_ids) + len(sample.response_ids)) // multiple) * multiple for sample in given]
+    sizes = [[sum(padded[i] for i in members) for members in replica] for replica in replicas]
+    assert max(size for replica in sizes for size in replica) <= 160
+    loads = [sum(replica) for replica in sizes]
     assert max(loads) - min(loads) <= 0.25 * max(loads)
-    again = pack(given, **kwargs)
-    assert all(
-        torch.equal(a.tokens_T, b.tokens_T) for x, y in zip(ranks, again, strict=True) for a, b in zip(x, y, strict=True)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_packed_trajectories_are_the_samples(multiple):
+    given, weights = some_samples(), np.linspace(0.1, 1.0, 37)
+    packed = pack(given, weights, sequence_multiple=multiple)
+    assert packed.boundaries[-1] == packed.tokens_T.numel() and packed.sample_ids == tuple(range(37))
+    assert all(n % multiple == 0 for n in np.diff(packed.boundaries))
+    for number, (sample, start) in enumerate(zip(given, packed.boundaries, strict=False)):
+        ids = [*sample.prompt_ids.tolist(), *sample.response_ids.tolist()]
+        assert packed.tokens_T[start : start + len(ids)].tolist() == ids
+        where = (packed.trajectory_T == number).nonzero().flatten()
+        assert packed.targets_T[where].tolist() == sample.response_ids.tolist()
+        assert where.tolist() == list(range(start + len(sample.prompt_ids) - 1, start + len(ids) - 1))
+        assert np.array_equal(packed.rollout_log_probs_T[where].numpy(), sample.rollout_log_probs)
+        assert packed.position_ids_T[start : start + len(ids)].tolist() == list(range(len(ids)))
+    assert packed.weights_N.numpy() == pytest.approx(weights) and packed.advantages_N.tolist() == pytest.approx(
+        [sample.advantage for sample in given]
     )
 
 
-def test_fewer_trajectories_than_ranks_gives_padding_micro_batches():
-    ranks = pack(samples([(3, 4)]), max_tokens=64, data_parallel_size=4, sequence_multiple=4)
-    assert [len(r) for r in ranks] == [1, 1, 1, 1]
-    empty = [r[0] for r in ranks if not r[0].sample_ids]
-    assert len(empty) == 3 and all((m.trajectory_T == -1).all() and m.num_tokens == 4 for m in empty)
+def test_fewer_trajectories_than_replicas_gives_micro_batches_of_padding():
+    replicas = split_of(samples([(3, 4)]), max_tokens=64, replicas=4, sequence_multiple=4)
+    assert sorted(len(members) for [members] in replicas) == [0, 0, 0, 1]
+    packed = pack([], [], sequence_multiple=4)
+    assert (packed.trajectory_T == -1).all() and packed.boundaries == (0, 4) and packed.sample_ids == ()
 
 
 def test_a_trajectory_that_does_not_fit_is_named():
     with pytest.raises(DataError, match="trajectory 1 has 68 tokens.*at most 64"):
-        pack(samples([(3, 4), (3, 62)]), max_tokens=64, data_parallel_size=1, sequence_multiple=4)
+        split_of(samples([(3, 4), (3, 62)]), max_tokens=64, replicas=1, sequence_multiple=4)
+
+
+def test_steps_take_whole_groups_in_an_order_of_seed_and_round():
+    given = some_samples(groups=6)
+    table = TrajectoryTable.of(given)
+    split = lambda seed, number: split_into_steps(table, steps=3, seed=seed, round_index=number)  # noqa: E731
+    groups = [[given[i].group_id for i in members] for members in split(1, 0)]
+    assert sorted(i for members in split(1, 0) for i in members.tolist()) == list(range(37))
+    assert [len(set(step)) for step in groups] == [2, 2, 2] and not set(groups[0]) & set(groups[1])
+    assert [m.tolist() for m in split(1, 0)] == [m.tolist() for m in split(1, 0)]
+    assert len({str([m.tolist() for m in split(*case)]) for case in ((1, 0), (1, 1), (2, 0))}) == 3
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_weights_are_those_of_each_step(mask):
+    given = some_samples(groups=6)
+    table = TrajectoryTable.of(given)
+    steps = split_into_steps(table, steps=3, seed=1, round_index=0)
+    found = step_weights(steps, table, kind="length", max_length=60, mask_truncated=mask)
+    for members in steps:
+        total = sum(len(given[i].response_ids) for i in members)
+        for i in members:
+            masked = mask and given[i].truncated
+            assert found[i] == pytest.approx(0.0 if masked else len(given[i].response_ids) / total)
+
+
+@pytest.mark.parametrize("members", [[], [5], [36, 0, 12]])
+def test_samples_come_back_from_the_arrays_that_are_sent(members):
+    given = some_samples(groups=6)
+    table, chosen = TrajectoryTable.of(given), np.array(members, dtype=np.int64)
+    token_ids, log_probs = flatten([given[i] for i in members])
+    assert (token_ids.dtype, log_probs.dtype) == (np.int32, np.float32)
+    assert (len(token_ids), len(log_probs)) == flat_sizes(chosen, table)
+    found = unflatten(token_ids, log_probs, chosen, table)
+    assert [sample.sample_id for sample in found] == members
+    for one, other in zip(found, [given[i] for i in members], strict=True):
+        for name, value in vars(other).items():
+            assert np.array_equal(getattr(one, name), value), name
+        assert np.shares_memory(one.prompt_ids, token_ids), "a view"
+
+
+def test_token_ids_are_checked_where_they_come_in():
+    assert to_token_ids([3, 2**31 - 1]).tolist() == [3, 2**31 - 1] and to_token_ids(()).dtype == np.int32
+    for bad in ([1.5], [-1], [2**31], [10**30], [True], [[1]], ["1"]):
+        with pytest.raises(ValueError, match="whole numbers"):
+            to_token_ids(bad)
 
 
 def test_arithmetic_is_right_and_held_out_problems_never_train():
@@ -130,7 +188,7 @@ def test_prompts_from_json_lines(tmp_path):
     config = build(DataConfig, dict(source=str(path), problem_field="q", answer_field="a", max_prompt_tokens=10))
     prompts = load_prompts(config, make_tokenizer())
     assert len(prompts) == 2 and prompts.too_long == 1
-    assert prompts[0].text == "1+1=" and prompts[0].answers == ("2",) and prompts[0].metadata == {"id": "x"}
+    assert prompts[0].text == "1+1=" and prompts[0].answers == ("2",)
     assert make_tokenizer().decode(prompts[1].token_ids) == "2+2=" and prompts[1].answers == ("4", "4")
 
 
@@ -178,7 +236,8 @@ def test_parquet_and_data_sets_give_the_same_prompts(tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "train.parquet")
     found = [load_prompts(DataConfig(source=str(s)), make_tokenizer()) for s in (tmp_path / "p.parquet", tmp_path / "set")]
-    assert [[p.token_ids for p in s.prompts] for s in found][0] == [p.token_ids for p in found[1].prompts]
+    one, other = ([p.token_ids.tolist() for p in s.prompts] for s in found)
+    assert one == other
     with pytest.raises(DataError, match="neither a .jsonl or .parquet file nor a data set"):
         load_prompts(DataConfig(source=str(tmp_path / "absent")), make_tokenizer())
 
@@ -197,6 +256,6 @@ def test_templates():
     )
     with pytest.raises(ConfigError, match="no chat template"):
         load_prompts(DataConfig(source="arithmetic", template="chat"), make_tokenizer())
-    for bad in (dict(template="nothing"), dict(system_prompt="x"), dict(split="dev"), dict(levels=(4,))):
+    for bad in (dict(template="nothing"), dict(system_prompt="x"), dict(split="dev"), dict(levels=(9,))):
         with pytest.raises(ConfigError):
             DataConfig(source="arithmetic", **bad)

@@ -52,6 +52,18 @@ def test_one_of_the_two_gradients_may_be_absent():
         torch.testing.assert_close(weight.grad.double(), expected[3], rtol=1e-5, atol=1e-5)
 
 
+def test_log_probs_without_entropies_have_the_same_bits():
+    """What scoring and an optimizer step compute: values and gradients."""
+    found = []
+    for entropy in (True, False):
+        hidden, weight, targets, upstream = inputs()
+        log_probs, other = token_log_probs(hidden, weight, targets, vocab_size=VOCAB, chunk_tokens=6, entropy=entropy)
+        (log_probs * upstream[0]).sum().backward()
+        assert (other is not None) == entropy
+        found.append((log_probs, hidden.grad, weight.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_padding_takes_no_part():
     hidden, weight, targets, _ = inputs()
     before = token_log_probs(hidden, weight, targets, vocab_size=VOCAB)[0]

@@ -1,5 +1,10 @@
 """Layouts that cannot work are refused before any process group exists."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from pmpo_megatron.config import build
@@ -47,3 +52,25 @@ def test_a_device_that_is_not_there(monkeypatch):
         initialize(ParallelConfig(), device="cuda")
     with pytest.raises(ConfigError, match="'tpu' is not one of"):
         initialize(ParallelConfig(), device="tpu")
+
+
+LISTENING = """
+import json, os
+from pmpo_megatron.parallel.state import ParallelConfig, initialize
+initialize(ParallelConfig(), device="cpu")
+descriptors = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+mine = {os.readlink(path) for path in descriptors if os.path.islink(path)}
+lines = [line.split() for name in ("tcp", "tcp6") for line in list(open(f"/proc/net/{name}"))[1:]]
+print(json.dumps([line[1] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in mine]))
+"""
+
+
+def test_a_run_of_one_process_listens_on_no_interface_but_the_loopback():
+    """Addresses as the kernel prints them: bytes of 127.0.0.1 from the last to the first, then the port."""
+    variables = dict(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo"
+    )
+    run = subprocess.run([sys.executable, "-c", LISTENING], env=dict(os.environ, **variables), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    addresses = json.loads(run.stdout.splitlines()[-1])
+    assert [address for address in addresses if not address.startswith("0100007F:")] == []

@@ -1,5 +1,6 @@
 """How several vLLMs on one host share a batch and the GPUs; that they run is tested with real ones in tests/integration."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from pmpo_megatron.types import Prompt
 
 
 def names(count: int, samples: int) -> list[str]:
-    prompts = [Prompt(10 * index, (1, 2), "", ()) for index in range(count)]
+    prompts = [Prompt(10 * index, np.array([1, 2], np.int32), "", ()) for index in range(count)]
     return [name for name, *_ in make_requests(prompts, SamplingConfig(samples_per_prompt=samples), 0)]
 
 
