@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from pmpo_megatron.algo.power_sums import LOG_RATIO_LIMIT
+from pmpo_megatron.algo.sums import LOG_RATIO_LIMIT
 
 MISMATCH = ("tokens", "sum_abs", "sum_k1", "sum_k3", "outside")
 

@@ -9,61 +9,49 @@ from dataclasses import dataclass
 
 import torch
 
-ORDER_COLUMNS = 5  # of `tabulate_order`: tokens, clipped, non-finite, and the sums of two powers
+from pmpo_megatron.algo.sums import SegmentSums, TrajectorySums
+
 EXPM1_BELOW = 0.05  # |p| for which |p * x| <= 1, so that sums of exp - 1 tell more than sums of exp
 
 
 def tabulate_order(
-    x_T: torch.Tensor,
-    segment_T: torch.Tensor,
-    num_trajectories: int,
-    *,
-    clipped_T: torch.Tensor,
-    finite_T: torch.Tensor,
-    p: float,
+    x_T: torch.Tensor, flag_T: torch.Tensor, segment_T: torch.Tensor, num_trajectories: int, *, p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's additive table of its tokens at one order, float64 [1 + N, ORDER_COLUMNS], and exp(p * x) [T].
+    """This rank's additive table of its tokens at one order, float64 [N, 4], and exp(p * x) [T].
 
-    As `power_sums.tabulate`, for a p that is known beforehand. The last two columns are the sums of exp(p*x) and exp(2p*x); of
-    exp(..) - 1 where |p| < EXPM1_BELOW; of x and 0 where p = 0.
+    Arguments as those of `power_sums.tabulate`. The columns are tokens, flags, and the sums of exp(p*x) and exp(2p*x); of
+    exp(..) - 1 where |p| < EXPM1_BELOW; of x and 2x where p = 0.
     """
     if p == 0:
-        power_T, first_T, second_T = torch.ones_like(x_T), x_T, None
+        power_T, first_T = torch.ones_like(x_T), x_T
     elif abs(p) < EXPM1_BELOW:
         first_T = torch.expm1(p * x_T)
-        power_T, second_T = first_T + 1, first_T * (first_T + 2)
+        power_T = first_T + 1
     else:
-        power_T = first_T = x_T.exp() if p == 1 else torch.exp(p * x_T)
-        second_T = power_T * power_T
-    table = x_T.new_zeros(ORDER_COLUMNS, num_trajectories + 1)
-    for row, column_T in zip(table, (torch.ones_like(x_T), clipped_T, ~finite_T, first_T, second_T), strict=True):
-        if column_T is not None:
-            row.scatter_add_(0, segment_T, column_T.to(x_T.dtype))
-    return table.t().contiguous(), power_T
+        power_T = first_T = x_T.exp() if p == 1 else (p * x_T).exp_()
+    sums = SegmentSums(segment_T, num_trajectories + 1)
+    first, second = sums.sum(first_T), sums.sum(first_T * power_T if first_T is power_T else first_T * (power_T + 1))
+    count = sums.sum(flag_T.new_ones(()).expand_as(flag_T))
+    return torch.stack([count, sums.sum(flag_T), first, second], dim=1)[1:], power_T
 
 
 @dataclass(frozen=True)
-class OneOrder:
-    """The reduced table of `tabulate_order` without its row 0, read: what `PowerSums` tells, at the one order p."""
+class OneOrder(TrajectorySums):
+    """The reduced table of `tabulate_order`, read: what `PowerSums` tells, at the one order p."""
 
     p: float
-    table: torch.Tensor  # [N, ORDER_COLUMNS]
+    first_N: torch.Tensor
+    second_N: torch.Tensor
 
-    @property
-    def length_N(self) -> torch.Tensor:
-        return self.table[:, 0]
-
-    @property
-    def clip_fraction_N(self) -> torch.Tensor:
-        return self.table[:, 1] / self.length_N.clamp(min=1)
-
-    @property
-    def non_finite_N(self) -> torch.Tensor:
-        return self.table[:, 2]
+    @staticmethod
+    def read(table: torch.Tensor, p: float) -> OneOrder:
+        length_N, flagged_N, first_N, second_N = table.unbind(-1)
+        return OneOrder(length_N, flagged_N, p, first_N, second_N)
 
     def at(self, p_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(L(p), log M_p, log n(p)), float64 [N], as `PowerSums.at`; ``p_N`` is p everywhere."""
-        first_N, second_N = (self.table[:, 3:] / self.length_N.clamp(min=1).unsqueeze(-1)).unbind(-1)
+        """As `TrajectorySums.at`; ``p_N`` is p everywhere."""
+        divisor_N = self.length_N.clamp(min=1)
+        first_N, second_N = self.first_N / divisor_N, self.second_N / divisor_N
         if self.p == 0:
             return torch.zeros_like(first_N), first_N, torch.zeros_like(first_N)
         if abs(self.p) < EXPM1_BELOW:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from pmpo_megatron.algo.power_sums import LOG_RATIO_LIMIT
+from pmpo_megatron.algo.sums import LOG_RATIO_LIMIT
 
 
 def kl_penalty(

@@ -13,9 +13,9 @@ exp(q*c_j) is put back exactly. All terms are positive, so the relative error of
 log S has complex singularities at distance pi/|x| from the real axis. The band around 0 holds expm1(q*x) instead, so that
 S(q)/T - 1 keeps its relative accuracy when all ratios are near 1.
 
-Why it is cheap. A token is not raised to K powers. It is added to one of 33 cells of its band as 1, y, y^2, ..., with y its
+Why it is cheap. A token is not raised to K powers. It is added to one of 65 cells of its band as 1, y, y^2, ..., with y its
 distance from the cell's centre, and the cells' sums are turned into the bands' coefficients by Taylor's series, one small
-matrix product for all tokens. |q*y| is at most 4/33, so that a dozen terms reach float64's precision, without cancellation.
+matrix product for all tokens. |q*y| is at most 4/65, so that a few terms leave less than 1e-14, without cancellation.
 
 Legend: N trajectories, T tokens on this rank, K coefficients, B bands, C cells of a band, J moments, G orders asked for.
 """
@@ -23,15 +23,16 @@ Legend: N trajectories, T tokens on this rank, K coefficients, B bands, C cells 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-LOG_RATIO_LIMIT = 20.0  # log-ratios are clamped to [-20, 20]: the range of float32 sums, a choice of ours
-CELLS = 33  # of a band; odd, so that the middle one's centre is the band's
-MOMENTS = 6  # columns in front of the bands: tokens, clipped, non-finite, sum x, sum x^2, tokens outside the middle band
-TOKENS, CLIPPED, NON_FINITE, SUM, SUM_OF_SQUARES, OUTER = range(MOMENTS)
+from pmpo_megatron.algo.sums import LOG_RATIO_LIMIT, SegmentSums, TrajectorySums
+
+CELLS = 65  # of a band; odd, so that the middle one's centre is the band's
+MOMENTS = 5  # columns in front of the bands: tokens, flags, sum x, sum x^2, tokens outside the middle band
 REACH = 2.0  # largest (half-width of the orders) * (half-width of a band): rounding is magnified by exp(2 * REACH)
 
 
@@ -47,7 +48,7 @@ def nodes_for(half_width: float) -> int:
 @lru_cache(maxsize=64)
 def _terms_for(reach: float) -> int:
     count = 3
-    while reach**count / math.factorial(count) > 1e-16:
+    while reach**count / math.factorial(count) > 1e-14:
         count += 1
     return count
 
@@ -87,7 +88,7 @@ class OrderInterval:
 
     @property
     def num_moments(self) -> int:
-        """Terms of Taylor's series of exp(q*y) over a cell, whose remainder is below 1e-16."""
+        """Terms of Taylor's series of exp(q*y) over a cell, whose remainder is below 1e-14."""
         return _terms_for(max(-self.low, self.high) * self.band_width / (2 * CELLS))
 
     def basis(self, q: torch.Tensor) -> torch.Tensor:
@@ -139,31 +140,22 @@ def _cell_weights(interval: OrderInterval, device: torch.device) -> torch.Tensor
 
 
 def tabulate(
-    x_T: torch.Tensor,
-    segment_T: torch.Tensor,
-    num_trajectories: int,
-    *,
-    clipped_T: torch.Tensor,
-    finite_T: torch.Tensor,
-    interval: OrderInterval,
+    x_T: torch.Tensor, flag_T: torch.Tensor, segment_T: torch.Tensor, num_trajectories: int, *, interval: OrderInterval
 ) -> torch.Tensor:
-    """This rank's additive table of its tokens, float64 [1 + N, MOMENTS + B*K].
+    """This rank's additive table of its tokens, float64 [N, MOMENTS + B*K].
 
     Args:
         x_T: float64 [T], (clipped) log-ratios within +-LOG_RATIO_LIMIT; 0 where not finite.
-        segment_T: int64 [T], 1 + the trajectory of each token; 0 for tokens that belong to none (row 0 is ignored).
-        clipped_T, finite_T: bool [T], counted per trajectory.
+        flag_T: [T], 1 where a token is clipped, NaN where it is not finite, else 0.
+        segment_T: int64 [T], 1 + the trajectory of each token; 0 for tokens that belong to none.
 
-    Memory beyond a few [T] vectors: the sums of one moment in the cells, N * 5.5 KiB for p in [0, 1].
+    Memory beyond a few [T] vectors: the sums of one moment in the cells, N * 11 KiB for p in [0, 1].
     """
     rows, bands = num_trajectories + 1, interval.num_bands
     spacing = interval.band_width / CELLS
-    cell_T = torch.round(x_T * (1 / spacing))
-    y_T = torch.sub(x_T, cell_T, alpha=spacing)
+    cell_T = (x_T * (1 / spacing)).round_()
     index_T = cell_T.long().add_(segment_T, alpha=bands * CELLS).add_(bands * CELLS // 2)
-    flags = x_T.new_zeros(2, rows)
-    flags[0].scatter_add_(0, segment_T, clipped_T.to(x_T.dtype))
-    flags[1].scatter_add_(0, segment_T, (~finite_T).to(x_T.dtype))
+    y_T = cell_T.mul_(-spacing).add_(x_T)
 
     outer_JCK, middle_CK = _conversion(interval, x_T.device)
     middle, weighted = slice(bands // 2, None, bands), []
@@ -181,91 +173,70 @@ def tabulate(
             coefficients.addmm_(cells, outer_JCK[j])
         if j < 3:
             weighted.append(cells.view(rows, -1) @ _cell_weights(interval, x_T.device))
-    return torch.cat([_moments(flags, *weighted), coefficients.view(rows, -1)], dim=1)
-
-
-def _moments(flags: torch.Tensor, count: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The columns in front of the bands [1 + N, MOMENTS]: with x = c + y, sum x = sum c + sum y, and so for x^2."""
+    count, first, second = weighted  # with x = c + y, sum x = sum c + sum y, and so for x^2
     total, squares = count[:, 1] + first[:, 0], count[:, 2] + 2 * first[:, 1] + second[:, 0]
-    return torch.stack([count[:, 0], *flags, total, squares, count[:, 3]], dim=1)
+    flagged = SegmentSums(segment_T, rows).sum(flag_T)
+    moments = torch.stack([count[:, 0], flagged, total, squares, count[:, 3]], dim=1)
+    return torch.cat([moments, coefficients.view(rows, -1)], dim=1)[1:]
 
 
 @dataclass(frozen=True)
-class PowerSums:
-    """A reduced table, read: per-trajectory counts and moments, and log-means of any order of the interval."""
+class PowerSums(TrajectorySums):
+    """A reduced table, read: per-trajectory counts and moments, and log-means of any order of the interval.
 
-    interval: OrderInterval
-    moments: torch.Tensor  # [N, MOMENTS]
+    Attributes:
+        mean_N, variance_N: of the clipped log-ratios.
+        statistics: of the group that each trajectory belongs to, float64 [N] by name; see `objective.evaluate_objective`.
+    """
+
+    mean_N: torch.Tensor
+    variance_N: torch.Tensor
+    outside_N: torch.Tensor  # tokens outside the middle band
     bands: torch.Tensor  # [N, B, K]
+    interval: OrderInterval
+    statistics: Mapping[str, torch.Tensor]
 
     @staticmethod
-    def read(table: torch.Tensor, interval: OrderInterval) -> PowerSums:
+    def read(table: torch.Tensor, interval: OrderInterval, statistics: Mapping[str, torch.Tensor]) -> PowerSums:
         """From the table of `tabulate`, summed over the ranks that share these trajectories."""
-        shape = len(table) - 1, interval.num_bands, interval.num_nodes
-        return PowerSums(interval, table[1:, :MOMENTS], table[1:, MOMENTS:].reshape(shape))
+        length_N, flagged_N, sum_N, squares_N, outside_N = table[:, :MOMENTS].unbind(-1)
+        divisor_N = length_N.clamp(min=1)
+        mean_N = sum_N / divisor_N
+        variance_N = (squares_N / divisor_N - mean_N**2).clamp(min=0)
+        bands = table[:, MOMENTS:].reshape(len(table), interval.num_bands, interval.num_nodes)
+        return PowerSums(length_N, flagged_N, mean_N, variance_N, outside_N, bands, interval, statistics)
 
-    @property
-    def length_N(self) -> torch.Tensor:
-        return self.moments[:, TOKENS]
-
-    @property
-    def clip_fraction_N(self) -> torch.Tensor:
-        return self.moments[:, CLIPPED] / self.length_N.clamp(min=1)
-
-    @property
-    def non_finite_N(self) -> torch.Tensor:
-        """How many of the tokens are not finite."""
-        return self.moments[:, NON_FINITE]
-
-    @property
-    def mean_N(self) -> torch.Tensor:
-        return self.moments[:, SUM] / self.length_N.clamp(min=1)
-
-    @property
-    def variance_N(self) -> torch.Tensor:
-        return (self.moments[:, SUM_OF_SQUARES] / self.length_N.clamp(min=1) - self.mean_N**2).clamp(min=0)
-
-    def log_mean(self, basis: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
+    def log_mean(self, q_NG: torch.Tensor) -> torch.Tensor:
         """L(q) = log( (1/T) * sum_t exp(q * x[t]) ), float64 [N, G]; 0 for a trajectory without tokens.
 
         Args:
-            basis, lift: the interval's functions of the G orders, [N, G, ...], or [G, ...] for orders that all share.
+            q_NG: orders within the interval, [N, G], or [1, G] for orders that all share.
         """
-        total_NG = ((basis @ self.bands.transpose(1, 2)) * lift).sum(-1)  # sums of exp, but exp - 1 in the middle band
-        length_N1, outside_N1 = self.length_N.unsqueeze(-1), self.moments[:, OUTER:]
-        divisor_N1 = length_N1.clamp(min=1)
+        total_NG, divisor_N1 = self._totals(q_NG), self.length_N.clamp(min=1).unsqueeze(-1)
+        outside_N1 = self.outside_N.unsqueeze(-1)
         excess_NG = (total_NG - outside_N1) / divisor_N1  # S/T - 1, exact where ratios are near 1
-        mean_NG = (total_NG + (length_N1 - outside_N1)) / divisor_N1  # S/T, exact where it is tiny
+        mean_NG = (total_NG + (divisor_N1 - outside_N1)) / divisor_N1  # S/T, exact where it is tiny
         return torch.where(excess_NG < -0.5, mean_NG.clamp(min=1e-300).log(), torch.log1p(excess_NG.clamp(min=-0.9)))
 
+    def _totals(self, q_NG: torch.Tensor) -> torch.Tensor:
+        """Sums of exp(q * x) over each trajectory's tokens, but of exp - 1 for those in the middle band."""
+        values = self.interval.basis(q_NG) @ self.bands.transpose(1, 2)
+        return values.mul_(self.interval.lift(q_NG)).sum(-1)
+
     def at(self, p_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(L(p), log M_p, log n(p)), float64 [N]; log M_p is continuous through p = 0, where it is the mean log-ratio.
+        """As `TrajectorySums.at`; log M_p is continuous through p = 0, where it is the mean log-ratio.
 
         Below |p| = 1e-6 the quotient L(p)/p would magnify rounding, and mean + p*variance/2 is exact to |p|^2.
         """
-        q_N2 = torch.stack([p_N, 2 * p_N], dim=-1)
-        log_mean_N, twice_N = self.log_mean(self.interval.basis(q_N2), self.interval.lift(q_N2)).unbind(-1)
+        log_mean_N, twice_N = self.log_mean(torch.stack([p_N, 2 * p_N], dim=-1)).unbind(-1)
         small = p_N.abs() < 1e-6
         quotient_N = log_mean_N / torch.where(small, 1.0, p_N)
         log_power_mean_N = torch.where(small, self.mean_N + p_N * self.variance_N / 2, quotient_N)
         return log_mean_N, log_power_mean_N, (2 * log_mean_N - twice_N).clamp(max=0.0)
 
-    def log_ess_fraction(self, p_NG: torch.Tensor) -> torch.Tensor:
-        """log n(p) = log( ESS(p)/T ) = 2 L(p) - L(2p), float64 [N, G], in (-log T, 0]."""
-        q = torch.cat([p_NG, 2 * p_NG], dim=-1)
-        return self._log_ess(self.interval.basis(q), self.interval.lift(q))
-
-    def log_ess_on_grid(self, p_min: float, p_max: float, sections: int) -> torch.Tensor:
-        """`log_ess_fraction` at the ends of equal sections of [p_min, p_max], the same for all: float64 [N, sections + 1]."""
-        return self._log_ess(*_grid(self.interval, p_min, p_max, sections, self.bands.device))
-
-    def _log_ess(self, basis: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
-        once_NG, twice_NG = self.log_mean(basis, lift).chunk(2, dim=-1)
-        return (2 * once_NG - twice_NG).clamp(max=0.0)
-
-
-@lru_cache(maxsize=64)
-def _grid(interval: OrderInterval, p_min: float, p_max: float, sections: int, device: torch.device):
-    p_G = torch.linspace(p_min, p_max, sections + 1, dtype=torch.float64, device=device)
-    q = torch.cat([p_G, 2 * p_G])
-    return interval.basis(q), interval.lift(q)
+    def ess_fraction(self, p_NG: torch.Tensor) -> torch.Tensor:
+        """n(p) = ESS(p)/T = S(p)^2 / (T S(2p)), float64 [N, G], in (0, 1]; orders as in `log_mean`."""
+        length_N1 = self.length_N.clamp(min=1).unsqueeze(-1)
+        sums = self._totals(torch.cat([p_NG, 2 * p_NG], dim=-1)).add_(length_N1 - self.outside_N.unsqueeze(-1))
+        once_NG, twice_NG = sums.chunk(2, dim=-1)
+        return once_NG.square().div_(twice_NG.mul_(length_N1)).clamp_(max=1.0)

@@ -9,16 +9,16 @@ Legend: N trajectories.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from pmpo_megatron.algo.named import find_class, make_instance
 from pmpo_megatron.algo.power_sums import PowerSums
 from pmpo_megatron.algo.solve import flat_is_one, solve_ess
-from pmpo_megatron.config import Section, build, setting, unknown_key
+from pmpo_megatron.config import Section, build, setting
 from pmpo_megatron.errors import ConfigError
 
 P_LIMIT = 10.0  # |2p * log-ratio| <= 400 keeps exp within float64
@@ -26,7 +26,13 @@ P_LIMIT = 10.0  # |2p * log-ratio| <= 400 keeps exp within float64
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(Section):
-    """How p is chosen. A subclass is a frozen dataclass whose fields, made by `setting`, are the rule's parameters."""
+    """How p is chosen. A subclass is a frozen dataclass whose fields, made by `setting`, are the rule's parameters.
+
+    A rule that needs statistics of the trajectory's group names them in ``group_statistics``, and finds them in
+    ``sums.statistics``; their names are those of `advantages.group_statistics`.
+    """
+
+    group_statistics: ClassVar[tuple[str, ...]] = ()
 
     def p_range(self) -> tuple[float, float]:
         """(least, largest) p that the rule can choose; within +-P_LIMIT. Power sums exist for this range and its double."""
@@ -141,23 +147,12 @@ def find_rule(name: str) -> type[Rule]:
     Raises:
         ConfigError: there is no such rule.
     """
-    if name in RULES:
-        return RULES[name]
     if name == "ess_floor":
         raise ConfigError("rule", "'ess_floor' is now 'ess' with ess_target, its ess_floor of before, and clip_reference 1")
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise unknown_key("rule", name, [*RULES, "package.module:Name"])
-    try:
-        rule = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
-        raise ConfigError("rule", f"{name!r} cannot be imported: {type(error).__name__}: {error}") from None
-    if not (isinstance(rule, type) and issubclass(rule, Rule)):
-        raise ConfigError("rule", f"{name!r} is not a subclass of {Rule.__module__}.{Rule.__name__}")
-    return rule
+    return find_class("rule", name, RULES, Rule)
 
 
-def make_rule(name: str, parameters: Mapping[str, Any], rule_parameters: Mapping[str, Any]) -> Rule:
+def make_rule(name: str, parameters: Mapping[str, float], rule_parameters: Mapping[str, Any]) -> Rule:
     """The rule called ``name``: one of `RULES` with ``parameters``, one of the user's own with ``rule_parameters``.
 
     Raises:
@@ -171,28 +166,21 @@ def make_rule(name: str, parameters: Mapping[str, Any], rule_parameters: Mapping
         if own or key not in {item.name for item in dataclasses.fields(kind)}:
             users = ", ".join(users_of(key))
             raise ConfigError(key, f"has no effect with rule {name!r}; it belongs to {users}")
-    try:
-        return build(kind, rule_parameters if own else parameters)
-    except ConfigError as error:
-        raise (error.within("rule_parameters") if own else error) from None
+    return make_instance("rule", name, rule_parameters, RULES, Rule) if own else build(kind, parameters)
 
 
-def users_of(parameter: str) -> dict[str, dataclasses.Field]:
+def users_of(parameter: str) -> dict[str, dataclasses.Field[Any]]:
     """The rules of `RULES` that have ``parameter``, with the field that each declares."""
-    found = {name: {item.name: item for item in dataclasses.fields(kind)} for name, kind in RULES.items()}
-    return {name: fields[parameter] for name, fields in found.items() if parameter in fields}
+    declared = {name: {item.name: item for item in dataclasses.fields(kind)} for name, kind in RULES.items()}
+    return {name: fields[parameter] for name, fields in declared.items() if parameter in fields}
 
 
-def parameter_fields() -> list[tuple[str, Any, dataclasses.Field]]:
-    """Every parameter of `RULES` once, optional, as `dataclasses.make_dataclass` takes them: None is the rule's default."""
-    names = dict.fromkeys(item.name for kind in RULES.values() for item in dataclasses.fields(kind))
-    return [(name, float | None, _optional(users_of(name))) for name in names]
-
-
-def _optional(users: dict[str, dataclasses.Field]) -> dataclasses.Field:
+def optional_parameter(name: str) -> Any:
+    """A setting for a parameter of `RULES`, as its rules declare it; None is the rule's default."""
+    users = users_of(name)
     first, *others = users.values()
-    default = {name: "" if item.default is dataclasses.MISSING else f" ({item.default:g})" for name, item in users.items()}
-    rules = ", ".join(name + default[name] for name in users)
+    default = {rule: "" if item.default is dataclasses.MISSING else f" ({item.default:g})" for rule, item in users.items()}
+    rules = ", ".join(rule + default[rule] for rule in users)
     shared = {key: first.metadata[key] for key in ("unit", "minimum", "above", "maximum")}
     shared |= {key: None for key in shared if any(item.metadata[key] != shared[key] for item in others)}
     return setting(None, f"{'rules' if others else 'rule'} {rules}: {first.metadata['help']}", **shared)

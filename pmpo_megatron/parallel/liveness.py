@@ -207,16 +207,24 @@ def wait_for_key(name: str, *, mine: bool, source: int, timeout_s: float | None)
     """Waits until ``source`` has come to this call; the one that is ``mine`` goes through. Counts calls by ``name``.
 
     Raises:
-        RankFailure: ``source`` failed, gave no sign of life for ``stall_s``, or did not come within ``timeout_s``.
+        RankFailure: ``source`` failed, gave no sign of life for ``stall_s``, or did not come within ``timeout_s``; or the
+            key-value store is gone.
     """
     watch = _watch
     if watch is None:
         return
     number = watch.counters[name] = watch.counters.get(name, 0) + 1
     key = f"{name}/{number}"
-    if mine:
-        watch.store.set(key, "1")
-        return
+    try:
+        if mine:
+            watch.store.set(key, "1")
+        else:
+            _wait_for_source(watch, key, source, timeout_s)
+    except dist.DistError as error:
+        raise RankFailure(f"rank {watch.rank} waited for rank {source}: {diagnose(watch)}") from error
+
+
+def _wait_for_source(watch: Watch, key: str, source: int, timeout_s: float | None) -> None:
     began = changed = checked = time.monotonic()
     last = watch.seen(source)
     while not watch.store.check([key]):

@@ -175,7 +175,7 @@ def _main_parts(
         sampling=config.sampling,
         batch=config.batch,
         round=config.round,
-        advantage=config.objective.advantage,
+        advantage=config.objective.group_advantage,
         examples=config.monitor.rollout_samples,
     )
     parts.callback(collector.close)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pmpo_megatron.algo.advantages import compute_advantages
+from pmpo_megatron.algo.advantages import Advantage, compute_advantages
 from pmpo_megatron.data.prompts import PromptSet
 from pmpo_megatron.data.sampler import PromptSampler
 from pmpo_megatron.monitor import Distribution, Mean, Metric
@@ -53,7 +53,7 @@ class Collector:
         sampling: SamplingConfig,
         batch: BatchConfig,
         round: RoundConfig,
-        advantage: str,
+        advantage: Advantage,
         examples: int,
     ) -> None:
         self.prompts, self.sampler, self.engine, self.scorer = prompts, sampler, engine, scorer
@@ -130,7 +130,7 @@ class Collector:
         return (useful + spare)[: len(groups)], generated
 
 
-def make_samples(groups: Sequence[ScoredGroup], *, advantage: str) -> list[Sample]:
+def make_samples(groups: Sequence[ScoredGroup], *, advantage: str | Advantage) -> list[Sample]:
     """One `Sample` for every response, group after group."""
     advantages = compute_advantages([group.rewards for group in groups], advantage)
     samples: list[Sample] = []

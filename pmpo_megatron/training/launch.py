@@ -110,6 +110,7 @@ def set_up_logging(rank: int) -> None:
 def quiet_libraries() -> None:
     """Hides what libraries say on every start that no user of ours can act upon."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a store that died are pages of C++ frames
     # Read by Python's resource tracker, a process of its own: it misses the semaphores of an engine that was ended.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     for module in ("megatron", "torch", "transformers", "multiprocessing"):

@@ -8,9 +8,36 @@ FLAT = 2.5e-13
 
 
 def clip_bounds(config):
+    """(low, high) in log space; the clamp where there is none."""
+    low = high = 20.0
     if config.eps_low_log is not None:
-        return -config.eps_low_log, config.eps_high_log
-    return math.log(1 - config.eps_low_ratio), math.log(1 + config.eps_high_ratio)
+        low = config.eps_low_log
+    if config.eps_low_ratio is not None:
+        low = -math.log(1 - config.eps_low_ratio)
+    if config.eps_high_log is not None:
+        high = config.eps_high_log
+    if config.eps_high_ratio is not None:
+        high = math.log(1 + config.eps_high_ratio)
+    return -low, high
+
+
+def clip_tokens(r, log_probs, old, A, config):
+    """(log-ratios whose gradient is that of their mean, clip fraction)."""
+    low, high = clip_bounds(config)
+    if config.clip == "weight":  # the value is clipped, the gradient flows as if it were not
+        return r + (r.clamp(low, high) - r).detach(), float(((r < low) | (r > high)).double().mean())
+    if A == 0 or config.clip_level == "sequence":
+        return r, 0.0
+    if config.clip == "divergence":  # the value stays, the gradient does not
+        low, high = (config.clip_parameters.get(name, 0.2) for name in ("low", "high"))
+        rise = log_probs.double().exp() - old.double().exp()
+        masked = rise > high if A > 0 else rise < -low
+        return torch.where(masked, r.detach(), r), float(masked.double().mean())
+    return (
+        (torch.clamp(r, max=high), float((r > high).double().mean()))
+        if A > 0
+        else (torch.clamp(r, min=low), float((r < low).double().mean()))
+    )
 
 
 def log_power_mean(x, p):
@@ -74,10 +101,7 @@ def reference_objective(log_probs, old, trajectory, advantages, weights, config,
             continue
         A, c = float(advantages[i]), float(weights[i])
         r = (log_probs[chosen].double() - old[chosen].double()).clamp(-20, 20)
-        x, f = r, 0.0
-        if config.clip_level == "token" and A != 0:
-            x = torch.clamp(r, max=high) if A > 0 else torch.clamp(r, min=low)
-            f = float(((r > high) if A > 0 else (r < low)).double().mean())
+        x, f = clip_tokens(r, log_probs[chosen], old[chosen], A, config)
         p, target = choose_p(x.detach(), f, config, progress)
         M = torch.exp(log_power_mean(x, p))
         term = M * A

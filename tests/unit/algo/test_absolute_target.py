@@ -110,10 +110,9 @@ def test_p_does_not_rise_with_the_clip_fraction():
 
 def _sums_of(x, count):
     """The power sums of ``count`` trajectories, each with the log-ratios ``x``: those that the objective hands to a rule."""
-
-    interval, no = OrderInterval.covering(0.0, 1.0), torch.zeros_like(x, dtype=torch.bool)
-    table = tabulate(x, torch.ones(len(x), dtype=torch.long), 1, clipped_T=no, finite_T=~no, interval=interval)
-    return PowerSums.read(torch.cat([table[:1], table[1:].expand(count, -1)]), interval)
+    interval = OrderInterval.covering(0.0, 1.0)
+    table = tabulate(x, torch.zeros_like(x), torch.ones(len(x), dtype=torch.long), 1, interval=interval)
+    return PowerSums.read(table.expand(count, -1), interval, {})
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])

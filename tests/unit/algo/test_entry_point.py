@@ -86,9 +86,9 @@ def test_float32_inputs_by_position(name):
     inputs = (log_probs, old, trajectory, advantages.float(), weights.float(), CONFIGS[name])
     out = evaluate_objective(*inputs, None, 0.3, lambda table: table)
     difference = (log_probs.detach() - old).double()  # what float32 log-probs can tell
-    double = difference.clone().requires_grad_()
+    double = (old.double() + difference).requires_grad_()
     numbers = advantages.float().double(), weights.float().double()
-    expected = evaluate_objective(double, torch.zeros_like(double), trajectory, *numbers, CONFIGS[name], progress=0.3)
+    expected = evaluate_objective(double, old.double(), trajectory, *numbers, CONFIGS[name], progress=0.3)
     assert abs(out.loss - expected.loss) < 1e-12 and torch.allclose(out.p_N, expected.p_N, atol=1e-10, rtol=0)
     found = gradient(out.surrogate, log_probs)
     assert found.dtype == torch.float32

@@ -18,6 +18,10 @@ EXTRA = {
     "linear": ObjectiveConfig(rule="linear", p_min=-1.0, p_max=2.0),
     "steep": ObjectiveConfig(rule="linear", clip_reference=0.2),
     "small": ObjectiveConfig(rule="fixed", p=0.03),
+    "divergence": ObjectiveConfig(
+        rule="ess", clip="divergence", eps_low_log=None, eps_high_log=None, clip_parameters={"low": 0.05, "high": 0.1}
+    ),
+    "weight": ObjectiveConfig(clip="weight"),
     "log_sequence": ObjectiveConfig(rule="fixed", p=0.5, clip_level="sequence", eps_low_log=0.1, eps_high_log=0.1),
 }
 CONFIGS = PRESETS | EXTRA
@@ -306,6 +310,16 @@ def test_token_weights_scale_each_tokens_gradient_only():
         ({"rule": "math:gone"}, "rule", "cannot be imported"),
         ({"rule": "math:cos"}, "rule", "is not a subclass of"),
         ({"clip_level": "sequence"}, "rule", "clips no token"),
+        ({"clip": "onesided"}, "clip", "did you mean 'one_sided'"),
+        ({"clip": "math:cos"}, "clip", "is not a subclass of pmpo_megatron.algo.clips.Clip"),
+        ({"clip": "divergence", "eps_low_log": 0.1}, "eps_low_log", "no effect with clip 'divergence'"),
+        ({"clip": "divergence", "clip_parameters": {"hig": 1}}, "clip_parameters.hig", "did you mean 'high'"),
+        ({"clip_parameters": {"low": 0.1}}, "clip_parameters.low", "no effect with clip 'one_sided'"),
+        ({"preset": "gspo", "clip": "weight"}, "clip", "no effect with clip_level 'sequence'"),
+        ({"preset": "cispo", "clip": "one_sided"}, "eps_high_ratio", "give eps_low_log and eps_high_log"),
+        ({"advantage": "gae"}, "advantage", "known keys: grpo, dr_grpo, rloo, package.module:Name"),
+        ({"advantage_parameters": {"scale": 1}}, "advantage_parameters.scale", "unknown key"),
+        ({"rule": "tests.unit.algo.own:Demanding"}, "rule", "asks for the statistic 'reward_median'; there are reward_mean"),
         ({"eps_low_ratio": 0.2}, "eps_low_ratio", "eps_low_ratio and eps_high_ratio"),
         ({"eps_low_log": None}, "eps_high_log", "eps_low_log and eps_high_log"),
         ({"eps_low_ratio": 1.2, "eps_high_ratio": 0.2}, "eps_low_ratio", "use eps_low_log"),
