@@ -98,7 +98,8 @@ def run_one(study: StudyConfig, directory: Path, seed: int, overrides: list[str]
     if STOPPED.is_set():
         return 1
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pmpo_megatron.commands.train", "--config", study.config, *QUIET, *overrides]
+    command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "pmpo_megatron.commands.train"]  # ends with this process
+    command += ["--config", study.config, *QUIET, *overrides]
     command += [
         f"run.directory={directory.resolve()}",
         f"run.rounds={study.rounds}",

@@ -39,9 +39,9 @@ class Memory:
     skew: float = 6.0
     seed: int = 0
 
-    def recall(self, fact: str, result: int, generator: np.random.Generator) -> int:
+    def recall(self, fact: str, result: int, generator: np.random.Generator | None) -> int:
         """``result`` of ``fact``, or what it is mistaken for."""
-        if not self.largest_rate:
+        if generator is None or not self.largest_rate:
             return result
         digest = hashlib.sha256(f"{self.seed} {fact}".encode()).digest()
         rate = self.largest_rate * (int.from_bytes(digest[:4]) / 2**32) ** self.skew

@@ -13,6 +13,8 @@ from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.training.run_config import EvaluationConfig
 
+GREEDY_APART = 10**9  # rounds between the sampled and the greedy responses of an evaluation: rollouts are recorded by round
+
 
 class Evaluator:
     """Scores the engine's present weights on the same held-out problems every time."""
@@ -40,7 +42,7 @@ class Evaluator:
         lengths = np.array([len(rollout.token_ids) for group in groups for rollout in group.group.rollouts])
         metrics: dict[str, Metric] = {"eval/accuracy_mean": _accuracy(groups), "eval/length": Distribution(lengths)}
         if self.greedy is not None:
-            metrics["eval/greedy_accuracy_mean"] = _accuracy(self._answer(self.greedy, -1 - round_index))
+            metrics["eval/greedy_accuracy_mean"] = _accuracy(self._answer(self.greedy, -1 - round_index - GREEDY_APART))
         return metrics
 
     def _answer(self, sampling: SamplingConfig, round_index: int) -> list[ScoredGroup]:
