@@ -55,16 +55,21 @@ class Rollout:
     """One sampled response.
 
     ``token_ids`` are the response tokens as sampled, the stop token included. ``log_probs`` (same length) are those of the
-    distribution that was sampled from: temperature and truncation applied.
-    ``policy_version`` counts weight updates of the engine; it is the oldest version that produced one of the tokens.
+    distribution that was sampled from: temperature and truncation applied. ``versions`` (same length) is the number of the
+    weights that made each token, counted by the engine's updates.
     """
 
     token_ids: TokenIds
     log_probs: Float32s
     text: str
     finish_reason: str  # "stop": a stop token or string; "length": the token limit
-    policy_version: int
+    versions: npt.NDArray[np.int32]
     seed: int
+
+    @property
+    def policy_version(self) -> int:
+        """The oldest version that made one of the tokens."""
+        return int(self.versions.min())
 
 
 @dataclass(frozen=True)

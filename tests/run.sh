@@ -10,6 +10,7 @@ usage: tests/run.sh [--python PATH] [--help] [-- PYTEST_ARGUMENTS...]
   --python PATH   another interpreter (3.11 to 3.13); it gets its own environment, .venv-pyX.Y
   -- ...          arguments for pytest, e.g.  -- -m slow   -- tests/unit -x   -- -m "" (everything)
 
+The tests of the sandbox need bubblewrap (apt-get install bubblewrap) and skip without it.
 Without arguments: style and types, then the default suite (everything that is not marked slow).
 TEXT
 }

@@ -64,8 +64,8 @@ def table(section: type[Section], names: dict[type, str]) -> list[str]:
         if inner is None:
             kind, default, meaning = rows[item.name]
         else:
-            kind, default, link = "section", str(item.default).replace("None", "null"), names[inner]
-            meaning = f"{item.metadata['help']}. Has the fields of [{link}](#{link})"
+            kind, default, link = "section", "null" if item.default is None else "its defaults", names[inner]
+            meaning = f"{item.metadata['help']}. Has the fields of [{link}](#{link.replace('.', '')})"
         columns = [f"`{item.name}`", in_yaml(kind), f"`{in_yaml(default)}`", bounds(item), meaning]
         lines.append(f"| {' | '.join(map(cell, columns))} |")
     return lines
@@ -74,6 +74,9 @@ def table(section: type[Section], names: dict[type, str]) -> list[str]:
 def page() -> str:
     """The whole page."""
     sections = {name: section_type(kind) for name, kind in field_types(RunConfig).items()}
+    for name, section in list(sections.items()):
+        inner = {f"{name}.{key}": section_type(kind) for key, kind in field_types(section).items()}
+        sections |= {key: kind for key, kind in inner.items() if kind is not None and kind not in sections.values()}
     names = {kind: name for name, kind in reversed(sections.items())}
     parts = [HEAD.format(presets=", ".join(f"`{name}`" for name in PRESETS))]
     for name, section in sections.items():

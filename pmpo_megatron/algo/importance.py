@@ -32,15 +32,30 @@ def importance_weights(
     """
     if level == "none":
         return None
-    response_T = trajectory_T >= 0
+    log_weight_T = log_weights(
+        old_log_probs_T, rollout_log_probs_T, trajectory_T, num_trajectories, level=level, sum_over_shards=sum_over_shards
+    )
+    return torch.where(trajectory_T >= 0, torch.exp(log_weight_T).clamp(max=cap), 1.0)
+
+
+def log_weights(
+    old_log_probs_T: torch.Tensor,
+    rollout_log_probs_T: torch.Tensor,
+    trajectory_T: torch.Tensor,
+    num_trajectories: int,
+    *,
+    level: str,
+    sum_over_shards: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """old - rollout, detached, [T]: of each token (``token``), or its trajectory's mean (``sequence``, one collective)."""
     log_weight_T = (old_log_probs_T - rollout_log_probs_T).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     if level == "sequence":
-        segment_T = torch.where(response_T, trajectory_T, num_trajectories)
+        segment_T = torch.where(trajectory_T >= 0, trajectory_T, num_trajectories)
         sums = torch.zeros(num_trajectories + 1, 2, dtype=torch.float64, device=log_weight_T.device)
         columns = torch.stack([log_weight_T.double(), torch.ones_like(log_weight_T, dtype=torch.float64)], dim=-1)
         sums = sum_over_shards(sums.index_add_(0, segment_T, columns))
         log_weight_T = (sums[:, 0] / sums[:, 1].clamp(min=1))[segment_T].to(log_weight_T.dtype)
-    return torch.where(response_T, torch.exp(log_weight_T).clamp(max=cap), 1.0)
+    return log_weight_T
 
 
 def mismatch_sums(

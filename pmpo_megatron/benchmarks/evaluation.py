@@ -21,9 +21,10 @@ from pmpo_megatron.config import apply_overrides, build, to_plain
 from pmpo_megatron.data.prompts import DataConfig, load_prompts
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.rewards import RewardConfig, RewardScorer
-from pmpo_megatron.rewards.functions import find_function
+from pmpo_megatron.rewards.functions import check_functions
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.factory import make_engine
+from pmpo_megatron.rollout.remote_process import own_nodes
 from pmpo_megatron.training.launch import close_on_interrupt
 
 logger = logging.getLogger(__name__)
@@ -64,34 +65,31 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
         system_prompt=options.system_prompt, max_problems=options.max_problems, max_prompt_tokens=ANY_LENGTH,
     )  # fmt: skip
     rollout = _rollout_config(options)
-    find_function(options.reward)
+    rewards = RewardConfig(functions={options.reward: 1.0}, workers=options.workers)
+    check_functions(rewards.functions, rewards.code)
     ks = tuple(sorted(options.pass_k)) if options.pass_k else default_ks(options.samples)
     if ks and not 1 <= ks[0] <= ks[-1] <= options.samples:
         raise ConfigError("--pass-k", f"{list(ks)}: must lie between 1 and --samples, which is {options.samples}")
-    at_once = rollout.max_num_seqs * (len(rollout.urls) or rollout.engines)
+    at_once = rollout.max_num_seqs * rollout.engines * max(1, len(rollout.hosts))
     chunk = options.chunk if options.chunk is not None else max(1, 2 * at_once // options.samples)
     if chunk < 1:
         raise ConfigError("--chunk", f"{chunk} must be at least 1")
     return EvaluationPlan(
         out=options.out, benchmarks=tuple(find_benchmarks(options.benchmarks, options.data_dir)), data=data, sampling=sampling,
-        rewards=RewardConfig(functions={options.reward: 1.0}, workers=options.workers), rollout=rollout, ks=ks, chunk=chunk,
+        rewards=rewards, rollout=rollout, ks=ks, chunk=chunk,
         device=_device(options.device), force=options.force,
     )  # fmt: skip
 
 
 def _rollout_config(options: argparse.Namespace) -> RolloutConfig:
     values = {"gpu_memory_utilization": 0.9}  # training leaves room for the trainer; here the GPU is the engine's alone
-    if options.urls:
-        if len(options.models) > 1:
-            raise ConfigError("--urls", f"the servers hold one model, but {len(options.models)} are named")
-        values |= {"engine": "server", "urls": options.urls}
     try:
         config = build(RolloutConfig, apply_overrides(values, options.rollout))
     except ConfigError as error:
         raise error.within("--rollout") from None
     if config.nodes == "all":
-        raise ConfigError("--rollout.nodes", "an evaluation runs on one node; for more, start servers and name their --urls")
-    if config.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError("--rollout.nodes", "an evaluation has one node; for more, nodes=own, hosts and pmpo-rollout-node")
+    if find_spec("vllm") is None:
         raise ConfigError("--rollout.engine", "vllm is not installed; see the README for the requirements")
     return config
 
@@ -148,7 +146,8 @@ def _answer(model: Model, plan: EvaluationPlan, tasks: Sequence[Task], directory
         longest = max(len(prompt.token_ids) for task in tasks for prompt in task.prompts)
         needed = min(limit or ANY_LENGTH, longest + plan.sampling.max_tokens)  # a KV cache for more may not fit
         rollout = replace(plan.rollout, max_model_len=needed)
-        engine = make_engine(rollout, model_path=str(path), device=plan.device, worker_extension=None)
+        about = dict(worker_extension=None, nodes=own_nodes(rollout), logs=directory / "logs")
+        engine = make_engine(rollout, model_path=str(path), device=plan.device, **about)
         parts.callback(engine.close)
         scorer = RewardScorer(plan.rewards, max_tokens=plan.sampling.max_tokens)
         parts.callback(scorer.close)
@@ -167,8 +166,6 @@ def evaluate(options: argparse.Namespace) -> None:
     """
     models = find_models(options.models, options.hf)
     plan = make_plan(options)
-    if plan.rollout.engine == "server" and not models[0].is_hugging_face:
-        raise ConfigError("--urls", f"the servers cannot be given {models[0].path}; name the directory they were started with")
     close_on_interrupt()
     for model in models:
         evaluate_model(model, plan)

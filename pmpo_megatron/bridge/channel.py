@@ -11,6 +11,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -84,6 +85,12 @@ class Sender:
     def give_up(self) -> None:
         """Lets the workers that wait for the next bucket fail at once."""
         self._store.set(self._key("sent", self._next), GIVEN_UP)
+
+    def abort_if_failed(self, call: Future) -> None:
+        """Called in its thread when ``call``, which has all workers take the buckets, is done: if an engine died, or a worker
+        ended the update early, the transfers under way would keep rank 0 waiting. Then only `close` may follow."""
+        if call.exception() is not None or any(answer["problem"] for answer in call.result()):
+            self.medium.abort()
 
     def finish(self) -> None:
         """Forgets the keys of an update that every worker has ended."""

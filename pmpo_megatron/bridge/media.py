@@ -7,9 +7,11 @@ which slot when; here bytes only move. The sender's half is made by `open_medium
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import pickle
 import tempfile
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from pmpo_megatron.errors import WeightSyncError
 from pmpo_megatron.parallel.processes import owned_prefix
 
 SLOTS = 2
@@ -37,6 +40,9 @@ class Medium(Protocol):
 
     def description(self) -> dict[str, Any]:
         """What a worker needs to join; JSON."""
+
+    def abort(self) -> None:
+        """From another thread: ends what `move` waits for, because other ends will not take part; only `close` may follow."""
 
     def close(self) -> None: ...
 
@@ -105,6 +111,9 @@ class _Slots:
     def slot(self, number: int) -> torch.Tensor:
         start = number % SLOTS * self.slot_bytes
         return self.memory[start : start + self.slot_bytes]
+
+    def abort(self) -> None:
+        """Nobody waits for another end here."""
 
 
 class SharedFile(_Slots):
@@ -202,19 +211,28 @@ class Broadcast(_Slots):
     def connect(self) -> None:
         if self._group is None:
             self._group = self._make_group()
-            self._broadcast(1).wait()  # NCCL connects in its first collective, which all ends enter here
+            with _as_sync_error():
+                self._broadcast(1).wait()  # NCCL connects in its first collective, which all ends enter here
 
     def slot(self, number: int) -> torch.Tensor:
         if (work := self._works.pop(number % SLOTS, None)) is not None:
-            work.wait()  # the bucket before in this slot has left
+            with _as_sync_error():
+                work.wait()  # the bucket before in this slot has left
         return super().slot(number)
 
     def move(self, number: int, size: int) -> None:
-        work = self._broadcast(size, number)
-        if self.rank == 0:
-            self._works[number % SLOTS] = work
-        else:
-            work.wait()
+        with _as_sync_error():
+            work = self._broadcast(size, number)
+            if self.rank == 0:
+                self._works[number % SLOTS] = work
+            else:
+                work.wait()
+
+    def abort(self) -> None:
+        """NCCL's kernels wait on the GPU for a worker that died, and every synchronisation with them, until the watchdog ends
+        this process. gloo needs no such thing: its connections break with the worker."""
+        if self._group is not None:
+            self._group.abort()
 
     def close(self) -> None:
         self._group, self._works = None, {}
@@ -259,9 +277,21 @@ class HereAndThere:
         self._here.move(number, size)
         self._there.move(number, size)
 
+    def abort(self) -> None:
+        self._there.abort()
+
     def description(self) -> dict[str, Any]:
         return {"kind": "here and there", "here": self._here.description(), "there": self._there.description()}
 
     def close(self) -> None:
         self._there.close()
         self._here.close()
+
+
+@contextlib.contextmanager
+def _as_sync_error() -> Iterator[None]:
+    """A transfer that failed, or was aborted, is the update's failure and not a defect of this program."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise WeightSyncError(f"a broadcast of weights ended early: {error}") from None

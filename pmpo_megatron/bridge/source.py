@@ -85,3 +85,9 @@ def round_matrix(tensor: torch.Tensor, rounding: str) -> torch.Tensor:
     largest = torch.finfo(torch.float8_e4m3fn).max
     scale = (tensor.abs().amax().float() / largest).clamp(min=torch.finfo(torch.float32).tiny)
     return ((tensor.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(tensor.dtype)
+
+
+def give_back_cache(device: torch.device) -> None:
+    """Frees what PyTorch keeps of this rank's GPU for later: an engine that starts there again wants its share free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

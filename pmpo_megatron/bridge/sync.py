@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,14 +19,14 @@ from pmpo_megatron.bridge.channel import Sender
 from pmpo_megatron.bridge.config import ON_GPU, BridgeConfig, choose_transport
 from pmpo_megatron.bridge.fingerprint import fingerprint
 from pmpo_megatron.bridge.media import FILES, SHARED_MEMORY
-from pmpo_megatron.bridge.source import WeightSource
+from pmpo_megatron.bridge.source import WeightSource, give_back_cache
 from pmpo_megatron.errors import RolloutError, WeightSyncError
 from pmpo_megatron.hf.safetensors import SafetensorsWriter
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.parallel.collectives import broadcast_object
-from pmpo_megatron.parallel.processes import owned_prefix, sweep
+from pmpo_megatron.parallel.processes import address_toward, owned_prefix, sweep
 from pmpo_megatron.parallel.stand_by import StandBy
-from pmpo_megatron.rollout.engine import RolloutEngine
+from pmpo_megatron.rollout.engine import HERE, RolloutEngine
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 2  # an engine that dies while it takes weights is started again, once
@@ -59,14 +58,14 @@ class WeightBridge:
 
     def __init__(self, policy: Policy, engine: RolloutEngine | None, config: BridgeConfig, stand_by: StandBy) -> None:
         self.policy, self.engine, self.config = policy, engine, config
-        about = (engine.holds_weights, engine.same_host, engine.elsewhere) if engine is not None else None
-        self.active, same_host, elsewhere = broadcast_object(about, policy.state)
+        hosts = broadcast_object(engine.hosts if engine is not None else None, policy.state)
+        self.active = bool(hosts)  # recorded rollouts hold no weights
         self.version: int | None = None  # nothing was pushed yet
         self._push_again = stand_by.offer(lambda: self.push(self.version))
         self._outbox = _Outbox(engine, policy, config) if engine is not None else None
         if self.active:
             device = policy.state.device
-            self.transport = choose_transport(config.transport, device=device.type, same_host=same_host, elsewhere=elsewhere)
+            self.transport = choose_transport(config.transport, device=device.type, hosts=hosts)
             self.source = WeightSource(policy, device if self.transport in ON_GPU else torch.device("cpu"), config.rounding)
         if engine is not None:
             engine.on_restart = self._ask_for_weights
@@ -79,9 +78,11 @@ class WeightBridge:
                 the engine's rank. The engine refuses to generate until a later push succeeds.
         """
         self.version, started = version, time.monotonic()
+        give_back_cache(self.policy.state.device)
         if not self.active:
             if self.engine is not None:
-                self.engine.version = version
+                with self.engine.update(version):
+                    pass
             return PushReport(version, 0.0, 0.0, 0, 0, "off")
         for attempt in range(1, ATTEMPTS + 1):
             outcome = self._push_once(version, last=attempt == ATTEMPTS)
@@ -103,7 +104,6 @@ class WeightBridge:
         """Called by the thread that generates, after the engine was started again: waits until it has the newest weights."""
         if not self.active or self.version is None:
             return
-        engine.mark_broken("it was started again and has the weights of its checkpoint")
         if not self._push_again():
             raise RolloutError("the run ended before the engine, which was started again, got its weights")
 
@@ -114,15 +114,12 @@ class WeightBridge:
             for _ in stream:
                 raise AssertionError("only rank 0 receives tensors")
             return None, False, 0.0
-        self.engine.mark_broken("an update is under way")
         error, again, waited_s = None, False, 0.0
         try:
-            waited_s = self._outbox.deliver(stream, self.transport, self.source, version)
-            self.engine.version = version
-            self.engine.mark_broken(None)
+            with self.engine.update(version):
+                waited_s = self._outbox.deliver(stream, self.transport, self.source, version)
         except (WeightSyncError, RolloutError) as failure:
             error, again = str(failure), isinstance(failure, RolloutError) and not last
-            self.engine.mark_broken(error)
             self._outbox.close()
             for _ in stream:  # the other ranks are still sending
                 pass
@@ -152,7 +149,7 @@ class _Outbox:
             sweep(FILES, place)
 
     def deliver(self, stream: Stream, transport: str, source: WeightSource, version: int) -> float:
-        """Has every worker load the tensors of ``stream``, compares fingerprints, and drops what old weights left in caches.
+        """Has every worker load the tensors of ``stream``, and compares fingerprints.
 
         Returns:
             seconds that the slowest worker waited for tensors.
@@ -174,7 +171,6 @@ class _Outbox:
             raise WeightSyncError(f"no room for the weights on their way to the engine: {error}") from None
         for worker, answer in enumerate(answers):
             self._check(worker, answer, sent)
-        self.engine.reset_prefix_cache()
         return max(answer["waited_s"] for answer in answers)
 
     def close(self) -> None:
@@ -202,6 +198,7 @@ class _Outbox:
         manifest = manifest | {"channel": sender.description()}
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights") as thread:
             call = thread.submit(self._call, manifest)
+            call.add_done_callback(sender.abort_if_failed)
             try:
                 sent = self._send(stream, sender, manifest["buckets"], call)
             except BaseException as error:
@@ -248,7 +245,9 @@ class _Outbox:
         return self._sender
 
     def _address(self) -> str | None:
-        return None if self.engine.on_loopback else self.config.address or socket.gethostname()
+        """Where workers on other nodes reach this one; None if there are none."""
+        others = [host for host in self.engine.hosts if host != HERE]
+        return (self.config.address or address_toward(others[0])) if others else None
 
     def _write_files(self, stream: Stream) -> tuple[dict[str, int], list[str]]:
         if self._directory is None:

@@ -59,17 +59,19 @@ class WeightReceiver:
         return {"problem": problem, "fingerprints": fingerprints, "waited_s": waited}
 
     def _pmpo_reload(self, manifest: dict[str, Any], fingerprints: dict[str, int]) -> None:
+        from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         model = self.model_runner.model
         in_files = manifest["channel"] is None
         tensors = read_files(manifest["files"]) if in_files else whole_tensors(self._pmpo_receive(manifest))
-        initialize_layerwise_reload(model)
-        try:
-            model.load_weights(_noting(tensors, fingerprints, manifest["verify"]))
-        finally:
-            finalize_layerwise_reload(model, self.model_config)
-        _pack_output_layer(model)
+        with set_current_vllm_config(self.vllm_config):  # as vLLM's worker does around a load: kernels are chosen by it
+            initialize_layerwise_reload(model)
+            try:
+                model.load_weights(_noting(tensors, fingerprints, manifest["verify"]))
+            finally:
+                finalize_layerwise_reload(model, self.model_config)
+            _pack_output_layer(model)
 
     def _pmpo_receive(self, manifest: dict[str, Any]) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Everything in ``manifest``: views of a bucket, whose memory is given back when all of them are used."""

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 
 from pmpo_megatron.checkpoint import files
+from pmpo_megatron.checkpoint.optimizer_state import state_to_read
 from pmpo_megatron.errors import RankFailure
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.parallel.liveness import naming_ranks
 from pmpo_megatron.parallel.random_state import get_random_state
 
-# The only optimizer format that loads on any other layout (megatron-core 0.16 and 0.19).
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+# The only optimizer format that loads on any other layout (megatron-core 0.16 and 0.19), gathered in the host's memory: by
+# default it is gathered on every GPU, which takes twice the float32 size of the rank's part of the model there.
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 @dataclass
@@ -151,6 +153,9 @@ def sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
     if policy.scheduler is not None:
         # One chunk's dictionary under the bare name "model" is what the optimizer looks for.
         model_state = {key: value for chunk in chunks.values() for key, value in chunk.items()} if len(chunks) == 1 else chunks
-        state["optimizer"] = policy.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+        if is_loading and policy.optimizer.config.use_distributed_optimizer:
+            state["optimizer"] = state_to_read(policy.optimizer, model_state)
+        else:
+            state["optimizer"] = policy.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
         state["schedule"] = policy.scheduler.state_dict()
     return state

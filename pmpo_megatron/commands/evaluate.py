@@ -76,13 +76,6 @@ def _add_sampling_options(group: Any) -> None:
 
 def _add_engine_options(group: Any) -> None:
     add = group.add_argument
-    add(
-        "--urls",
-        nargs="+",
-        default=[],
-        metavar="URL",
-        help="running vLLM servers that hold the model, instead of an engine here",
-    )
     add("--rollout", nargs="+", default=[], metavar="KEY=VALUE", help="fields of the rollout section of a run's configuration: "
         "engines=2 tensor_parallel=4 dtype=bfloat16 max_model_len=4096 kv_cache_gib=2 threads=8 ...")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU where there is one)")

@@ -35,7 +35,9 @@ class DataConfig(Section):
     split: str = setting("train", "Hugging Face data set: its split; arithmetic: train or test, which never overlap")
     subset: str | None = setting(None, "Hugging Face data set: its configuration, where it has several")
     problem_field: str = setting("problem", "field that holds the problem")
-    answer_field: str = setting("answer", "field that holds the answer, or a list of them")
+    answer_field: str | None = setting(
+        "answer", "field that holds the answer, or a list of them; null: rows have tests instead"
+    )
     answer_after: str | None = setting(None, "the answer is what follows the last such text in its field: '####' for GSM8K")
     template: str = setting("plain", f"{', '.join(TEMPLATES)}, chat (the tokenizer's own), or a text that contains {{problem}}")
     system_prompt: str | None = setting(None, "template chat: the system message")
@@ -234,16 +236,17 @@ def _dataset(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _fields(config: DataConfig, where: str, row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-    for name in (config.problem_field, config.answer_field):
+    for name in filter(None, (config.problem_field, config.answer_field)):
         if row.get(name) is None:
             raise DataError(f"{where}: no field {name!r}; it has {', '.join(row)}")
-    problem, answer = row[config.problem_field], row[config.answer_field]
+    problem = row[config.problem_field]
     if not isinstance(problem, str):
         raise DataError(f"{where}: field {config.problem_field!r} is a {type(problem).__name__}, not text")
     if not problem.strip():
         raise DataError(f"{where}: field {config.problem_field!r} is empty")
+    answer = [] if config.answer_field is None else row[config.answer_field]
     answers = answer if isinstance(answer, list) else [answer]
-    if not answers or not all(map(_is_answer, answers)):
+    if config.answer_field and not answers or not all(map(_is_answer, answers)):
         raise DataError(f"{where}: field {config.answer_field!r} is neither text, a number nor a list of them: {answer!r:.80}")
     texts = [str(a) for a in answers]
     if any(LONE_SURROGATE.search(text) for text in (problem, *texts)):

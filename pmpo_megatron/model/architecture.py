@@ -39,6 +39,12 @@ def transformer_engine_available() -> bool:
     return True
 
 
+def expects_fused(layers: str) -> bool:
+    """Whether a run on GPUs with ``model.layers`` would have Transformer Engine's, as far as this machine can tell: where there
+    is no GPU, as if it were installed where the run is."""
+    return layers != "local" and (not torch.cuda.is_available() or transformer_engine_available())
+
+
 def fused_layers(wanted: str, state: ParallelState) -> bool:
     """Whether the model is made of Transformer Engine's layers, as ``model.layers`` says; the same on all ranks. Collective.
 
@@ -192,11 +198,12 @@ def _layer_specification(config: Any, virtual: int | None, fused: bool) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-    from pmpo_megatron.model.layers import CoreAttention, RMSNorm
+    from pmpo_megatron.model.layers import CoreAttention, HostLengthsAttention, RMSNorm
 
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention.module = HostLengthsAttention
     attention = parts.self_attention.submodules
     attention.core_attention = CoreAttention
     if config.qk_layernorm:

@@ -1,18 +1,21 @@
-"""Layers for where Transformer Engine is absent: RMSNorm and core attention on PyTorch's SDPA.
+"""Layers for where Transformer Engine is absent: RMSNorm and attention on PyTorch's SDPA.
 
 Legend: L tokens on this rank, q/k/v [L, 1, heads, head_dim] as [1, heads, L, head_dim] for SDPA.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
 from pmpo_megatron.parallel.shards import context_order, context_spans
 
@@ -28,6 +31,7 @@ class PackedSequences(PackedSeqParams):
     """
 
     boundaries: tuple[int, ...] = ()
+    on_host: PackedSequences | None = None  # the same with cu_seqlens on the host, where nobody waits who looks at them
     gather_order: torch.Tensor | None = None  # int64 [T], `shards.context_order`, where context parallel
     by_length: tuple[tuple[int, torch.Tensor], ...] = ()
     from_lengths: torch.Tensor | None = None
@@ -35,24 +39,25 @@ class PackedSequences(PackedSeqParams):
 
 def packed_sequences(boundaries: tuple[int, ...], *, context_size: int, device: torch.device) -> PackedSequences:
     """For sequences between the global, padded ``boundaries`` (the last one is the number of tokens of all ranks)."""
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
     longest = max(end - start for start, end in zip(boundaries[:-1], boundaries[1:], strict=True))
     order = context_order(boundaries, size=context_size).to(device) if context_size > 1 else None
     by_length = _positions_by_length(boundaries) if context_size == 1 and len(boundaries) > 2 else ()
     from_lengths = torch.cat([place for _, place in by_length]).argsort().to(device) if by_length else None
-    return PackedSequences(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=cu_seqlens,
-        cu_seqlens_kv_padded=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+    on_host = PackedSequences(
+        **_lengths(cu_seqlens, longest),
         boundaries=boundaries,
         gather_order=order,
         by_length=tuple((length, place.to(device)) for length, place in by_length),
         from_lengths=from_lengths,
     )
+    return replace(on_host, **_lengths(cu_seqlens.to(device), longest), on_host=on_host)
+
+
+def _lengths(cu_seqlens: torch.Tensor, longest: int) -> dict[str, Any]:
+    """Megatron's description: what is padded counts as part of its sequence."""
+    names = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+    return dict.fromkeys(names, cu_seqlens) | {"qkv_format": "thd", "max_seqlen_q": longest, "max_seqlen_kv": longest}
 
 
 def _positions_by_length(boundaries: tuple[int, ...]) -> tuple[tuple[int, torch.Tensor], ...]:
@@ -76,6 +81,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class HostLengthsAttention(SelfAttention):
+    """Megatron's attention, which rotates packed sequences by lengths that are on the host.
+
+    Megatron's own rotation (megatron-core 0.16.1 and 0.19.2, rope_utils.py, `_apply_rotary_pos_emb_thd`) makes lists of them,
+    of queries and of keys: with lengths on the GPU, the host waits for it twice in every layer.
+    """
+
+    def forward(self, *arguments, packed_seq_params: PackedSequences | None = None, **more):
+        on_host = packed_seq_params.on_host if packed_seq_params is not None else None
+        return super().forward(*arguments, packed_seq_params=on_host, **more)
 
 
 class CoreAttention(MegatronModule):
@@ -143,6 +160,9 @@ class CoreAttention(MegatronModule):
         """Queries that are the last ones of the keys' span: causal, aligned at the lower right."""
         if q.shape[2] == k.shape[2]:
             return [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)]
+        if _has_flash_attention(q):  # it knows this shape; with an explicit mask and grouped queries scores would be stored
+            mask = causal_lower_right(q.shape[2], k.shape[2])
+            return [F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)]
         earlier, outputs = k.shape[2] - q.shape[2], []
         for begin in range(0, q.shape[2], QUERY_BLOCK):
             end = min(begin + QUERY_BLOCK, q.shape[2])
@@ -156,6 +176,10 @@ class CoreAttention(MegatronModule):
                     )
                 )  # fmt: skip
         return outputs
+
+
+def _has_flash_attention(q: torch.Tensor) -> bool:
+    return q.is_cuda and q.dtype != torch.float32
 
 
 def _causal_mask(rows: int, reach: int, like: torch.Tensor) -> torch.Tensor:

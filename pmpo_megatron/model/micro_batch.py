@@ -51,6 +51,7 @@ class ScoredMicroBatch:
     batch: MicroBatch
     old_log_probs_T: torch.Tensor
     reference_log_probs_T: torch.Tensor | None  # None: there is no reference model
+    kept_T: torch.Tensor | None = None  # bool [T]: tokens whose gradient counts; None: all
 
 
 def prepare(packed: PackedTrajectories, state: ParallelState) -> MicroBatch:

@@ -16,6 +16,7 @@ import torch
 from pmpo_megatron.algo.importance import importance_weights
 from pmpo_megatron.algo.objective import ObjectiveConfig, evaluate_objective
 from pmpo_megatron.algo.penalties import kl_penalty, mean_entropy
+from pmpo_megatron.algo.rejection import Rejection
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.model.micro_batch import MicroBatch, ScoredMicroBatch
 from pmpo_megatron.model.optimizer import apply_gradients
@@ -27,14 +28,38 @@ from pmpo_megatron.parallel.state import ParallelState
 
 
 def score(
-    policy: Policy, micro_batches: Sequence[MicroBatch], *, temperature: float, reference: Policy | None = None
+    policy: Policy,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    temperature: float,
+    reference: Policy | None = None,
+    recompute: bool = True,
+    rejection: Rejection | None = None,
 ) -> list[ScoredMicroBatch]:
-    """Each micro-batch with the log-probs of its response tokens under ``policy`` and ``reference``, without gradient."""
-    old = _log_probs_of(policy, micro_batches, temperature=temperature)
+    """Each micro-batch with the log-probs of its response tokens under ``policy`` and ``reference``, without gradient.
+
+    Args:
+        recompute: False: those that the rollout engine gave are taken for the policy's.
+        rejection: which tokens' gradients count.
+    """
+    last = policy.state.is_last_stage
+    if recompute:
+        old = _log_probs_of(policy, micro_batches, temperature=temperature)
+    else:
+        old = [item.rollout_log_probs_T if last else torch.empty(0) for item in micro_batches]
     others: list[torch.Tensor | None] = [None] * len(micro_batches)
     if reference is not None:
         others = _log_probs_of(reference, micro_batches, temperature=temperature)
-    return [ScoredMicroBatch(*parts) for parts in zip(micro_batches, old, others, strict=True)]
+    kept: list[torch.Tensor | None] = [None] * len(micro_batches)
+    if rejection is not None and last:
+        sum_over_shards = sum_over(policy.state.cp_group)
+        kept = [
+            rejection.kept_tokens(
+                log_probs_T, item.rollout_log_probs_T, item.trajectory_T, item.num_trajectories, sum_over_shards
+            )
+            for item, log_probs_T in zip(micro_batches, old, strict=True)
+        ]
+    return [ScoredMicroBatch(*parts) for parts in zip(micro_batches, old, others, kept, strict=True)]
 
 
 def _log_probs_of(policy: Policy, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[torch.Tensor]:
@@ -126,6 +151,9 @@ def _evaluate(
         cap=objective.importance_cap,
         sum_over_shards=sum_over_shards,
     )
+    if item.kept_T is not None:
+        kept_T = item.kept_T.to(log_probs_T.dtype)
+        weights_T = kept_T if weights_T is None else weights_T * kept_T
     output = evaluate_objective(
         log_probs_T,
         item.old_log_probs_T,

@@ -84,3 +84,11 @@ def _watch_launcher(launcher: int) -> None:
     rank = os.environ.get("RANK", "0")
     print(f"error (rank {rank}): torchrun (process {launcher}) is gone; this process ends", file=sys.stderr, flush=True)
     os._exit(EXIT_LAUNCHER_DIED)
+
+
+def address_toward(host: str) -> str:
+    """This host's address as ``host`` sees it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        address: str = probe.getsockname()[0]
+        return address

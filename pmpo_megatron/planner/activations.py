@@ -60,6 +60,7 @@ class ActivationModel:
         """
         shape, tensor = self.shape, self.parallel.tensor
         attention = (queries + 2 * keys) + queries + queries + 4 * shape.head_dim
+        attention += 2 * keys * (self.parallel.context - 1)  # keys and values of all ranks, gathered: an estimate
         scalars = shape.num_attention_heads / tensor
         if shape.qk_norm:
             groups = shape.num_query_groups // tensor

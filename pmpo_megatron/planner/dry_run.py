@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.planner.engine import split_problem
-from pmpo_megatron.planner.hardware import Hardware, hardware_here
+from pmpo_megatron.planner.hardware import Hardware, hardware_here, host_bytes
 from pmpo_megatron.planner.parameters import state_bytes
 from pmpo_megatron.planner.run_plan import plan
 from pmpo_megatron.planner.text import plan_lines
@@ -33,7 +31,7 @@ def memory_report(config: RunConfig, world_size: int, hardware: Hardware | None 
         return [_cpu_line(config, world_size)]
     found = plan(config, world_size, hardware or hardware_here())
     split = split_problem(found.shape, config.rollout.tensor_parallel)
-    if split and config.rollout.engine == "vllm":
+    if split and config.rollout.beside_trainer:
         raise ConfigError("rollout.tensor_parallel", split)
     for gpu in found.gpus:
         if gpu.certain > gpu.hardware.memory_gib * GIB:
@@ -53,7 +51,7 @@ def _cpu_line(config: RunConfig, world_size: int) -> str:
         distributed=config.optimizer.distributed,
     )
     most = max(state_bytes(shape, parallel, stage=stage, **common).total for stage in range(parallel.pipeline))
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = host_bytes()
     if most > here:
         raise ConfigError(
             "run.device",

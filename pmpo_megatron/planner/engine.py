@@ -65,16 +65,11 @@ def split_problem(shape: ModelShape, size: int) -> str | None:
     )
 
 
-def engine_problems(shape: ModelShape, rollout: RolloutConfig, found: EngineBytes, *, longest: int) -> list[str]:
-    """Why vLLM would not start, or not be able to answer ``longest`` tokens of prompt and response."""
+def engine_problems(shape: ModelShape, rollout: RolloutConfig, found: EngineBytes) -> list[str]:
+    """Why vLLM would not start, or not have room for one request. Lengths of prompt and response: `training.checks`."""
     split = split_problem(shape, rollout.tensor_parallel)
     problems = [f"rollout.tensor_parallel: {split}"] if split else []
     limit = rollout.max_model_len or shape.max_position_embeddings
-    if limit < longest:
-        problems.append(
-            f"rollout.max_model_len: {limit} is below the longest prompt and response, {longest} "
-            "(data.max_prompt_tokens + sampling.max_tokens)"
-        )
     if limit > shape.max_position_embeddings:
         problems.append(f"rollout.max_model_len: {limit} is above the model's {shape.max_position_embeddings} positions")
     if found.kv_tokens < limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +27,7 @@ class Hardware:
     nvlink_bytes_per_s: float
     network_bytes_per_s: float
     gpus_per_node: int = 8
+    host_gib: float = 1024.0  # of a node: an assumption
     reserved_gib: float = 3.0  # a trainer's CUDA context, NCCL's buffers, libraries
     engine_context_gib: float = 1.0  # of a rollout engine on the same GPU, outside its share: its context, buckets of weights
     fragmentation: float = 0.05  # share of the activations lost between allocations
@@ -57,7 +59,7 @@ def hardware_named(name: str) -> Hardware:
 
 
 def hardware_here() -> Hardware:
-    """This machine's GPUs: their own memory, and the rates of the kind that their name says, or of the default kind.
+    """This machine's GPUs: memory as it is here, and rates of the kind that their name says, or of the default kind.
 
     The default kind where there is no GPU.
     """
@@ -65,4 +67,10 @@ def hardware_here() -> Hardware:
         return HARDWARE[DEFAULT]
     name = torch.cuda.get_device_name(0)
     kind = next((known for key, known in HARDWARE.items() if key.split("-")[0] in name.lower()), HARDWARE[DEFAULT])
-    return replace(kind, name=name, memory_gib=torch.cuda.get_device_properties(0).total_memory / GIB)
+    memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    return replace(kind, name=name, memory_gib=memory, host_gib=host_bytes() / GIB)
+
+
+def host_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

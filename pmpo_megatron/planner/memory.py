@@ -23,6 +23,7 @@ class GpuMemory:
         activations: estimated.
         engine: of vLLM, 0 on GPUs without it.
         engine_asks: what vLLM wants to find free when it starts.
+        checkpoint: taken while one is loaded, when there are no activations.
     """
 
     stage: int
@@ -31,6 +32,7 @@ class GpuMemory:
     activations: ActivationBytes
     engine: float
     engine_asks: float
+    checkpoint: float
     hardware: Hardware
 
     @property
@@ -46,7 +48,7 @@ class GpuMemory:
 
     @property
     def total(self) -> float:
-        return self.certain + self.activations.total + self.reserved
+        return self.certain + max(self.activations.total, self.checkpoint) + self.reserved
 
     @property
     def spare(self) -> float:

@@ -8,6 +8,7 @@ from math import ceil
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.parallel.shards import sequence_multiple
+from pmpo_megatron.planner.checkpoint import CheckpointBytes
 from pmpo_megatron.planner.engine import EngineBytes, GenerationTime
 from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.memory import GpuMemory
@@ -66,12 +67,12 @@ class RoundTime:
     scoring: float
     steps: float
     weights: float
-    asynchronous: bool
+    overlapped: bool
 
     @property
     def seconds(self) -> float:
         training = self.scoring + self.steps + self.weights
-        return max(self.rollouts, training) if self.asynchronous else self.rollouts + training
+        return max(self.rollouts, training) if self.overlapped else self.rollouts + training
 
     @property
     def training(self) -> float:
@@ -85,7 +86,8 @@ class Plan:
     Attributes:
         gpus: every kind of GPU in the run; the first is of rank 0.
         recompute: bytes of activations on the fullest GPU with each kind of recomputation, the rest as configured.
-        engine: on each of vLLM's GPUs; None where rollouts are recorded ones, or come from servers.
+        checkpoint: what saving and loading one take beside training's memory.
+        engine: on each of vLLM's GPUs; None where rollouts are recorded ones, or come from nodes of their own.
         problems: why the run cannot work as it is configured; empty if it fits.
         notes: what is worth changing all the same.
     """
@@ -98,6 +100,7 @@ class Plan:
     gpus: tuple[GpuMemory, ...]
     recompute: dict[str, float]
     engine: EngineBytes | None
+    checkpoint: CheckpointBytes
     generation: GenerationTime | None
     step: StepTime
     round: RoundTime

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.hf.shape import ModelShape
+from pmpo_megatron.model.architecture import expects_fused
 from pmpo_megatron.planner.activations import ActivationBytes, ActivationModel, activation_bytes
+from pmpo_megatron.planner.checkpoint import CheckpointBytes, checkpoint_bytes_of_node
 from pmpo_megatron.planner.engine import (
     EngineBytes,
     GenerationTime,
@@ -45,8 +47,9 @@ def plan(
     shape = shape or model_shape(config.model.path)
     data_parallel = _data_parallel_size(config, world_size)
     load = Load.of(config, data_parallel, sequence)
-    engine = engine_bytes(shape, config.rollout, hardware) if config.rollout.engine == "vllm" else None
-    gpus = _gpus(config, world_size, hardware, shape, load, engine)
+    engine = engine_bytes(shape, config.rollout, hardware) if config.rollout.beside_trainer else None
+    checkpoint = _checkpoint(config, world_size, hardware, shape)
+    gpus = _gpus(config, world_size, hardware, shape, load, engine, checkpoint.gpu)
     step = _training_cost(config, world_size, hardware, shape, gpus).step(load.work)
     generation = _generation(config, world_size, shape, load, engine, hardware)
     return Plan(
@@ -58,10 +61,11 @@ def plan(
         gpus=gpus,
         recompute=_activations_by_recompute(config, shape, load, min(gpus, key=lambda gpu: gpu.spare).stage),
         engine=engine,
+        checkpoint=checkpoint,
         generation=generation,
         step=step,
         round=_round_time(config, shape, hardware, step, generation),
-        problems=tuple(find_problems(config, shape, load, engine, gpus)),
+        problems=tuple(find_problems(config, shape, engine, gpus, checkpoint)),
         notes=tuple(find_notes(config, load, hardware, world_size, data_parallel)),
     )
 
@@ -85,7 +89,20 @@ def _training_cost(config, world_size, hardware, shape, gpus) -> TrainingCost:
     )
 
 
-def _gpus(config, world_size, hardware, shape, load: Load, engine: EngineBytes | None) -> tuple[GpuMemory, ...]:
+def _checkpoint(config, world_size: int, hardware: Hardware, shape: ModelShape) -> CheckpointBytes:
+    return checkpoint_bytes_of_node(
+        shape,
+        config.parallel,
+        world_size=world_size,
+        node_size=hardware.gpus_per_node,
+        dtype=config.model.dtype.replace("auto", "bfloat16"),
+        distributed=config.optimizer.distributed,
+    )
+
+
+def _gpus(
+    config, world_size, hardware, shape, load: Load, engine: EngineBytes | None, checkpoint: float
+) -> tuple[GpuMemory, ...]:
     parallel, dtype = config.parallel, config.model.dtype.replace("auto", "bfloat16")
     replicas = world_size // (parallel.tensor * parallel.pipeline)
     common = dict(replicas=replicas, dtype=dtype, distributed=config.optimizer.distributed)
@@ -104,6 +121,7 @@ def _gpus(config, world_size, hardware, shape, load: Load, engine: EngineBytes |
                 activations=activations,
                 engine=engine.total if shared else 0.0,
                 engine_asks=asks if shared else 0.0,
+                checkpoint=checkpoint,
                 hardware=hardware,
             )
         )
@@ -113,7 +131,7 @@ def _gpus(config, world_size, hardware, shape, load: Load, engine: EngineBytes |
 def _activations(config, shape, load: Load, stage: int, recompute: str) -> ActivationBytes:
     item = 4 if config.model.dtype == "float32" else 2
     return activation_bytes(
-        ActivationModel(shape, config.parallel, recompute, item),
+        ActivationModel(shape, config.parallel, recompute, item, fused=expects_fused(config.model.layers)),
         tokens=load.full_tokens,
         stage=stage,
         micro_batches=load.most_micro_batches,
@@ -152,6 +170,6 @@ def _round_time(config, shape, hardware, step: StepTime, generation: GenerationT
         rollouts=generation.seconds if generation is not None else 0.0,
         scoring=passes * steps * step.scoring,
         steps=steps * step.seconds,
-        weights=bytes_moved / hardware.host_bytes_per_s if config.rollout.engine == "vllm" else 0.0,
-        asynchronous=config.round.asynchronous,
+        weights=bytes_moved / hardware.host_bytes_per_s if config.rollout.beside_trainer else 0.0,
+        overlapped=config.round.mode != "synchronous",
     )

@@ -49,7 +49,7 @@ def best_engines(
 
     All use the whole of a node, each with what KV cache and requests at once ``config`` says. Training is left as it is.
     """
-    if config.rollout.engine != "vllm":
+    if not config.rollout.beside_trainer:
         return []
     shape, gpus = model_shape(config.model.path), min(hardware.gpus_per_node, world_size)
     found = []

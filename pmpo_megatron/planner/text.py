@@ -31,7 +31,7 @@ def plan_lines(found: Plan) -> list[str]:
         *memory_table(found),
         _recompute_line(found),
     ]
-    lines += _engine_lines(found) + [_communication_line(found), *_time_lines(found)]
+    lines += _engine_lines(found) + [_checkpoint_line(found), _communication_line(found), *_time_lines(found)]
     lines += [f"note: {note}" for note in found.notes] + [f"problem: {problem}" for problem in found.problems]
     return [*lines, _limit_line(found), _verdict(found)]
 
@@ -69,8 +69,8 @@ def engines_text(count: int) -> str:
 def _engine_lines(found: Plan) -> list[str]:
     engine, rollout = found.engine, found.config.rollout
     if engine is None:
-        servers = len(rollout.urls)
-        return [f"rollouts: from {servers} server{'s' * (servers > 1)}" if servers else "rollouts: recorded ones"]
+        nodes = len(rollout.hosts)
+        return [f"rollouts: from {nodes} node{'s' * (nodes > 1)} of their own" if nodes else "rollouts: recorded ones"]
     last = rollout.engines * rollout.tensor_parallel - 1
     nodes = engine_nodes(rollout, found.world_size, found.hardware)
     node = "the first node" if nodes == 1 else f"each of {nodes} nodes"
@@ -84,6 +84,15 @@ def _engine_lines(found: Plan) -> list[str]:
         running, speed = nodes * rollout.engines * found.generation.running, found.generation.tokens_per_s
         lines.append(f"rollouts: {running} requests at once, {speed:.0f} response tokens/s")
     return lines
+
+
+def _checkpoint_line(found: Plan) -> str:
+    needed = found.checkpoint
+    return (
+        f"checkpoints: of the fullest node's memory {needed.saving / GIB:.0f} GiB while one is saved, "
+        f"{needed.loading / GIB:.0f} while one is loaded; of a GPU's none while one is saved, {needed.gpu / GIB:.1f} while one "
+        "is loaded"
+    )
 
 
 def _communication_line(found: Plan) -> str:
@@ -100,7 +109,7 @@ def _time_lines(found: Plan) -> list[str]:
         f"optimizer step: {step.seconds:.1f} s for {found.load.trajectories} trajectories of {found.load.mean:.0f} tokens "
         f"(assumed) in {found.load.work.micro_batches} micro-batches per data-parallel rank; "
         f"{100 * waiting / step.seconds:.0f}% waiting for links, {100 * step.bubble / step.seconds:.0f}% idle in the pipeline",
-        f"round: {whole.seconds:.0f} s = rollouts {whole.rollouts:.0f}{' beside' if whole.asynchronous else ' +'} log-probs "
+        f"round: {whole.seconds:.0f} s = rollouts {whole.rollouts:.0f}{' beside' if whole.overlapped else ' +'} log-probs "
         f"{whole.scoring:.0f} + {steps} steps {whole.steps:.0f} + weights into vLLM {whole.weights:.0f}"
         " (estimates; the figures behind them are in planner/hardware.py)",
     ]

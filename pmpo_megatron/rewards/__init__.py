@@ -1,7 +1,7 @@
 """Rewards: answers extracted and verified in worker processes with hard time-outs.
 
 with RewardPool("math", workers=2, timeout=5.0) as pool:
-    scores = pool.score(responses, answers)      # floats in [0, 1]; pool.stats counts time-outs and crashes
+    scores = pool.score(responses, answers)      # floats; pool.stats counts time-outs and crashes
 """
 
 from pmpo_megatron.rewards.config import RewardConfig

@@ -11,12 +11,26 @@ LONGEST_TIMEOUT_S = 86400.0  # a day: timers of the system overflow far beyond i
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodeConfig(Section):
+    """How programs run for the function `code`. Limits are of one program on one test."""
+
+    isolation: str = setting(
+        "bubblewrap", "unsandboxed runs programs as your own user, who may lose what is theirs",
+        choices=("bubblewrap", "unsandboxed"),
+    )  # fmt: skip
+    wall_s: float = setting(4.0, "time, and as much CPU time of a process", unit="s", above=0.0, maximum=LONGEST_TIMEOUT_S)
+    memory_mib: int = setting(1024, "memory of all its processes, and address space of each", unit="MiB", minimum=64)
+    processes: int = setting(16, "processes and threads", minimum=2, maximum=1024)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig(Section):
     """How responses are scored. The reward is the weighted sum of ``functions``, less the penalties."""
 
     functions: dict[str, float] = setting(
         {"math": 1.0},
-        "weight of each function: math, boxed, exact, or package.module:name of your own (response, answer) -> float",
+        "weight of each function: math, boxed, exact, choice, code, or package.module:name of your own, "
+        "(response, answers) or (response, answers, metadata) -> float",
     )
     evaluated: bool = setting(
         True, "math: what is still to be evaluated, as 17+25 for 42, is no answer unless the accepted one is"
@@ -26,6 +40,7 @@ class RewardConfig(Section):
         5.0, "a response that takes longer scores 0 and its worker is killed", unit="s", above=0.0, maximum=LONGEST_TIMEOUT_S
     )
     memory_gib: float = setting(4.0, "address space of a worker", unit="GiB", above=0.0)
+    code: CodeConfig = setting(CodeConfig, "how the programs of code run")
     overlong_penalty: float = setting(0.0, "largest penalty for length (DAPO, 2503.14476 eq. 13); 0: none", minimum=0.0)
     overlong_tokens: int = setting(
         0, "the penalty grows over the last so many tokens before the limit", unit="tokens", minimum=0
@@ -34,5 +49,8 @@ class RewardConfig(Section):
     def validate(self) -> None:
         if not self.functions:
             raise ConfigError("functions", "is empty: name at least one, e.g. {math: 1.0}")
+        if "code" in self.functions and self.timeout_s <= self.code.wall_s:
+            least = f"above code.wall_s, which is {self.code.wall_s:g}: it is for all tests of a response"
+            raise ConfigError("timeout_s", f"{self.timeout_s:g} must be {least}")
         if self.overlong_penalty and not self.overlong_tokens:
             raise ConfigError("overlong_tokens", "must be above 0 with overlong_penalty")

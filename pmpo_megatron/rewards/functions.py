@@ -1,16 +1,21 @@
-"""Reward functions: (response, accepted answers) -> float in [0, 1]. They run in workers and may take as long as they like."""
+"""Reward functions: (response, accepted answers[, metadata]) -> any finite float. They run in workers (`RewardPool`)."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.rewards.choice import choice
+from pmpo_megatron.rewards.code import CodeReward, check_sandbox
+from pmpo_megatron.rewards.config import CodeConfig
 from pmpo_megatron.rewards.equality import same_answer
 from pmpo_megatron.rewards.extraction import boxed_answers, extract_answer
 
-RewardFunction = Callable[[str, Sequence[str]], float]
+RewardFunction = Callable[[str, Sequence[str], Mapping[str, Any]], float]
 
 
 def math(response: str, answers: Sequence[str], *, evaluated: bool = True) -> float:
@@ -33,39 +38,72 @@ def exact(response: str, answers: Sequence[str]) -> float:
     return float(response.strip() in {answer.strip() for answer in answers})
 
 
-BUILT_IN: dict[str, RewardFunction] = {"math": math, "boxed": boxed, "exact": exact}
+CODE = "code"  # made with its settings, in each worker
+BUILT_IN: dict[str, Callable[..., float]] = {"math": math, "boxed": boxed, "exact": exact, "choice": choice}
 
 
-def find_function(name: str) -> RewardFunction:
-    """A built-in function, or what ``package.module:name`` imports.
+def check_functions(names: Iterable[str], code: CodeConfig) -> bool:
+    """Checks that every function exists and can be called, and for `code` that its sandbox works here.
+
+    Returns:
+        Whether one of them takes the row's metadata.
 
     Raises:
-        ConfigError: there is no such function, or it cannot be called with a response and its answers.
+        ConfigError: a function is missing or of another signature, or there is no sandbox.
     """
+    wanted = [name == CODE or _takes_metadata(name, _find(name)) for name in names]
+    if CODE in names:
+        check_sandbox(code)
+    return any(wanted)
+
+
+def make_function(name: str, *, evaluated: bool, code: CodeConfig) -> RewardFunction:
+    """The function as a worker calls it, with (response, answers, metadata) whether or not it takes the last."""
+    if name == CODE:
+        return CodeReward(code)
+    function = _find(name)
+    if _takes_metadata(name, function):
+        return function
+    if name == "math":
+        function = partial(math, evaluated=evaluated)
+    return lambda response, answers, metadata: function(response, answers)
+
+
+def _find(name: str) -> Callable[..., float]:
+    """A built-in function, or what ``package.module:name`` imports."""
     if name in BUILT_IN:
         return BUILT_IN[name]
     module, colon, attribute = name.partition(":")
     if module == "__main__":
         raise ConfigError("rewards.functions", f"{name!r}: workers import functions, and __main__ is not a module of theirs")
     if not colon:
-        raise ConfigError(
-            "rewards.functions", f"{name!r} is none of {', '.join(BUILT_IN)}, nor of the form package.module:name"
-        )
+        known = ", ".join((*BUILT_IN, CODE))
+        raise ConfigError("rewards.functions", f"{name!r} is none of {known}, nor of the form package.module:name")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # a plug-in's own module may raise anything
         raise ConfigError("rewards.functions", f"{name!r} cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(function):
         raise ConfigError("rewards.functions", f"{name!r} is a {type(function).__name__}, not a function")
-    _check_signature(name, function)
     return function
 
 
-def _check_signature(name: str, function: RewardFunction) -> None:
+def _takes_metadata(name: str, function: Callable[..., float]) -> bool:
+    """Whether ``function`` is to be called with metadata: if it has a parameter of that name, or needs a third one."""
     try:
-        inspect.signature(function).bind("response", ["answer"])
-    except TypeError as error:
-        wanted = "a function of (response, answers)"
-        raise ConfigError("rewards.functions", f"{name!r} must be {wanted}, called with two arguments: {error}") from None
+        signature = inspect.signature(function)
     except ValueError:
-        pass  # written in C, without a signature that could be read
+        return False  # written in C, without a signature that could be read
+    arguments: list[Any] = ["response", ["answer"]]
+    try:
+        if "metadata" not in signature.parameters:
+            signature.bind(*arguments)
+            return False
+    except TypeError:
+        pass
+    try:
+        signature.bind(*arguments, {})
+    except TypeError as error:
+        wanted = "a function of (response, answers) or (response, answers, metadata)"
+        raise ConfigError("rewards.functions", f"{name!r} must be {wanted}: {error}") from None
+    return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import selectors
 import signal
@@ -19,15 +20,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pmpo_megatron.config import to_plain
 from pmpo_megatron.errors import ConfigError, PmpoError
-from pmpo_megatron.rewards.config import LONGEST_TIMEOUT_S
-from pmpo_megatron.rewards.functions import find_function
+from pmpo_megatron.rewards.config import LONGEST_TIMEOUT_S, CodeConfig
+from pmpo_megatron.rewards.functions import check_functions
 from pmpo_megatron.units import GIB
 
 logger = logging.getLogger(__name__)
@@ -37,8 +39,9 @@ START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
 MAX_FAILED_STARTS = 3
 MAX_KINDS_OF_ERROR = 20
 LARGEST_MESSAGE = 1 << 20  # bytes: scores, and an error's first 500 characters for each function
-OUT_OF_RANGE = "a score outside [0, 1], clipped; NaN becomes 0"
+NOT_FINITE = "a score that is not finite, taken for 0"
 Answers = str | Sequence[str]
+Item = tuple[str, list[str], Mapping[str, Any]]
 
 
 @dataclass
@@ -55,14 +58,15 @@ class RewardPool:
     """Scores responses with one function, or several, in ``workers`` processes. Threads may share it; their calls take turns.
 
     Args:
-        functions: ``math``, ``boxed``, ``exact``, or ``package.module:name`` of a plug-in; a name, or several.
+        functions: ``math``, ``boxed``, ``exact``, ``choice``, ``code``, or a plug-in's ``package.module:name``; one or several.
         workers: processes.
         timeout: seconds that one response may take; then its worker is killed, and it scores 0.
         memory_gib: address space of a worker; a response that needs more scores 0.
         evaluated: ``math`` refuses an expression that is still to be evaluated, unless the accepted answer is one.
+        code: how ``code`` runs programs.
 
     Raises:
-        ConfigError: a function does not exist, or a number is out of range.
+        ConfigError: a function does not exist, a number is out of range, or ``code`` has no sandbox here.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class RewardPool:
         timeout: float = 5.0,
         memory_gib: float = 4.0,
         evaluated: bool = True,
+        code: CodeConfig = CodeConfig(),  # noqa: B008  frozen
     ) -> None:
         self.functions = [functions] if isinstance(functions, str) else list(functions)
         if not self.functions:
@@ -81,11 +86,11 @@ class RewardPool:
             raise ConfigError("rewards", f"workers {workers}, timeout {timeout} and memory_gib {memory_gib} must be above 0")
         if timeout > LONGEST_TIMEOUT_S:
             raise ConfigError("rewards", f"timeout {timeout} must be at most {LONGEST_TIMEOUT_S:g} s")
-        for name in self.functions:
-            find_function(name)
+        self._takes_metadata = check_functions(self.functions, code)
         self.timeout, self.stats = timeout, PoolStats()
         self._turn = threading.RLock()
-        self._workers = [_Worker(self.functions, int(memory_gib * GIB), timeout, evaluated) for _ in range(workers)]
+        settings = json.dumps({"evaluated": evaluated, "code": to_plain(code)})
+        self._workers = [_Worker(self.functions, int(memory_gib * GIB), timeout, settings) for _ in range(workers)]
 
     def __enter__(self) -> RewardPool:
         return self
@@ -100,24 +105,28 @@ class RewardPool:
                 worker.kill()
             self._workers = []
 
-    def score(self, responses: Sequence[str], answers: Sequence[Answers]) -> list[float]:
-        """A score in [0, 1] for each response, in order, by the first function.
+    def score(
+        self, responses: Sequence[str], answers: Sequence[Answers], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[float]:
+        """A score for each response, in order, by the first function; arguments as `score_all`."""
+        return [scores[0] for scores in self.score_all(responses, answers, metadata)]
+
+    def score_all(
+        self, responses: Sequence[str], answers: Sequence[Answers], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[list[float]]:
+        """Every function's score of each response, in order.
 
         Args:
             responses: texts.
             answers: for each response an accepted answer, or a list of which any one is accepted.
-        """
-        return [scores[0] for scores in self.score_all(responses, answers)]
-
-    def score_all(self, responses: Sequence[str], answers: Sequence[Answers]) -> list[list[float]]:
-        """Every function's score of each response, in order.
+            metadata: for each response the further fields of its data row, for functions that take them.
 
         Raises:
-            ValueError: the two lists differ in length.
+            ValueError: the lists differ in length.
             TypeError: a response or an answer is not text.
             PmpoError: workers do not start, or the pool is closed.
         """
-        items = _items(responses, answers)
+        items = _items(responses, answers, (metadata if self._takes_metadata else None) or [{}] * len(responses))
         with self._turn:
             if not self._workers:
                 raise PmpoError("this RewardPool is closed")
@@ -132,7 +141,7 @@ class RewardPool:
             self.stats.scored += len(items)
         return results
 
-    def _run(self, items: list[tuple[str, list[str]]]) -> list[list[float]]:
+    def _run(self, items: list[Item]) -> list[list[float]]:
         results: list[list[float]] = [[0.0] * len(self.functions) for _ in items]
         waiting = deque(range(len(items)))
         with selectors.DefaultSelector() as selector:
@@ -152,7 +161,7 @@ class RewardPool:
     def _until_next_deadline(self) -> float:
         return max(0.0, min(min(worker.deadline for worker in self._workers) - time.monotonic(), 1.0))
 
-    def _give(self, worker: _Worker, index: int, items: Sequence[tuple[str, list[str]]]) -> None:
+    def _give(self, worker: _Worker, index: int, items: Sequence[Item]) -> None:
         worker.item, worker.deadline = index, time.monotonic() + self.timeout
         if not worker.send(items[index]):
             worker.deadline = 0.0  # it does not read: stopped from outside, or a plug-in's thread has hold of it
@@ -170,14 +179,14 @@ class RewardPool:
             worker.item, worker.deadline = None, float("inf")
 
     def _clean(self, score: float | str) -> float:
-        error = score if isinstance(score, str) else None if 0.0 <= score <= 1.0 else OUT_OF_RANGE
+        error = score if isinstance(score, str) else None if math.isfinite(score) else NOT_FINITE
         if error is not None:
             if error not in self.stats.errors and len(self.stats.errors) >= MAX_KINDS_OF_ERROR:
                 error = "other errors"
             if error not in self.stats.errors:
                 logger.warning("a reward function of %s: %s (said once, counted)", ", ".join(self.functions), error)
             self.stats.errors[error] = self.stats.errors.get(error, 0) + 1
-        return min(max(score, 0.0), 1.0) if score == score and not isinstance(score, str) else 0.0
+        return score if error is None and not isinstance(score, str) else 0.0
 
     def _replace(self, worker: _Worker, selector: selectors.BaseSelector, *, timed_out: bool) -> None:
         """Kills ``worker`` and starts another in its place; the item that it held keeps its 0."""
@@ -191,15 +200,13 @@ class RewardPool:
         selector.register(worker.results, selectors.EVENT_READ, worker)
 
 
-def _items(responses: Sequence[str], answers: Sequence[Answers]) -> list[tuple[str, list[str]]]:
+def _items(responses: Sequence[str], answers: Sequence[Answers], metadata: Sequence[Mapping[str, Any]]) -> list[Item]:
     """Responses with their lists of accepted answers; an answer of another type would be wrong without a word."""
-    if len(responses) != len(answers):
-        raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
-    items: list[tuple[str, list[Any]]] = [
-        (response, list(answer) if isinstance(answer, (list, tuple)) else [answer])
-        for response, answer in zip(responses, answers, strict=True)
-    ]
-    for index, (response, accepted) in enumerate(items):
+    if not len(responses) == len(answers) == len(metadata):
+        raise ValueError(f"{len(responses)} responses but {len(answers)} answers and metadata of {len(metadata)}")
+    rows = zip(responses, answers, metadata, strict=True)
+    items = [(r, list(a) if isinstance(a, (list, tuple)) else [a], dict(m)) for r, a, m in rows]
+    for index, (response, accepted, _) in enumerate(items):
         for kind, text in (("response", response), *(("answer", answer) for answer in accepted)):
             if not isinstance(text, str):
                 raise TypeError(f"{kind} {index} is not text but {type(text).__name__}: {text!r:.80}")
@@ -209,9 +216,9 @@ def _items(responses: Sequence[str], answers: Sequence[Answers]) -> list[tuple[s
 class _Worker:
     """One process, what it works on, and until when."""
 
-    def __init__(self, functions: list[str], memory_bytes: int, timeout: float, evaluated: bool) -> None:
+    def __init__(self, functions: list[str], memory_bytes: int, timeout: float, settings: str) -> None:
         self.timeout = timeout
-        arguments = [",".join(functions), str(memory_bytes), str(timeout), str(evaluated)]
+        arguments = [",".join(functions), str(memory_bytes), str(timeout), settings]
         self.command = [sys.executable, "-m", "pmpo_megatron.rewards.worker", *arguments]
         self.failed_starts = 0
         self._start()
@@ -247,7 +254,7 @@ class _Worker:
 
     def send(self, item: object) -> bool:
         """Hands ``item`` over; False if the worker did not take all of it within its time-out."""
-        data = json.dumps(item).encode()
+        data = json.dumps(item, default=str).encode()  # Parquet has dates and decimals
         view = memoryview(HEADER.pack(len(data)) + data)
         try:
             while view:

@@ -22,11 +22,16 @@ class RewardScorer:
     def __init__(self, config: RewardConfig, *, max_tokens: int) -> None:
         self.config, self.max_tokens = config, max_tokens
         limits = dict(timeout=config.timeout_s, memory_gib=config.memory_gib)
-        self.pool = RewardPool(list(config.functions), workers=config.workers, evaluated=config.evaluated, **limits)
+        self.pool = RewardPool(
+            list(config.functions), workers=config.workers, evaluated=config.evaluated, code=config.code, **limits
+        )
 
     def score_rollouts(self, rollouts: Sequence[tuple[Prompt, Rollout]]) -> list[float]:
         """The reward of each rollout, in order."""
-        scores = self.pool.score_all([r.text for _, r in rollouts], [p.answers for p, _ in rollouts])
+        prompts = [prompt for prompt, _ in rollouts]
+        scores = self.pool.score_all(
+            [rollout.text for _, rollout in rollouts], [p.answers for p in prompts], [p.metadata for p in prompts]
+        )
         weights = list(self.config.functions.values())
         return [
             sum(w * s for w, s in zip(weights, each, strict=True)) - self.overlong_penalty(len(rollout.token_ids))

@@ -1,1 +1,1 @@
-"""Rollout engines: vLLM in a process of its own, running servers, or recorded rollouts."""
+"""Rollout engines: vLLMs in processes of their own, or recorded rollouts."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from pmpo_megatron.config import Section, setting
 from pmpo_megatron.errors import ConfigError
+
+ENGINES = {  # by name: the class, module:name, that `factory.make_engine` calls
+    "vllm": "pmpo_megatron.rollout.vllm_engine:VLLMEngine",
+    "replay": "pmpo_megatron.rollout.replay:ReplayEngine",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,30 +46,30 @@ def check_temperature(temperature: float) -> None:
 class RolloutConfig(Section):
     """Which engine makes rollouts, and its resources."""
 
-    engine: str = setting(
-        "vllm",
-        "vllm: started here; server: running vLLM servers by URL; replay: recorded rollouts from disk",
-        choices=("vllm", "server", "replay"),
-    )
-    urls: tuple[str, ...] = setting(
-        (), "engine server: such as http://node7:8000; rollout/server_engine.py says how to start one"
-    )
-    server_attempts: int = setting(
-        6,
-        "engine server: attempts before a server is taken for dead, with pauses of 0.5 s, 1 s, 2 s, ...",
-        minimum=1,
-        maximum=20,
-    )
+    engine: str = setting("vllm", "vllm: started for the run; replay: recorded rollouts from disk", choices=tuple(ENGINES))
     replay_from: str | None = setting(None, "engine replay: a file that record_to wrote")
     record_to: str | None = setting(None, "append every round's rollouts to this file")
     engines: int = setting(
         1,
-        "engine vllm: so many vLLMs, each with the whole model on tensor_parallel GPUs of its own; they share the prompts",
+        "vLLMs on each node, each with the whole model on tensor_parallel GPUs of its own; they share the prompts",
         minimum=1,
         maximum=1024,
     )
     nodes: str = setting(
-        "first", "engine vllm: so many on rank 0's node only, or on every node of the trainer", choices=("first", "all")
+        "first",
+        "where vLLMs run: on rank 0's node, on all nodes of the trainer, or on nodes of their own, which are hosts",
+        choices=("first", "all", "own"),
+    )
+    hosts: tuple[str, ...] = setting((), "nodes own: such as node7:7400; pmpo-rollout-node runs on each")
+    key_file: str | None = setting(None, "nodes own: a file with the key that pmpo-rollout-node was given, too")
+    sharing: str = setting(
+        "divided",
+        "which engine answers a prompt. divided: prompt k the k-th in turn, so that a round can be repeated bit by bit; "
+        "queue: the one that has room, so that none waits for a slower one",
+        choices=("divided", "queue"),
+    )
+    recompute_kv: bool = setting(
+        False, "new weights in the middle of a response: compute its keys and values again with them, or keep them"
     )
     tensor_parallel: int = setting(1, "vLLM's tensor-parallel size", minimum=1, maximum=1024)
     dtype: str = setting("auto", "of the engine's weights", choices=("auto", "float32", "bfloat16"))
@@ -73,9 +80,11 @@ class RolloutConfig(Section):
     )
     gpu_memory_utilization: float = setting(0.5, "GPU: share of memory for weights and KV cache", above=0.0, maximum=1.0)
     enforce_eager: bool = setting(False, "GPU: no CUDA graphs")
-    threads: int | None = setting(None, "CPU: threads of each engine; null: the cores, divided", minimum=1, maximum=4096)
+    threads: int | None = setting(
+        None, "CPU threads of each process of an engine; null: on CPU the cores, divided; on GPUs one", minimum=1, maximum=4096
+    )
     start_timeout_s: float = setting(
-        600.0, "longest wait for the engine to start, or for one response of a server", unit="s", minimum=0.001
+        1800.0, "longest wait for an engine to start, and for the agent of its node", unit="s", minimum=0.001
     )
     stall_s: float = setting(
         120.0,
@@ -83,15 +92,27 @@ class RolloutConfig(Section):
         unit="s",
         minimum=0.001,
     )
-    max_restarts: int = setting(3, "restarts within one batch before the run stops", minimum=0)
+    max_restarts: int = setting(3, "restarts within one batch, or between two updates, before the run stops", minimum=0)
+
+    @property
+    def beside_trainer(self) -> bool:
+        """Whether vLLMs take part of the GPUs that train."""
+        return self.engine == "vllm" and self.nodes != "own"
+
+    @classmethod
+    def base_for(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name in ("urls", "server_attempts", "engine"):
+            if name in values and (name != "engine" or values[name] == "server"):
+                raise ConfigError(name, "HTTP servers are no longer used; instead pmpo-rollout-node, nodes 'own' and hosts")
+        return {}
 
     def validate(self) -> None:
         if (self.engine == "replay") != (self.replay_from is not None):
             raise ConfigError("replay_from", "is needed by engine 'replay', and has no effect with any other")
-        if (self.engine == "server") != bool(self.urls):
-            raise ConfigError("urls", "are needed by engine 'server', and have no effect with any other")
-        for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ConfigError("urls", f"{url!r} does not begin with http:// or https://")
+        if (self.nodes == "own") != bool(self.hosts) or bool(self.hosts) != (self.key_file is not None):
+            raise ConfigError("hosts", "and key_file are needed with nodes 'own', and have no effect with any other")
+        for host in self.hosts:
+            if not re.fullmatch(r"[^:\s]+:[1-9]\d{0,4}", host):
+                raise ConfigError("hosts", f"{host!r} is not HOST:PORT")
         if self.engine == "replay" and self.record_to is not None:
             raise ConfigError("record_to", "records nothing new from engine 'replay'")

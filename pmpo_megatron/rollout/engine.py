@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.types import Prompt, RolloutGroup
 
+HERE = ""  # in `RolloutEngine.hosts`: the host of the process that has the engine
+
 
 class RolloutEngine(Protocol):
     """Makes rollouts with the newest weights that were pushed to it.
 
-    ``version`` counts weight updates. ``holds_weights`` says whether there are any to update. ``on_restart`` is called,
-    with the engine, after a crashed one was started again, and has to bring its weights up to date before any token is sampled.
-    ``same_host``: started by this process, beside it; ``elsewhere``: some of its workers are not, but on the run's other nodes;
-    ``on_loopback``: its workers reach this process at 127.0.0.1.
+    ``version`` counts weight updates. ``hosts`` are those of its workers as this process reaches them, `HERE` for its own;
+    none where there are no weights to update. ``on_restart`` is called, with the engine, after a crashed part was started
+    again, and has to bring its weights up to date before any token is sampled there.
     """
 
     version: int
-    holds_weights: bool
-    same_host: bool
-    elsewhere: bool
-    on_loopback: bool
+    hosts: tuple[str, ...]
     on_restart: Callable[[Any], None] | None
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
@@ -33,20 +33,28 @@ class RolloutEngine(Protocol):
             RolloutError: the engine failed beyond repair, or does not hold whole weights.
         """
 
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[Future[RolloutGroup]]:
+        """As `generate`, without waiting; what is submitted later joins what is under way. A future may be cancelled."""
+
+    def update(self, version: int) -> AbstractContextManager[None]:
+        """Whatever is called inside brings all workers to whole weights, which are then called ``version``.
+
+        No token is sampled meanwhile; responses under way go on afterwards. If it raises, nothing is sampled until another
+        update succeeds.
+        """
+
     def collective_rpc(self, method: str, *arguments: Any) -> list[Any]:
-        """Calls ``method`` of every vLLM worker's extension class; what each returned."""
-
-    def reset_prefix_cache(self) -> None:
-        """Forgets what was computed with earlier weights."""
-
-    def mark_broken(self, reason: str | None) -> None:
-        """Refuses to generate, because the weights are not whole, until called with None."""
-
-    def revive(self) -> None:
-        """Ends the engine and starts another, with the weights of its checkpoint; `on_restart` is not called.
+        """Calls ``method`` of every vLLM worker's extension class; what each returned.
 
         Raises:
-            RolloutError: it does not start, or is not ours to start.
+            RolloutError: an engine died, or its worker raised.
+        """
+
+    def revive(self) -> None:
+        """Starts what has ended again, with the weights of its checkpoint; `on_restart` is not called.
+
+        Raises:
+            RolloutError: it does not start.
         """
 
     def close(self) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from pathlib import Path
 
-from pmpo_megatron.rollout.config import RolloutConfig
+from pmpo_megatron.rollout.config import ENGINES, RolloutConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
-from pmpo_megatron.rollout.replay import RecordingEngine, ReplayEngine
-from pmpo_megatron.rollout.server_engine import ServerEngine
-from pmpo_megatron.rollout.vllm_engine import VLLMEngine
-from pmpo_megatron.rollout.vllm_process import NodeAddress
+from pmpo_megatron.rollout.remote_process import NodeAddress
+from pmpo_megatron.rollout.replay import RecordingEngine
 
 
 def make_engine(
@@ -19,25 +19,24 @@ def make_engine(
     device: str,
     worker_extension: str | None,
     nodes: Sequence[NodeAddress] = (),
+    in_flight: bool = False,
+    logs: Path | None = None,
 ) -> RolloutEngine:
     """The engine that ``config`` asks for, ready to generate with the weights of ``model_path``.
 
     Args:
         device: ``cpu`` or ``cuda``.
         worker_extension: import path ``package.module.Class`` of a class whose methods become vLLM workers'.
-        nodes: engine vllm: other nodes on which engines are started, too.
+        nodes: on which engines are started, too.
+        in_flight: weights will change in the middle of responses.
+        logs: a directory for what the engines of this node write; None: not kept.
 
     Raises:
-        RolloutError: it does not start; with the end of its log.
+        RolloutError: it does not start; with the first error in its log.
         DataError: recorded rollouts cannot be read.
     """
-    if config.engine == "replay" and config.replay_from is not None:
-        return ReplayEngine(config.replay_from)
-    engine: RolloutEngine
-    if config.engine == "server":
-        engine = ServerEngine(config)
-    else:
-        engine = VLLMEngine(config, model_path=model_path, device=device, worker_extension=worker_extension, nodes=nodes)
-    if config.record_to is not None:
-        return RecordingEngine(engine, config.record_to)
-    return engine
+    module, _, name = ENGINES[config.engine].partition(":")
+    kind = getattr(importlib.import_module(module), name)
+    where = dict(device=device, nodes=nodes, logs=logs)
+    engine = kind(config, model_path=model_path, worker_extension=worker_extension, in_flight=in_flight, **where)
+    return engine if config.record_to is None else RecordingEngine(engine, config.record_to)

@@ -1,7 +1,8 @@
-"""On the other nodes: starts vLLMs there for rank 0, which calls them as if they were on its own host.
+"""On other nodes: starts vLLMs there for rank 0, which calls them as if they were on its own host.
 
-An agent is a few threads of its node's first rank. Rank 0 connects once for every vLLM that it wants and says how to start
-it; from then on the agent passes messages on, between rank 0 and the vLLM's process. If either goes away, so does the other.
+An agent is a few threads of its node's first rank, or all that pmpo-rollout-node runs. Rank 0 connects once for every vLLM
+that it wants and says how to start it; from then on the agent passes messages on, between rank 0 and the vLLM's process. If
+either goes away, so does the other.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from pathlib import Path
 
 from pmpo_megatron.errors import RolloutError
-from pmpo_megatron.parallel.processes import temporary_directory
+from pmpo_megatron.parallel.processes import address_toward, temporary_directory
+from pmpo_megatron.rollout.remote_process import NodeAddress
 from pmpo_megatron.rollout.vllm_child import ELSEWHERE
-from pmpo_megatron.rollout.vllm_process import LocalProcess, NodeAddress
+from pmpo_megatron.rollout.vllm_process import LocalProcess
 
 logger = logging.getLogger(__name__)
 MOST_STRANGERS = 16  # callers that have not proved the key; the next one takes the place of the oldest
@@ -29,12 +31,25 @@ PROOF_S = 10.0  # time to prove the key; in it at most 256 bytes are read at onc
 
 
 class NodeAgent:
-    """Listens until it is closed. ``address`` is for rank 0: its key lets nobody else start processes here."""
+    """Listens until it is closed. ``address`` is for rank 0: its key lets nobody else start processes here.
 
-    def __init__(self) -> None:
-        self._listener = socket.create_server((address_here(), 0), backlog=64)
-        self.address = NodeAddress(*self._listener.getsockname(), secrets.token_bytes(32))
-        self._directory = temporary_directory("pmpo-vllm-")
+    Args:
+        host: an address of this host; None: the one by which the run's first node sees it.
+        port: 0: any that is free.
+        key: None: a new one.
+        logs: a directory for what its vLLMs write, with this host's name; None: not kept.
+
+    Raises:
+        OSError: nothing can listen there.
+    """
+
+    def __init__(self, host: str | None = None, port: int = 0, key: bytes | None = None, *, logs: Path | None = None) -> None:
+        host = address_toward(os.environ.get("MASTER_ADDR", "127.0.0.1")) if host is None else host
+        self._listener = socket.create_server((host, port), backlog=64)
+        self.address = NodeAddress(*self._listener.getsockname(), secrets.token_bytes(32) if key is None else key)
+        self._temporary = temporary_directory("pmpo-vllm-") if logs is None else None
+        self._logs = logs or Path(self._temporary.name)
+        self._logs.mkdir(parents=True, exist_ok=True)
         self._joined: list[_Joined] = []
         threading.Thread(target=self._accept, daemon=True, name="node-agent").start()
 
@@ -50,7 +65,8 @@ class NodeAgent:
         self._listener.close()
         for joined in self._joined:
             joined.end()
-        self._directory.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def _accept(self) -> None:
         for number, caller in enumerate(self._callers()):
@@ -58,7 +74,8 @@ class NodeAgent:
             strangers = [joined for joined in self._joined if joined.stranger]
             if len(strangers) >= MOST_STRANGERS:
                 strangers[0].end()
-            self._joined.append(_Joined(caller, self.address.key, Path(self._directory.name) / f"engine-{number}.log"))
+            log_path = self._logs / f"{socket.gethostname()}-engine-{number}.log"
+            self._joined.append(_Joined(caller, self.address.key, log_path))
 
     def _callers(self) -> Iterator[socket.socket]:
         while True:
@@ -108,7 +125,7 @@ class _Joined:
                 logger.warning("a caller that is not of this run was refused: %s", error)
             except RolloutError as error:
                 with suppress(OSError):
-                    connection.send(("error", str(error)))
+                    connection.send(("error", (None, str(error))))
             except (EOFError, OSError):
                 pass  # rank 0 is gone, or ends this vLLM; or a stranger was cut off
             finally:
@@ -145,10 +162,3 @@ class _Joined:
                     connection.send(("ended", (self.process.why_dead(), self.process.log_tail())))
                     return
                 connection.send_bytes(message)
-
-
-def address_here() -> str:
-    """This host's address as the run's first node sees it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing
-        return probe.getsockname()[0]

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pmpo_megatron.errors import DataError, RolloutError
-from pmpo_megatron.rollout.config import SamplingConfig
+from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup, to_token_ids
 
@@ -54,12 +56,10 @@ class RecordingEngine:
 class ReplayEngine:
     """Gives back recorded rollouts by round and prompt. It holds no weights: an update changes its version only."""
 
-    holds_weights = False
-    same_host = on_loopback = True
-    elsewhere = False
+    hosts: tuple[str, ...] = ()
 
-    def __init__(self, path: str | Path) -> None:
-        self.path, self.version = Path(path), 0
+    def __init__(self, config: RolloutConfig, **_: Any) -> None:
+        self.path, self.version = Path(config.replay_from), 0
         self.on_restart: Callable[[Any], None] | None = None
         self._rounds: dict[int, dict[int, list[list[Rollout]]]] = defaultdict(lambda: defaultdict(list))
         for number, line in enumerate(self._lines(), 1):
@@ -86,14 +86,19 @@ class ReplayEngine:
             groups.append(RolloutGroup(prompt, tuple(rollouts)))
         return groups
 
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[Future[RolloutGroup]]:
+        futures: list[Future[RolloutGroup]] = [Future() for _ in prompts]
+        for future, group in zip(futures, self.generate(prompts, sampling, round_index=round_index), strict=True):
+            future.set_result(group)
+        return futures
+
+    @contextmanager
+    def update(self, version: int) -> Iterator[None]:
+        yield
+        self.version = version
+
     def collective_rpc(self, method: str, *arguments: Any) -> list[Any]:
         return []
-
-    def reset_prefix_cache(self) -> None:
-        """Nothing is cached."""
-
-    def mark_broken(self, reason: str | None) -> None:
-        """Nothing can break."""
 
     def revive(self) -> None:
         """Nothing to start."""
@@ -142,5 +147,5 @@ def _rollout(record: dict[str, Any]) -> Rollout:
     token_ids, log_probs = to_token_ids(record["token_ids"]), np.array(record["log_probs"], dtype=np.float32)
     if len(log_probs) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens but {len(log_probs)} log-probs")
-    fields = (record["text"], record["finish_reason"], record["policy_version"], record["seed"])
-    return Rollout(token_ids, log_probs, *fields)
+    versions = np.full(len(log_probs), record["policy_version"], dtype=np.int32)
+    return Rollout(token_ids, log_probs, record["text"], record["finish_reason"], versions, record["seed"])

@@ -1,4 +1,9 @@
-"""The process that holds a vLLM engine: answers calls over a pipe until its parent goes away."""
+"""The process that holds a vLLM engine: one step after another, messages between two steps, until its parent goes away.
+
+Messages in: ("add", (common parameters, prompts)), ("abort", names), ("call", (number, method, arguments)) and
+("resume", (version, recompute)). Out: ("ready" | "alive", None), ("finished", responses), ("value" | "error", (number,
+content)); an error without a number ends the process.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,13 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 HEARTBEAT_S = 1.0
 ELSEWHERE = "PMPO_ELSEWHERE"  # in the environment of a vLLM that is not on rank 0's node
+RECEIVE = "pmpo_receive_weights"
 
 
 def serve(
@@ -24,7 +29,7 @@ def serve(
     settings: dict[str, Any],
     environment: dict[str, str],
 ) -> None:
-    """Main function of the child. Messages out: ("ready" | "value" | "finished" | "alive" | "error", content)."""
+    """Main function of the child."""
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -36,24 +41,12 @@ def serve(
     try:
         from vllm import LLM
 
-        llm = LLM(**settings)
+        loop = _Loop(LLM(**settings), connection)
         connection.send(("ready", None))
+        loop.run()
     except BaseException:
-        connection.send(("error", traceback.format_exc()))
+        connection.send(("error", (None, traceback.format_exc())))
         raise
-    while True:
-        try:
-            name, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            if name == "generate":
-                _generate(llm, connection, *arguments)
-            else:
-                own = name == "reset_prefix_cache"  # a method of the engine, not of its workers
-                connection.send(("value", [llm.reset_prefix_cache()] if own else llm.collective_rpc(name, args=arguments)))
-        except Exception:
-            connection.send(("error", traceback.format_exc()))
 
 
 def _end_with_parent(alive: Connection) -> None:
@@ -64,34 +57,99 @@ def _end_with_parent(alive: Connection) -> None:
         os._exit(0)
 
 
-def _generate(llm: Any, connection: Connection, requests: list[tuple[str, list[int], dict[str, Any]]]) -> None:
-    """Runs all requests, sending each as it finishes, and a sign of life at least every second of progress."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
+class _Loop:
+    """vLLM's steps, and what is done between them."""
 
-    engine = llm.llm_engine
-    for identifier, token_ids, parameters in requests:
-        engine.add_request(identifier, TokensPrompt(prompt_token_ids=token_ids), SamplingParams(**parameters))
-    last = time.monotonic()
-    while engine.has_unfinished_requests():
-        finished = [_plain(output) for output in engine.step() if output.finished]
-        if finished:
-            connection.send(("finished", finished))
-        if time.monotonic() - last > HEARTBEAT_S:
-            connection.send(("alive", None))
-            last = time.monotonic()
-    connection.send(("value", None))
+    def __init__(self, llm: Any, connection: Connection) -> None:
+        self._engine, self._tokenizer, self._connection = llm.llm_engine, llm.get_tokenizer(), connection
+        self._version, self._held, self._spoke = 0, False, time.monotonic()
+        self._engine.set_weight_version("0")
+
+    def run(self) -> None:
+        """Until the parent closes its end."""
+        while True:
+            try:
+                while self._connection.poll(self._patience()):
+                    self._take(*self._connection.recv())
+            except EOFError:
+                return
+            busy = self._engine.has_unfinished_requests()
+            if busy and not self._held:
+                finished = [_plain(output, self._tokenizer) for output in self._engine.step() if output.finished]
+                if finished:
+                    self._say("finished", finished)
+            if busy and time.monotonic() - self._spoke > HEARTBEAT_S:
+                self._say("alive", None)
+
+    def _patience(self) -> float | None:
+        """How long the next message may be waited for: not at all, until a sign of life is due, or for ever."""
+        if not self._engine.has_unfinished_requests():
+            return None
+        return HEARTBEAT_S if self._held else 0
+
+    def _take(self, kind: str, content: Any) -> None:
+        if kind == "add":
+            self._add(*content)
+        elif kind == "abort":
+            self._engine.abort_request(content)
+        elif kind == "call":
+            self._call(*content)
+        elif kind == "resume":
+            self._resume(*content)
+
+    def _add(self, common: dict[str, Any], prompts: list[tuple[np.ndarray, list[tuple[str, int]]]]) -> None:
+        """One request for each (name, seed). The salt keeps prefixes that other weights computed from new requests.
+
+        Text is needed while a response grows only to look for texts that end it; else it is made once, by `_plain`.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        common = common | {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": bool(common["stop"])}
+        for token_ids, requests in prompts:
+            prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=str(self._version))
+            for name, seed in requests:
+                self._engine.add_request(name, prompt, SamplingParams(**common, seed=seed))
+
+    def _call(self, number: int, method: str, arguments: tuple) -> None:
+        """A method of the workers. After new weights there is no further step until they are known to be whole."""
+        self._held = self._held or method == RECEIVE
+        try:
+            self._say("value", (number, self._engine.collective_rpc(method, args=arguments)))
+        except Exception:
+            self._say("error", (number, traceback.format_exc()))
+
+    def _resume(self, version: int, recompute: bool) -> None:
+        """Goes on with the weights that came last; running responses keep what the old ones computed, or not."""
+        self._held = False
+        if version == self._version:  # another engine was given them again
+            return
+        self._version = version
+        self._engine.set_weight_version(str(version))
+        if recompute or not self._engine.has_unfinished_requests():
+            self._engine.reset_prefix_cache(reset_running_requests=recompute)
+
+    def _say(self, kind: str, content: Any) -> None:
+        self._connection.send((kind, content))
+        self._spoke = time.monotonic()
 
 
-def _plain(output: Any) -> tuple[str, np.ndarray, np.ndarray, str, str]:
-    """(request, token ids, int32, log-prob of each sampled token, float32, text, finish reason)."""
-    import numpy as np
-
+def _plain(output: Any, tokenizer: Any) -> tuple[str, np.ndarray, np.ndarray, str, str, list[tuple[int, int]]]:
+    """(request, token ids, log-prob of each, text, finish reason, (version, number of its tokens) in order)."""
     [sample] = output.outputs
     token_ids = np.array(sample.token_ids, dtype=np.int32)
-    log_probs = [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs, strict=True)]
-    log_probs = np.array(log_probs, dtype=np.float32)
-    return output.request_id, token_ids, log_probs, sample.text, sample.finish_reason
+    pairs = zip(sample.token_ids, sample.logprobs, strict=True)
+    log_probs = np.fromiter((entry[token].logprob for token, entry in pairs), dtype=np.float32, count=len(token_ids))
+    versions = [(int(span.version), span.end - span.start) for span in sample.weight_versions]
+    text = sample.text or whole_text(tokenizer, token_ids.tolist())
+    return output.request_id, token_ids, log_probs, text, sample.finish_reason, versions
+
+
+def whole_text(tokenizer: Any, token_ids: list[int]) -> str:
+    """The text of a response: what vLLM makes token by token, without the bytes of a character that was cut off."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.rstrip("\ufffd")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""vLLM engines that the run starts, each in a process of its own, here or on every node; those that fail are started again.
+"""vLLM engines that the run starts, each in a process of its own, here or on other nodes; those that fail are started again.
 
 Never in the trainer's process: vLLM initialises torch.distributed and, when it ends, destroys the trainer's groups.
 """
@@ -6,33 +6,37 @@ Never in the trainer's process: vLLM initialises torch.distributed and, when it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.parallel.processes import temporary_directory
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
-from pmpo_megatron.rollout.engine import request_seed
-from pmpo_megatron.rollout.vllm_process import EngineDied, Launch, LocalProcess, NodeAddress, RemoteProcess, VLLMProcess
-from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
-from pmpo_megatron.units import GIB
+from pmpo_megatron.rollout.remote_process import NodeAddress, RemoteProcess
+from pmpo_megatron.rollout.vllm_jobs import Job, Part, divide, job_number, missing_parts, request_parameters
+from pmpo_megatron.rollout.vllm_process import EngineDied, LocalProcess, VLLMProcess
+from pmpo_megatron.rollout.vllm_settings import Launch, engine_settings
+from pmpo_megatron.types import Prompt, RolloutGroup
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-Request = tuple[str, list[int], dict[str, Any]]
-DEFAULT_CPU_KV_CACHE_GIB = 0.5
+SETTLE_S = 0.2  # engines that die within it died of one cause
 
 
 class VLLMEngine:
-    """`RolloutEngine` on ``config.engines`` vLLMs here and on each of ``nodes``. See `engine.RolloutEngine` for the methods.
+    """`RolloutEngine` on ``config.engines`` vLLMs on this host and on each of ``nodes``. See `engine.RolloutEngine`.
 
-    Each holds the whole model. Prompt k goes to engine k modulo their number, with all its responses, so that they share the
-    prompt's cache and the same configuration always divides a batch in the same way.
+    Each holds the whole model. All of a prompt's responses go to one engine, so that they share the prompt's cache; which,
+    `RolloutConfig.sharing` says. One thread takes what the engines say and gives them further prompts; another starts those
+    again that died. ``_state`` guards the jobs, ``_life`` starts and updates: neither happens during the other.
     """
-
-    holds_weights = same_host = True
 
     def __init__(
         self,
@@ -42,79 +46,136 @@ class VLLMEngine:
         device: str,
         worker_extension: str | None,
         nodes: Sequence[NodeAddress] = (),
+        in_flight: bool = False,
+        logs: Path | None = None,
     ) -> None:
         self.config, self.version = config, 0
         self.on_restart: Callable[[VLLMEngine], None] | None = None
         self.broken: str | None = None
-        self.elsewhere, self.on_loopback = bool(nodes), all(node.host.startswith("127.") for node in nodes)
-        self._directory = temporary_directory("pmpo-vllm-")
+        self._state, self._life = threading.RLock(), threading.RLock()
+        self._failure: RolloutError | None = None
+        self._closed = self._updating = False
+        self._jobs: dict[int, Job] = {}
+        self._waiting: deque[Part] = deque()
+        self._restarts = 0  # since the last update, or since there was nothing to do
+        self._temporary = temporary_directory("pmpo-vllm-") if logs is None else None
+        logs = logs or Path(self._temporary.name)
+        logs.mkdir(parents=True, exist_ok=True)
         settings = engine_settings(config, model_path=model_path, device=device, worker_extension=worker_extension)
+        if in_flight:
+            settings["async_scheduling"] = False  # else vLLM 0.32 labels the step that is under way with the next version
         launches = [Launch(settings, device, config.threads, number, config.engines) for number in range(config.engines)]
-        here = [LocalProcess(launch, Path(self._directory.name) / f"engine-{launch.number}.log") for launch in launches]
-        self._processes: list[VLLMProcess] = [*here, *(RemoteProcess(launch, node) for node in nodes for launch in launches)]
+        common = dict(stall_s=config.stall_s)
+        here = [LocalProcess(each, logs / f"engine-{each.number}.log", **common) for each in launches if config.nodes != "own"]
+        self._processes: list[VLLMProcess] = [*here, *(RemoteProcess(each, n, **common) for n in nodes for each in launches)]
+        self.hosts = tuple(dict.fromkeys(process.host for process in self._processes))
+        self._events: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self._died: queue.SimpleQueue[tuple[VLLMProcess, EngineDied] | None] = queue.SimpleQueue()
+        for process in self._processes:
+            process.on_finished = lambda process, responses: self._events.put((process, responses, None))
+            process.on_ended = lambda process, error: self._events.put((process, [], error))
         self._start(self._processes)
+        for process in self._processes:
+            process.fresh = True
+        for work in (self._dispatch, self._supervise):
+            threading.Thread(target=work, daemon=True, name=f"vllm{work.__name__}").start()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
-        requests = make_requests(prompts, sampling, round_index)
-        finished: dict[str, tuple] = {}
-        restarts = 0
-        while len(finished) < len(requests):
-            self._check_whole()
-            died = self._run([request for request in requests if request[0] not in finished], finished)
-            restarts += bool(died)  # several at once have one cause
-            if restarts > self.config.max_restarts:
-                process, error = next(iter(died.items()))
-                raise RolloutError(f"{error}; it was restarted {self.config.max_restarts} times. {process.log_tail()}")
-            if died:
-                missing = len(requests) - len(finished)
-                for error in died.values():
-                    logger.warning("%s; starting it again, %d of %d responses are missing", error, missing, len(requests))
-                self._start(list(died))
-                if self.on_restart is not None:
-                    self.on_restart(self)
-        return self._groups(prompts, sampling, round_index, finished)
+        futures = self._submit(prompts, sampling, round_index, divided=self.config.sharing == "divided")
+        return [future.result() for future in futures]
+
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[Future[RolloutGroup]]:
+        return self._submit(prompts, sampling, round_index, divided=False)
+
+    def _submit(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, round_index: int, *, divided: bool
+    ) -> list[Future[RolloutGroup]]:
+        with self._state:
+            if self._failure is not None:
+                raise self._failure
+            if self.broken is not None:
+                raise RolloutError(f"the engine's weights are not whole ({self.broken}); a full update must succeed first")
+            if not self._jobs:
+                self._restarts = 0
+            jobs = [Job(prompt, sampling, round_index) for prompt in prompts]
+            for job in jobs:
+                self._jobs[job.number] = job
+                job.future.add_done_callback(lambda _, job=job: self._cancel(job))
+            parts = [(job, range(sampling.samples_per_prompt)) for job in jobs]
+            if divided and not self._updating and all(process.fresh for process in self._processes):
+                for process, share in zip(self._processes, divide(parts, len(self._processes)), strict=True):
+                    self._ask(process, share)
+            else:
+                self._waiting.extend(parts)
+            self._share_out()
+            return [job.future for job in jobs]
+
+    @contextmanager
+    def update(self, version: int) -> Iterator[None]:
+        with self._life:
+            with self._state:
+                self._updating = True
+            try:
+                yield
+            except Exception as error:
+                self.broken = str(error)
+                raise
+            finally:
+                self._updating = False
+            with self._state:
+                recompute = self.config.recompute_kv and version != self.version
+                self.version, self.broken, self._restarts = version, None, 0
+                for process in self._processes:
+                    process.fresh = process.running
+                    process.send("resume", (version, recompute))
+                self._share_out()
 
     def collective_rpc(self, method: str, *arguments: Any) -> list[Any]:
         """See `engine.RolloutEngine`. If an engine dies, all end, so that none waits for it; `revive` starts them again."""
-        problems: list[str] = []  # in the order in which they came
-
-        def call(process: VLLMProcess) -> list[Any]:
-            try:
-                return process.call(method, arguments, timeout_s=self.config.stall_s, what=f"{method} of the rollout engine")
-            except EngineDied as error:
-                problems.append(f"{error}. {process.log_tail()}")
-                for each in self._processes:
-                    each.interrupt()
-                return []
-
-        answers = _all_at_once(call, self._processes)
-        if problems:
-            raise RolloutError(problems[0])
-        return [answer for of_engine in answers for answer in of_engine]
-
-    def reset_prefix_cache(self) -> None:
-        self.collective_rpc("reset_prefix_cache")
-
-    def mark_broken(self, reason: str | None) -> None:
-        self.broken = reason
+        asked = [process for process in self._processes if process.running]
+        if not asked:
+            raise RolloutError("no rollout engine runs")
+        calls = [process.call(method, arguments) for process in asked]
+        wait(calls, return_when=FIRST_EXCEPTION)
+        first = next((call.exception() for call in calls if call.done() and call.exception()), None)
+        if first is not None and not all(process.running for process in asked):
+            for process in asked:
+                process.interrupt()
+        wait(calls)
+        if first is not None:
+            raise first
+        return [answer for call in calls for answer in call.result()]
 
     def revive(self) -> None:
-        self._start(self._processes)
+        with self._life:
+            self._start(self._processes)
 
     def close(self) -> None:
-        _end(self._processes)
-        self._directory.cleanup()
+        self._closed = True
+        for process in self._processes:
+            process.interrupt()  # also one that is just being started
+        with self._life:
+            _end(self._processes)
+        self._events.put(None)
+        self._died.put(None)
+        self._fail(RolloutError("the engine was closed"))
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     @property
     def process_ids(self) -> list[int]:
-        """Those of the engines on this host."""
+        """Of the engines on this host."""
         return [process.process_id for process in self._processes if isinstance(process, LocalProcess)]
 
-    def _start(self, processes: list[VLLMProcess]) -> None:
+    def _start(self, processes: Sequence[VLLMProcess]) -> None:
         """Those that run are ended first. If one does not start, none goes on: another try begins with nothing held."""
 
         def start(process: VLLMProcess) -> None:
+            with self._state:
+                self._take_back(process)
             process.kill()
+            if self._closed:
+                raise RolloutError("the engine was closed")
             process.start(self.config.start_timeout_s)
 
         try:
@@ -123,116 +184,114 @@ class VLLMEngine:
             _end(self._processes)
             raise
 
-    def _run(self, requests: list[Request], finished: dict[str, tuple]) -> dict[VLLMProcess, EngineDied]:
-        """Divides ``requests`` among the engines and fills ``finished``; which engines died. The others end their share."""
+    def _ask(self, process: VLLMProcess, parts: Sequence[Part]) -> None:
+        """In one message, so that the engine's batches depend on nothing but ``parts``."""
+        for sampling, alike in groupby(parts, key=lambda part: part[0].sampling):
+            process.ask(request_parameters(sampling), [job.requests(samples) for job, samples in alike])
 
-        def keep(outputs: list[tuple]) -> None:
-            finished.update({output[0]: (*output[1:], self.version) for output in outputs})
+    def _share_out(self) -> None:
+        """Prompts that wait go to the engines with the most room."""
+        if self.broken is not None or self._updating:
+            return
+        room = {process: self.config.max_num_seqs - len(process.requests) for process in self._processes if process.fresh}
+        shares: dict[VLLMProcess, list[Part]] = {process: [] for process in room}
+        while self._waiting and room and max(room.values()) > 0:
+            process = max(room, key=room.get)
+            shares[process].append(self._waiting.popleft())
+            room[process] -= len(shares[process][-1][1])
+        for process, share in shares.items():
+            self._ask(process, share)
 
-        def run(process: VLLMProcess, share: list[Request]) -> EngineDied | None:
-            if share:
-                try:
-                    process.call(
-                        "generate", (share,), timeout_s=self.config.stall_s, what="the rollout engine", on_finished=keep
-                    )
-                except EngineDied as error:
-                    return error
-            return None
+    def _take_back(self, process: VLLMProcess) -> None:
+        """What ``process`` was asked and did not answer waits for another, before what waits already."""
+        parts = missing_parts(process.requests, self._jobs)
+        process.requests.clear()
+        self._waiting.extendleft(reversed(parts))
 
-        shares = divide(requests, len(self._processes))
-        results = _all_at_once(run, self._processes, shares)
-        return {process: error for process, error in zip(self._processes, results, strict=True) if error is not None}
+    def _cancel(self, job: Job) -> None:
+        """A future that is done needs nothing; one that was cancelled, nobody."""
+        if not job.future.cancelled():
+            return
+        with self._state:
+            self._jobs.pop(job.number, None)
+            self._waiting = deque(part for part in self._waiting if part[0] is not job)
+            for process in self._processes:
+                names = [name for name in process.requests if job_number(name) == job.number]
+                process.requests.difference_update(names)
+                process.send("abort", names)
+            self._share_out()
 
-    @staticmethod
-    def _groups(
-        prompts: Sequence[Prompt], sampling: SamplingConfig, round_index: int, finished: Mapping[str, tuple]
-    ) -> list[RolloutGroup]:
-        groups = []
-        for position, prompt in enumerate(prompts):
-            rollouts = []
-            for sample in range(sampling.samples_per_prompt):
-                token_ids, log_probs, text, reason, version = finished[f"{position}/{sample}"]
-                seed = request_seed(sampling, round_index, prompt.index, sample)
-                rollouts.append(Rollout(token_ids, log_probs, text, reason, version, seed))
-            groups.append(RolloutGroup(prompt, tuple(rollouts)))
-        return groups
+    def _dispatch(self) -> None:
+        """Takes what the engines say, as long as there are any."""
+        while (event := self._events.get()) is not None:
+            process, responses, error = event
+            try:
+                with self._state:
+                    for name, *response in responses:
+                        process.requests.discard(name)
+                        job = self._jobs.get(job_number(name))
+                        if job is not None and job.take(name, *response):
+                            del self._jobs[job.number]
+                    if error is not None and not process.running and not self._closed:  # `revive` may have been faster
+                        self._ended(process, error)
+                    self._share_out()
+            except Exception as defect:  # nobody may wait for ever because of one
+                self._fail(RolloutError(f"{type(defect).__name__}: {defect}"))
+                raise
 
-    def _check_whole(self) -> None:
-        if self.broken is not None:
-            raise RolloutError(f"the engine's weights are not whole ({self.broken}); a full update must succeed first")
+    def _ended(self, process: VLLMProcess, error: Exception) -> None:
+        if not isinstance(error, EngineDied):
+            self._fail(error)
+            return
+        logger.warning("%s; starting it again, %d responses are missing", error, len(process.requests))
+        process.fresh = False
+        self._take_back(process)
+        self._died.put((process, error))
+
+    def _supervise(self) -> None:
+        """Starts engines again that died, and has them get the newest weights, while the others go on."""
+        while (first := self._died.get()) is not None:
+            time.sleep(SETTLE_S)
+            died = [first, *(self._died.get() for _ in range(self._died.qsize()))]
+            try:
+                self._replace([entry for entry in died if entry is not None])
+            except RolloutError as error:
+                self._fail(error)
+
+    def _replace(self, died: Sequence[tuple[VLLMProcess, EngineDied]]) -> None:
+        with self._life:
+            stopped = [process for process, _ in died if not process.running]  # `revive` may have been here
+            if not stopped or self._closed:
+                return
+            self._restarts += 1
+            if self._restarts > self.config.max_restarts:
+                process, error = died[0]
+                raise RolloutError(f"{error}; it was restarted {self.config.max_restarts} times. {process.log_tail()}")
+            self._start(stopped)
+        if self.on_restart is not None:
+            self.on_restart(self)
+        with self._state:
+            for process in stopped:
+                process.fresh = process.running
+            self._share_out()
+
+    def _fail(self, error: RolloutError) -> None:
+        """Nobody waits for responses any more."""
+        with self._state:
+            self._failure = self._failure or error
+            jobs, self._jobs = list(self._jobs.values()), {}
+            self._waiting.clear()
+        for job in jobs:
+            job.fail(error)
 
 
-def _all_at_once(call: Callable[..., T], processes: Sequence[VLLMProcess], *more: Sequence[Any]) -> list[T]:
-    """What ``call`` returned for each process, when all have returned; then the first exception, so that no answer waits."""
-    if len(processes) == 1:
-        return [call(processes[0], *(values[0] for values in more))]
+def _all_at_once(call: Callable[[VLLMProcess], None], processes: Sequence[VLLMProcess]) -> None:
+    """Calls ``call`` with every process; when all have returned, raises the first exception, so that no answer waits."""
     with ThreadPoolExecutor(max_workers=len(processes), thread_name_prefix="vllm") as pool:
-        calls = [pool.submit(call, *arguments) for arguments in zip(processes, *more, strict=True)]
-    return [done.result() for done in calls]
+        calls = [pool.submit(call, process) for process in processes]
+    for done in calls:
+        done.result()
 
 
 def _end(processes: Sequence[VLLMProcess]) -> None:
     _all_at_once(lambda process: process.kill(), processes)
-
-
-def divide(requests: Sequence[Request], engines: int) -> list[list[Request]]:
-    """Prompt by prompt in turn: the responses of a prompt stay together."""
-    shares: list[list[Request]] = [[] for _ in range(engines)]
-    prompts = {name.split("/")[0]: None for name, *_ in requests}  # in order
-    where = {prompt: number % engines for number, prompt in enumerate(prompts)}
-    for request in requests:
-        shares[where[request[0].split("/")[0]]].append(request)
-    return shares
-
-
-def make_requests(prompts: Sequence[Prompt], sampling: SamplingConfig, round_index: int) -> list[Request]:
-    """(name, prompt token ids, SamplingParams' arguments): one request for each response, each with its own seed."""
-    common = dict(
-        n=1,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k or -1,
-        max_tokens=sampling.max_tokens,
-        stop=list(sampling.stop) or None,
-        stop_token_ids=list(sampling.stop_token_ids) or None,
-        logprobs=0,
-        include_stop_str_in_output=True,
-        skip_special_tokens=True,
-    )
-    return [
-        (
-            f"{position}/{sample}",
-            prompt.token_ids.tolist(),
-            common | {"seed": request_seed(sampling, round_index, prompt.index, sample)},
-        )
-        for position, prompt in enumerate(prompts)
-        for sample in range(sampling.samples_per_prompt)
-    ]
-
-
-def engine_settings(config: RolloutConfig, *, model_path: str, device: str, worker_extension: str | None) -> dict[str, Any]:
-    """Arguments of vLLM's LLM. Log-probs are those of the distribution that was sampled from (processed)."""
-    settings = dict(
-        model=model_path,
-        dtype=config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else "bfloat16",
-        tensor_parallel_size=config.tensor_parallel,
-        max_num_seqs=config.max_num_seqs,
-        logprobs_mode="processed_logprobs",
-        disable_log_stats=True,
-        generation_config="vllm",  # sampling is ours alone, not the checkpoint's generation_config.json
-        seed=0,
-    )
-    if worker_extension is not None:
-        settings["worker_extension_cls"] = worker_extension
-    if config.max_model_len is not None:
-        settings["max_model_len"] = config.max_model_len
-    if device == "cpu":
-        # A prompt that is computed in pieces breaks a seeded request there: PyTorch's CPU generators have no offset. Whole
-        # prompts need a batch of at least max_model_len tokens, which is vLLM's default without chunks.
-        settings |= dict(enforce_eager=True, enable_chunked_prefill=False)
-        settings["kv_cache_memory_bytes"] = int((config.kv_cache_gib or DEFAULT_CPU_KV_CACHE_GIB) * GIB)
-    else:
-        settings |= dict(enforce_eager=config.enforce_eager, gpu_memory_utilization=config.gpu_memory_utilization)
-        if config.kv_cache_gib is not None:
-            settings["kv_cache_memory_bytes"] = int(config.kv_cache_gib * GIB)
-    return settings

@@ -1,28 +1,35 @@
-"""One vLLM in a process of its own, here or on another node: started, called, watched and ended.
+"""One vLLM in a process of its own: started, asked, called, watched and ended.
 
-Which of them does what, `vllm_engine` decides; `node_agent` starts those of other nodes.
+Which of them does what, `vllm_engine` decides; `node_agent` starts those of other nodes, which `remote_process` reaches.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from multiprocessing import AuthenticationError, resource_tracker
-from multiprocessing.connection import Client, Connection
-from multiprocessing.context import ForkServerProcess
+from concurrent.futures import Future
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+import numpy as np
 
 from pmpo_megatron.errors import RolloutError
-from pmpo_megatron.rollout import vllm_child
+from pmpo_megatron.rollout import engine_log, vllm_child
+from pmpo_megatron.rollout.engine import HERE
+from pmpo_megatron.rollout.vllm_settings import Launch
+
+T = TypeVar("T")
+POLL_S = 1.0
 
 _starting: set[VLLMProcess] = set()
 
@@ -52,54 +59,31 @@ class EngineDied(Exception):
     """The process ended, or answers no longer."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a vLLM is started.
+class VLLMProcess(ABC):
+    """The messages of `vllm_child` over a connection: a thread of its own reads what comes and watches for signs of life.
 
     Attributes:
-        settings: arguments of vLLM's LLM.
-        device: ``cpu`` or ``cuda``.
-        threads: of the process, on CPU; None: its share of its host's cores.
-        number: which of the host's engines this is, of ``engines``; it takes the next ``tensor_parallel`` GPUs.
+        host: where it runs: `engine.HERE`, or the other node's address.
+        requests: names of what it was asked and has not answered.
+        fresh: it holds the newest weights, so that it may be asked.
+        on_finished: called with the process and responses, as they come.
+        on_ended: called with the process and `EngineDied` or `RolloutError` when it is gone without having been told to go.
     """
 
-    settings: dict[str, Any]
-    device: str
-    threads: int | None
-    number: int
-    engines: int
+    host = HERE
 
-    def environment(self) -> dict[str, str]:
-        """What the environment of the process has beside this one's.
-
-        Raises:
-            RolloutError: the host has too few GPUs.
-        """
-        threads = self.threads or max(1, (os.cpu_count() or 1) // self.engines)
-        variables = {"OMP_NUM_THREADS": str(threads)}
-        if self.device == "cuda" and self.number:
-            variables["CUDA_VISIBLE_DEVICES"] = visible_gpus(self.number, self.settings["tensor_parallel_size"])
-        return variables
-
-
-@dataclass(frozen=True)
-class NodeAddress:
-    """Where a `NodeAgent` listens; whoever knows the key starts processes there."""
-
-    host: str
-    port: int
-    key: bytes
-
-
-class VLLMProcess(ABC):
-    """What `LocalProcess` and `RemoteProcess` share: the messages of `vllm_child` over a connection."""
-
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
+    def __init__(self, launch: Launch, *, stall_s: float = math.inf) -> None:
+        self.launch, self.stall_s = launch, stall_s
         self._connection: Connection | None = None
-        self._sending = threading.Lock()  # `interrupt` comes from another thread
-        self.given_up = False
-        self._end: tuple[str, str] | None = None  # why a process on another node died, and the end of its log
+        self._sending = threading.Lock()
+        self._reader: threading.Thread | None = None
+        self._calls: dict[int, Future] = {}
+        self._numbers, self._asked = itertools.count(), 0.0
+        self.requests: set[str] = set()
+        self.fresh = self.running = self.given_up = False
+        self._ending = False
+        self.on_finished: Callable[[VLLMProcess, list], None] | None = None
+        self.on_ended: Callable[[VLLMProcess, Exception], None] | None = None
 
     def start(self, timeout_s: float) -> None:
         """Starts it and waits until it holds the model.
@@ -109,64 +93,117 @@ class VLLMProcess(ABC):
         """
         _starting.add(self)
         try:
-            self._connection = self.open()
+            self._ending = False
+            self._connection = self.open(timeout_s)
             if self.given_up:
                 raise EngineDied("the start was given up")
-            self._wait(self._connection, "ready", timeout_s, "the start of the rollout engine")
+            if not self._connection.poll(timeout_s):
+                raise EngineDied(f"no sign of life for {timeout_s:g} s")
+            self._receive()  # "ready"
         except (EngineDied, RolloutError, OSError) as error:
             log = self.log_tail()
             self.kill()
             raise RolloutError(f"the rollout engine did not start: {error}. {log}") from None
         finally:
             _starting.discard(self)
+        self.running = True
+        self._reader = threading.Thread(target=self._read, daemon=True, name="vllm-reader")
+        self._reader.start()
 
-    def call(
-        self, method: str, arguments: tuple, *, timeout_s: float, what: str, on_finished: Callable[[list], None] | None = None
-    ) -> Any:
-        """What ``method`` of the workers returned, or of `vllm_child`: "generate".
+    def send(self, kind: str, content: Any) -> None:
+        """A message; if the process is gone, its reader hears of it."""
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError), self._sending:
+                connection.send((kind, content))
 
-        Args:
-            timeout_s: without a sign of life.
-            what: of whom an error speaks.
-            on_finished: takes responses as they come.
+    def call(self, method: str, arguments: tuple) -> Future:
+        """What ``method`` of the workers returns: a list with one value for each; or RolloutError."""
+        number, future = next(self._numbers), Future()
+        if not self.running:
+            future.set_exception(RolloutError("the rollout engine does not run"))
+            return future
+        self._calls[number] = self._asked_now(future)
+        self.send("call", (number, method, arguments))
+        if not self.running:  # it ended meanwhile
+            self._fail_calls(RolloutError("the rollout engine does not run"))
+        return future
+
+    def ask(self, common: dict[str, Any], prompts: list[tuple[np.ndarray, list[tuple[str, int]]]]) -> None:
+        """Requests for responses: of each prompt's token ids, the (name, seed) of each response."""
+        self.requests.update(self._asked_now(name for _, requests in prompts for name, _ in requests))
+        self.send("add", (common, prompts))
+
+    def _asked_now(self, what: T) -> T:
+        """``what``; a process that had nothing to do owes a sign of life from now on."""
+        if not self.requests and not self._calls:
+            self._asked = time.monotonic()
+        return what
+
+    def _read(self) -> None:
+        heard = time.monotonic()
+        try:
+            while True:
+                if self._connection.poll(POLL_S):
+                    self._receive()
+                    heard = time.monotonic()
+                elif (self.requests or self._calls) and time.monotonic() - max(heard, self._asked) > self.stall_s:
+                    raise EngineDied(f"the rollout engine gave no sign of life for {self.stall_s:g} s")
+        except (EngineDied, RolloutError) as error:
+            self._stopped(error)
+
+    def _stopped(self, error: Exception) -> None:
+        self.running = self.fresh = False
+        self._fail_calls(RolloutError(f"{error}. {self.log_tail()}"))
+        if not self._ending and self.on_ended is not None:
+            self.on_ended(self, error)
+
+    def _fail_calls(self, error: RolloutError) -> None:
+        for number in list(self._calls):
+            if (future := self._calls.pop(number, None)) is not None:
+                future.set_exception(error)
+
+    def _receive(self) -> None:
+        """Takes one message.
 
         Raises:
-            EngineDied: the process ended, or gave no sign of life.
+            EngineDied: the process is gone.
             RolloutError: vLLM raised an exception; with its traceback.
         """
-        connection = self._connection
-        if connection is None:
-            raise EngineDied(f"{what}: it was ended and does not run")
         try:
-            with self._sending:
-                connection.send((method, arguments))
-        except (BrokenPipeError, ConnectionResetError):
+            kind, content = self._connection.recv()
+        except (EOFError, OSError):
             raise EngineDied(self.why_dead()) from None
-        return self._wait(connection, "value", timeout_s, what, on_finished)
+        if kind == "finished":
+            self.on_finished(self, content)
+        elif kind == "ended":
+            self._end = content
+            raise EngineDied(self.why_dead())
+        elif kind in ("value", "error"):
+            number, answer = content
+            if number is None:
+                raise RolloutError(f"the rollout engine failed:\n{answer}")
+            future = self._calls.pop(number)
+            if kind == "value":
+                future.set_result(answer)
+            else:
+                future.set_exception(RolloutError(f"a call of the rollout engine's workers failed:\n{answer}"))
 
-    def _wait(
-        self, connection: Connection, kind: str, timeout_s: float, what: str, on_finished: Callable[[list], None] | None = None
-    ) -> Any:
-        """The content of the next message of ``kind``; every message counts as a sign of life."""
-        while True:
-            if not connection.poll(timeout_s):
-                raise EngineDied(f"{what}: no sign of life for {timeout_s:g} s")
-            try:
-                received, content = connection.recv()
-            except (EOFError, ConnectionResetError):
-                raise EngineDied(self.why_dead()) from None
-            if received == "finished" and on_finished is not None:
-                on_finished(content)
-            elif received == "error":
-                raise RolloutError(f"{what} failed:\n{content}")
-            elif received == "ended":
-                self._end = content
-                raise EngineDied(self.why_dead())
-            elif received == kind:
-                return content
+    def kill(self) -> None:
+        """Ends the process and everything that it started."""
+        self._ending = True
+        self._end_process()
+        if self._reader is not None:
+            self._reader.join()
+            self._reader = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self.requests.clear()
+        self.running = self.fresh = False
 
     @abstractmethod
-    def open(self) -> Connection:
+    def open(self, timeout_s: float) -> Connection:
         """Starts the process; what leads to it."""
 
     @abstractmethod
@@ -174,15 +211,15 @@ class VLLMProcess(ABC):
 
     @abstractmethod
     def log_tail(self) -> str:
-        """The end of what it wrote, for an error."""
+        """What it wrote of its end, for an error."""
 
     @abstractmethod
     def interrupt(self) -> None:
-        """Ends the process, so that a `call` in another thread ends too; `kill` or `start` clears up."""
+        """Ends the process, at once and as if it had died; `kill` or `start` clears up."""
 
     @abstractmethod
-    def kill(self) -> None:
-        """Ends the process and everything that it started."""
+    def _end_process(self) -> None:
+        """Ends the process, so that the connection to it ends."""
 
 
 class LocalProcess(VLLMProcess):
@@ -193,115 +230,55 @@ class LocalProcess(VLLMProcess):
         environment: of the process, beside that of ``launch``.
     """
 
-    def __init__(self, launch: Launch, log_path: Path, environment: dict[str, str] | None = None) -> None:
-        super().__init__(launch)
+    def __init__(
+        self, launch: Launch, log_path: Path, environment: dict[str, str] | None = None, *, stall_s: float = math.inf
+    ) -> None:
+        super().__init__(launch, stall_s=stall_s)
         os.environ["PMPO_ROLLOUT_DEVICE"] = launch.device  # the fork server imports what this device needs
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pmpo_megatron.rollout.vllm_preload"])
         self._log_path, self._environment = log_path, launch.environment() | (environment or {})
-        self._process: ForkServerProcess | None = None
+        self._process, self._log_start = None, 0
 
     @property
     def process_id(self) -> int:
-        assert self._process is not None and self._process.pid is not None  # it was started
         return self._process.pid
 
     @property
     def runs(self) -> bool:
         return self._process is not None and self._process.is_alive()
 
-    def open(self) -> Connection:
+    def open(self, timeout_s: float = math.inf) -> Connection:
+        self._log_start = self._log_path.stat().st_size if self._log_path.exists() else 0
         connection, theirs = self._context.Pipe()
         alive, self._alive = self._context.Pipe(duplex=False)
         arguments = (theirs, alive, str(self._log_path), self.launch.settings, self._environment)
-        process = self._process = self._context.Process(target=vllm_child.serve, args=arguments, name="vllm")
+        self._process = self._context.Process(target=vllm_child.serve, args=arguments, name="vllm")
         with _without_interrupts():
-            process.start()
+            self._process.start()
         theirs.close()
         alive.close()
         return connection
 
     def why_dead(self) -> str:
-        if self._process is None:
-            return "the rollout engine's process was ended"
         self._process.join(timeout=5)
         code = self._process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
         return f"the rollout engine's process {self._process.pid} {how}"
 
     def log_tail(self) -> str:
-        try:
-            return "The end of its log:\n" + "\n".join(self._log_path.read_text(errors="replace").splitlines()[-25:])
-        except OSError:
-            return "It wrote no log."
+        return engine_log.cause(self._log_path, self._log_start)
 
     def interrupt(self) -> None:
         if self._process is not None and self._process.pid is not None:
             self._process.kill()
 
-    def kill(self) -> None:
+    def _end_process(self) -> None:
         """Closing our end of the pipe reaches the workers, too, that a kill does not."""
-        if self._process is None:
+        if self._process is None or self._process.pid is None:
             return
         self._alive.close()
-        if self._connection is not None:
-            self._connection.close()
         self._process.join(timeout=2)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        self._process = self._connection = None
-
-
-class RemoteProcess(VLLMProcess):
-    """A vLLM that the agent at ``address`` starts on its node, for as long as the connection to it lasts."""
-
-    def __init__(self, launch: Launch, address: NodeAddress) -> None:
-        super().__init__(launch)
-        self._address = address
-
-    def open(self) -> Connection:
-        self._end = None
-        try:
-            connection = Client((self._address.host, self._address.port), authkey=self._address.key)
-        except (EOFError, AuthenticationError) as error:
-            raise EngineDied(f"who answers on {self._address.host} did not prove to be of this run ({error!r})") from None
-        connection.send(self.launch)
-        return connection
-
-    def why_dead(self) -> str:
-        try:
-            while self._end is None and self._connection is not None and self._connection.poll():
-                kind, content = self._connection.recv()
-                self._end = content if kind == "ended" else None
-        except (EOFError, OSError):
-            pass  # the agent went without a word
-        how = self._end[0] if self._end is not None else "the connection to the rollout engine broke"
-        return f"{how} on {self._address.host}"
-
-    def log_tail(self) -> str:
-        return self._end[1] if self._end is not None else f"Its log was on {self._address.host}."
-
-    def interrupt(self) -> None:
-        with contextlib.suppress(OSError), self._sending:  # it may have ended
-            if self._connection is not None:
-                self._connection.send(("interrupt", ()))
-
-    def kill(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-
-def visible_gpus(number: int, tensor_parallel: int) -> str:
-    """CUDA_VISIBLE_DEVICES with which the host's engine ``number`` takes its own GPUs.
-
-    They come first and the others after them: it uses only its own, and can open the trainer's memory.
-    """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = listed.split(",") if listed else [str(gpu) for gpu in range(torch.cuda.device_count())]
-    first = number * tensor_parallel
-    if first + tensor_parallel > len(gpus):
-        last = first + tensor_parallel - 1
-        raise RolloutError(f"engine {number} of the rollouts needs GPUs {first} to {last}; here are {len(gpus)}")
-    return ",".join(gpus[first:] + gpus[:first])

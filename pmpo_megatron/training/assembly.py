@@ -6,6 +6,7 @@ import functools
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from pmpo_megatron.bridge.sync import WeightBridge
@@ -21,15 +22,16 @@ from pmpo_megatron.parallel.liveness import report_failure
 from pmpo_megatron.parallel.stand_by import StandBy
 from pmpo_megatron.parallel.state import ParallelState, initialize, shut_down
 from pmpo_megatron.rewards import RewardScorer
-from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.node_agent import NodeAgent
-from pmpo_megatron.rollout.vllm_process import NodeAddress, give_up_starts
+from pmpo_megatron.rollout.remote_process import NodeAddress, own_nodes
+from pmpo_megatron.rollout.vllm_process import give_up_starts
 from pmpo_megatron.training.collector import Collector
 from pmpo_megatron.training.held_out import Evaluator
 from pmpo_megatron.training.launch import StopRequest
 from pmpo_megatron.training.run_config import RunConfig
+from pmpo_megatron.training.stream import StreamCollector
 from pmpo_megatron.training.trainer import RunProgress, Trainer
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ def _interrupt(parts: ExitStack) -> None:
 def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, parts: ExitStack) -> Trainer:
     """Everything that a run consists of, at the point that its newest checkpoint holds; ``parts`` closes what was opened."""
     data = _load_data(config) if state.is_main else None  # before anything slow: what is wrong with it is said in seconds
-    nodes = _other_nodes(config.rollout, state, parts)
+    nodes = _other_nodes(config, state, parts)
     starting = _start_engine(config, state, parts, nodes) if state.is_main else None
     if state.device.type == "cuda":
         # vLLM takes what is allocated on a device while it starts for its own: nobody may build beside it.
@@ -106,13 +108,15 @@ def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, pa
     )
 
 
-def _other_nodes(config: RolloutConfig, state: ParallelState, parts: ExitStack) -> list[NodeAddress]:
-    """Where rank 0 starts engines on the other nodes: an agent listens in the first rank of each. Collective."""
-    if config.engine != "vllm" or config.nodes == "first":
+def _other_nodes(config: RunConfig, state: ParallelState, parts: ExitStack) -> list[NodeAddress]:
+    """Where else rank 0 starts engines: with nodes `all` an agent listens in the first rank of each. Collective."""
+    if config.rollout.nodes == "own":
+        return own_nodes(config.rollout)
+    if config.rollout.nodes == "first":
         return []
     address = None
     if state.local_rank == 0 and not state.is_main:
-        agent = NodeAgent()
+        agent = NodeAgent(logs=Path(config.run.directory) / "logs")
         parts.callback(agent.close)
         address = agent.address
     return [node for node in gather_objects(address, state) if node is not None]
@@ -120,15 +124,16 @@ def _other_nodes(config: RolloutConfig, state: ParallelState, parts: ExitStack) 
 
 def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nodes: list[NodeAddress]) -> Future[RolloutEngine]:
     """The engine starts in a thread, while this one builds the policy."""
-    extension = WORKER_EXTENSION if config.rollout.engine == "vllm" else None
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
     future = thread.submit(
         make_engine,
         config.rollout,
         model_path=config.model.path,
         device=state.device.type,
-        worker_extension=extension,
+        worker_extension=WORKER_EXTENSION,
         nodes=nodes,
+        in_flight=config.round.mode == "in_flight",
+        logs=Path(config.run.directory) / "logs",
     )
     thread.shutdown(wait=False)
     parts.callback(_end_engine, future)
@@ -167,7 +172,12 @@ def _main_parts(
     if progress.sampler:
         sampler.restore(progress.sampler)
     scorer = RewardScorer(config.rewards, max_tokens=config.sampling.max_tokens)
-    collector = Collector(
+    make = Collector
+    if config.round.mode == "in_flight":
+        per_round = config.versions_per_round
+        draws = dict(drawn=progress.drawn, open=progress.open)
+        make = partial(StreamCollector, rounds=config.run.rounds, versions_per_round=per_round, **draws)
+    collector = make(
         prompts=prompts,
         sampler=sampler,
         engine=engine,

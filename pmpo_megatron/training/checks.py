@@ -19,9 +19,10 @@ from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import ModelShape, read_shape
-from pmpo_megatron.model.architecture import check_layout
+from pmpo_megatron.model.architecture import check_layout, expects_fused
 from pmpo_megatron.parallel.shards import sequence_multiple
-from pmpo_megatron.rewards.functions import find_function
+from pmpo_megatron.rewards.functions import check_functions
+from pmpo_megatron.rollout.remote_process import own_nodes
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import round_up
 
@@ -43,10 +44,10 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
     data_parallel = _in_section("parallel", lambda: config.parallel.data_parallel_size(world_size))
     shape, weights = _check_model(config.model.path, dry_run=dry_run)
     check_layout(shape, config.parallel)
-    _check_lengths(config, shape)
+    check_lengths(config, shape)
+    _check_attention(config)
     _check_objective(config)
-    for name in config.rewards.functions:
-        find_function(name)
+    check_functions(config.rewards.functions, config.rewards.code)
     lines = [
         f"{_describe_model(config, shape)}; {weights}",
         _describe_layout(config, world_size, data_parallel),
@@ -58,6 +59,7 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
             lines.append(_check_data(name, data, tokenizer, shape))
     if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
+    _in_section("rollout", lambda: own_nodes(config.rollout))
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("rollout.engine", "vllm is not installed; see the README for the requirements")
     if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
@@ -125,7 +127,19 @@ def _in_section(section: str, call: Callable[[], T]) -> T:
         raise error.within(section) from None
 
 
-def _check_lengths(config: RunConfig, shape: ModelShape) -> None:
+def _check_attention(config: RunConfig) -> None:
+    """Transformer Engine 2.20 has no backend for float32 that divides a sequence over ranks."""
+    float32 = config.model.dtype == "float32"
+    if _on_gpu(config) and float32 and config.parallel.context > 1 and expects_fused(config.model.layers):
+        raise ConfigError(
+            "model.dtype",
+            f"float32 with parallel.context = {config.parallel.context} has no attention in Transformer Engine; use bfloat16, "
+            "or model.layers=local",
+        )
+
+
+def check_lengths(config: RunConfig, shape: ModelShape) -> None:
+    """Raises ConfigError if the longest prompt and response fit no micro-batch, or are more than engine or model take."""
     multiple = sequence_multiple(config.parallel)
     longest = config.data.max_prompt_tokens + config.sampling.max_tokens
     padded = round_up(longest, multiple)
@@ -152,8 +166,8 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError("sampling.samples_per_prompt", "must be at least 2: an advantage compares responses to one prompt")
     if config.sampling.top_p < 1 or config.sampling.top_k:
         logger.warning("sampling.top_p and top_k: the engine's log-probs are of the cut distribution, the trainer's are not")
-    if config.round.asynchronous and config.objective.importance == "none":
-        logger.warning("round.asynchronous without objective.importance: one-round-old rollouts are not corrected for")
+    if config.round.mode != "synchronous" and config.objective.importance == "none":
+        logger.warning("round.mode %s without objective.importance: older rollouts are not corrected for", config.round.mode)
 
 
 def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: ModelShape) -> str:
@@ -192,9 +206,10 @@ def _describe_layout(config: RunConfig, world_size: int, data_parallel: int) -> 
 
 def _describe_rollouts(config: RunConfig) -> str:
     rollout = config.rollout
-    if rollout.engine != "vllm":
-        return rollout.engine
-    return f"{rollout.engines} vLLM{'s' * (rollout.engines > 1)}, tensor {rollout.tensor_parallel}"
+    if rollout.replay_from is not None:
+        return f"from {rollout.replay_from}"
+    where = {"first": "", "all": " on every node", "own": f" on each of {', '.join(rollout.hosts)}"}[rollout.nodes]
+    return f"{rollout.engines} vLLM{'s' * (rollout.engines > 1)}{where}, tensor {rollout.tensor_parallel}"
 
 
 def _describe_batch(config: RunConfig) -> str:

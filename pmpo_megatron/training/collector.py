@@ -30,10 +30,12 @@ class RoundBatch:
     samples: tuple[Sample, ...]  # group after group
     table: TrajectoryTable  # of the samples
     rewards: np.ndarray  # float64, one for each sample
-    policy_version: int  # that made the first of them
+    versions: np.ndarray  # int32, one for each sample: the oldest that made one of its tokens
     metrics: dict[str, float | Metric]
     sampler_state: dict[str, Any]  # after this round's prompts: what a checkpoint of the finished round holds
     examples: tuple[dict[str, Any], ...]  # a few rollouts for people
+    drawn: int = 0  # as in trainer.RunProgress
+    open: tuple[tuple[int, ...], ...] = ()
 
 
 class Collector:
@@ -92,23 +94,28 @@ class Collector:
         generated = len(groups)
         if self.round.dynamic_sampling:
             groups, generated = self._replace_uninformative(groups, round_index)
-        metrics = describe_groups(groups) | {"rollout/groups_generated": float(generated)}
+        return self._batch(groups, {"rollout/groups_generated": float(generated)}, started)
+
+    def _batch(self, groups: Sequence[ScoredGroup], counted: dict[str, float], started: float, **draws: Any) -> RoundBatch:
+        """The round of ``groups``, with what was ``counted`` since it was ``started``."""
         stats = self.scorer.pool.stats
-        metrics |= {
+        counted = counted | {
             "rewards/timeouts": float(stats.timeouts),
             "rewards/crashes": float(stats.crashes),
             "rewards/errors": float(sum(stats.errors.values())),
+            "time/collecting_s": time.monotonic() - started,
         }
-        metrics["time/collecting_s"] = time.monotonic() - started
         samples = make_samples(groups, advantage=self.advantage)
+        rollouts = [rollout for group in groups for rollout in group.group.rollouts]
         return RoundBatch(
             samples=tuple(samples),
             table=TrajectoryTable.of(samples),
             rewards=np.array([reward for group in groups for reward in group.rewards]),
-            policy_version=groups[0].group.rollouts[0].policy_version,
-            metrics=metrics,
+            versions=np.array([rollout.policy_version for rollout in rollouts]),
+            metrics=describe_groups(groups) | counted,
             sampler_state=self.sampler.state(),
             examples=tuple(example_rollouts(groups, self.examples)),
+            **draws,
         )
 
     def _generate(self, count: int, round_index: int) -> list[ScoredGroup]:
@@ -157,6 +164,7 @@ def describe_groups(groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
         "reward/": Distribution([reward for group in groups for reward in group.rewards]),
         "reward/informative_groups": Mean.of([group.informative for group in groups]),
         "rollout/length": Distribution([len(rollout.token_ids) for rollout in rollouts]),
+        "rollout/versions": Mean.of([len(np.unique(rollout.versions)) for rollout in rollouts]),
         "rollout/truncated_fraction": Mean.of([rollout.finish_reason == "length" for rollout in rollouts]),
     }
 

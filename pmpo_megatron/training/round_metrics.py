@@ -60,20 +60,24 @@ def measure_mismatch(
     if state.is_last_stage:
         sums = torch.zeros(len(MISMATCH), dtype=torch.float64, device=state.device)
         largest = torch.zeros((), dtype=torch.float64, device=state.device)
+        rejected = torch.zeros((), dtype=torch.float64, device=state.device)
         for item in (item for step in steps for item in step):
             batch = item.batch
             more, peak = mismatch_sums(item.old_log_probs_T, batch.rollout_log_probs_T, batch.trajectory_T, log_bounds)
             sums, largest = sums + more, torch.maximum(largest, peak)
-        sums = sum_over(state.dp_cp_group)(sums)
+            if item.kept_T is not None:
+                rejected += (~item.kept_T).sum()
+        sums = sum_over(state.dp_cp_group)(torch.cat([sums, rejected[None]]))
         with naming_ranks("the largest mismatch"):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=state.dp_cp_group)
         found = (sums.tolist(), float(largest))
     values, largest = next(item for item in gather_objects(found, state) if item is not None)
-    tokens, sum_abs, sum_k1, sum_k3, outside = values
+    tokens, sum_abs, sum_k1, sum_k3, outside, rejected_tokens = values
     return {
         "mismatch/mean_abs": Mean(sum_abs, tokens),
         "mismatch/max_abs": Maximum(largest),
         "mismatch/kl_k1": Mean(sum_k1, tokens),
         "mismatch/kl_k3": Mean(sum_k3, tokens),
         "mismatch/outside_clip": Mean(outside, tokens),
+        "mismatch/rejected": Mean(rejected_tokens, tokens),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pmpo_megatron.algo.objective import ObjectiveConfig
 from pmpo_megatron.bridge.config import BridgeConfig
@@ -16,6 +17,7 @@ from pmpo_megatron.monitor import MonitorConfig
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.rewards import RewardConfig
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig, check_temperature
+from pmpo_megatron.yaml_values import show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,42 @@ class RoundConfig(Section):
 
     dynamic_sampling: bool = setting(False, "replace groups whose rewards are all equal by those of further prompts")
     dynamic_sampling_attempts: int = setting(4, "at most this many further samplings in a round", minimum=1)
-    asynchronous: bool = setting(False, "generate round k+1 while round k trains: rollouts are one round stale")
+    mode: str = setting(
+        "synchronous",
+        "synchronous: a round is generated, then trained; overlapped: round k+1 is generated while round k trains; in_flight: "
+        "generation goes on while training, and gets new weights in the middle of responses",
+        choices=("synchronous", "overlapped", "in_flight"),
+    )
+    update: str = setting(
+        "round", "in_flight: new weights after every round, or every optimizer step", choices=("round", "step")
+    )
+    max_staleness: int = setting(
+        2,
+        "in_flight: updates of the policy between a trajectory's first token and its training, at most",
+        minimum=1,
+        maximum=10**6,
+    )
+    old_log_probs: str = setting(
+        "recomputed",
+        "what the policy's ratios are taken to: the trainer's log-probs at the round's start, or the engine's own, which saves "
+        "a forward pass",
+        choices=("recomputed", "rollout"),
+    )
+    rejection: str = setting(
+        "none",
+        "tokens, or sequences by their mean, whose ratio trainer / engine is outside the bounds get no gradient",
+        choices=("none", "token", "sequence"),
+    )
+    rejection_low: float = setting(0.5, "lower bound of that ratio", unit="ratio", above=0.0, maximum=1.0)
+    rejection_high: float = setting(2.0, "upper bound of that ratio", unit="ratio", minimum=1.0)
+
+    @classmethod
+    def base_for(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """``asynchronous: true`` is the older name of mode overlapped."""
+        asynchronous = values.pop("asynchronous", False)
+        if not isinstance(asynchronous, bool):
+            raise ConfigError("asynchronous", f"{show(asynchronous)} is neither true nor false; its newer name is mode")
+        return {"mode": "overlapped"} if asynchronous else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,3 +145,31 @@ class RunConfig(Section):
     monitor: MonitorConfig = setting(MonitorConfig)
     evaluation: EvaluationConfig = setting(EvaluationConfig)
     guards: GuardConfig = setting(GuardConfig)
+
+    @property
+    def versions_per_round(self) -> int:
+        """How often a round gives the engine new weights."""
+        return self.batch.steps_per_round if (self.round.mode, self.round.update) == ("in_flight", "step") else 1
+
+    def validate(self) -> None:
+        compared = {
+            "objective.importance": self.objective.importance != "none",
+            "round.rejection": self.round.rejection != "none",
+            "guards.mismatch_stop": self.guards.mismatch_stop is not None,
+        }
+        for name in (name for name, used in compared.items() if used and self.round.old_log_probs == "rollout"):
+            raise ConfigError(
+                name, "compares the trainer's log-probs with the engine's; round.old_log_probs must be recomputed"
+            )
+        if self.round.mode != "in_flight":
+            return
+        if self.round.max_staleness < self.versions_per_round:
+            raise ConfigError(
+                "round.max_staleness",
+                f"{self.round.max_staleness} must be at least {self.versions_per_round}, the updates in a round: while a round "
+                "trains the next is generated",
+            )
+        if self.rollout.replay_from is not None or self.rollout.record_to is not None:
+            raise ConfigError(
+                "round.mode", "in_flight has no rounds of rollouts to record or replay; use another mode for that"
+            )

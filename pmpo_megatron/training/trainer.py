@@ -8,15 +8,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pmpo_megatron.algo.rejection import Rejection
+from pmpo_megatron.bridge.source import give_back_cache
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.checkpoint.store import CheckpointStore
 from pmpo_megatron.config import convert, field_types
 from pmpo_megatron.errors import CheckpointError, ConfigError
-from pmpo_megatron.model.micro_batch import ScoredMicroBatch
+from pmpo_megatron.model.micro_batch import MicroBatch, ScoredMicroBatch
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.model.step_results import StepResult
-from pmpo_megatron.monitor import Metric, PhaseTimer, RunLog
+from pmpo_megatron.monitor import Maximum, Mean, Metric, PhaseTimer, RunLog
 from pmpo_megatron.parallel.collectives import any_rank, broadcast_object
 from pmpo_megatron.parallel.liveness import doing
 from pmpo_megatron.parallel.stand_by import StandBy
@@ -37,10 +39,12 @@ class RunProgress:
     """Where a run stands: what a checkpoint holds beside the weights, the optimizer and the random states."""
 
     round: int = 0  # the next round
-    policy_version: int = 0  # rounds whose updates the policy has seen
+    policy_version: int = 0  # of the weights: counts rounds, or optimizer steps where each gives the engine new weights
     skipped_in_a_row: int = 0  # optimizer steps
     evaluated: int = -1  # the last round that was evaluated before
     sampler: dict[str, Any] = field(default_factory=dict)
+    drawn: int = 0  # prompts that the sampler has given
+    open: tuple[tuple[int, ...], ...] = ()  # of them, not trained on yet: the number of the draw, the prompt's index
     log: dict[str, Any] | None = None  # RunLog.cursor()
     accuracy: dict[str, float] = field(default_factory=dict)  # held-out, by round; keys are text, as JSON has them
 
@@ -72,7 +76,8 @@ def _check_places(progress: RunProgress) -> None:
     places = {f"log.bytes.{name}": size for name, size in log["bytes"].items()} | {"log.step": log["step"]}
     places |= {f"sampler.{name}": sampler[name] for name in ("num_prompts", "seed", "epoch", "position") if sampler}
     places |= {"round": progress.round, "policy_version": progress.policy_version, "skipped": progress.skipped_in_a_row}
-    places |= {f"accuracy of round {name}": int(name) for name in progress.accuracy}
+    places |= {f"accuracy of round {name}": int(name) for name in progress.accuracy} | {"drawn": progress.drawn}
+    places |= {f"open[{n}][{k}]": value for n, draw in enumerate(progress.open) for k, value in enumerate(draw)}
     for name, value in places.items():
         if type(value) is not int or value < 0:
             raise ValueError(f"{name} is {value!r}")
@@ -123,18 +128,22 @@ class Trainer:
             samples = () if batch is None else batch.samples
             steps = share_round(samples, table, self.config, self.state, round_index=self.progress.round)
         with self.timer.phase("old_log_probs"):
-            scored = [score(self.policy, step, temperature=self.temperature, reference=self.reference) for step in steps]
+            scored = [self.score(step) for step in steps]
         measured = measure_mismatch(scored, self.config.objective.log_bounds, self.state)
         mismatch = check_mismatch(measured, self.config.guards, self.progress.round, self.state)
-        with self.timer.phase("train"):
-            results = [self.step(index, step) for index, step in enumerate(scored)]
-        decode = None if batch is None or self.collector is None else self.collector.prompts.decode
-        tokens = token_examples(
-            self.policy, scored[-1], results[-1], batch, table, self.config, round_index=self.progress.round, decode=decode
-        )
-        self.progress.policy_version += 1
+        trained = self.progress.policy_version
+        results = []
+        for index, step in enumerate(scored):
+            with self.timer.phase("train"):
+                results.append(self.step(index, step))
+            if self.config.versions_per_round > 1:
+                self.progress.policy_version += 1
+                self.push_weights()
+        if self.progress.policy_version == trained:
+            self.progress.policy_version += 1
+        tokens = self.token_examples(scored[-1], results[-1], batch, table)
         self.progress.round += 1
-        self.record(batch, results, mismatch, tokens)
+        self.record(batch, results, mismatch, tokens, trained)
         self.store.poll()
         if self.store.due(self.progress.round):
             self.save()
@@ -143,14 +152,17 @@ class Trainer:
     def collect(self) -> tuple[RoundBatch | None, TrajectoryTable | None]:
         """The round's batch on rank 0, and on every rank its table: None if someone asked to stop before it was complete.
 
-        Asynchronous: the batch was generated while the round before trained, so its policy is one round older; now the
-        engine is idle, gets the newest weights, and begins with the next round's.
+        Overlapped: the batch was generated while the round before trained, so its policy is one round older; now the
+        engine is idle, gets the newest weights, and begins with the next round's. In flight the engine gets them while it
+        generates, and goes on.
         """
-        ahead = self.config.round.asynchronous and self.pushed is not None
+        overlapped = self.config.round.mode == "overlapped"
+        ahead = overlapped and self.pushed is not None
         if not ahead:
             self.push_weights()
             self.evaluate()
         with self.timer.phase("rollouts"):
+            give_back_cache(self.state.device)
             batch = self.stand_by.run(lambda: self.collector.collect(self.progress.round, stop=self.stop))
             table = broadcast_object(None if batch is None else batch.table, self.state)
         if table is None:
@@ -159,9 +171,21 @@ class Trainer:
             self.push_weights()
             self.evaluate()
         further = self.progress.round + 1 < self.config.run.rounds
-        if self.config.round.asynchronous and further and self.collector is not None:
+        if overlapped and further and self.collector is not None:
             self.collector.start(self.progress.round + 1)
         return batch, table
+
+    def score(self, micro_batches: list[MicroBatch]) -> list[ScoredMicroBatch]:
+        """What an optimizer step takes: log-probs before the round's first update, and which tokens count."""
+        config = self.config.round
+        return score(
+            self.policy,
+            micro_batches,
+            temperature=self.temperature,
+            reference=self.reference,
+            recompute=config.old_log_probs == "recomputed",
+            rejection=Rejection(config.rejection, config.rejection_low, config.rejection_high),
+        )
 
     def step(self, index: int, micro_batches: list[ScoredMicroBatch]) -> StepResult:
         """One optimizer step; a non-finite one is skipped, counted and written to disk, and too many in a row end the run."""
@@ -180,7 +204,7 @@ class Trainer:
         return result
 
     def push_weights(self) -> None:
-        """The policy's weights into the engine, which is idle; nothing to do where it has them."""
+        """The policy's weights into the engine; nothing to do where it has them."""
         if self.pushed == self.progress.policy_version:
             return
         with self.timer.phase("push_weights"):
@@ -194,21 +218,36 @@ class Trainer:
             return
         self.progress.evaluated = done
         with self.timer.phase("evaluation"):
+            give_back_cache(self.state.device)
             found = self.stand_by.run(lambda: self.evaluator.evaluate(done))
         if self.log is not None:
             self.progress.accuracy[str(done)] = self.log.log(done, found)["eval/accuracy_mean"]
 
+    def token_examples(
+        self, step: list[ScoredMicroBatch], result: StepResult, batch: RoundBatch | None, table: TrajectoryTable
+    ) -> list[dict[str, Any]]:
+        """Some trajectories of the round's last step token by token, on rank 0."""
+        decode = None if self.collector is None else self.collector.prompts.decode
+        done = self.progress.round
+        return token_examples(self.policy, step, result, batch, table, self.config, round_index=done, decode=decode)
+
     def record(
-        self, batch: RoundBatch | None, results: list[StepResult], mismatch: dict[str, Metric], tokens: list[dict[str, Any]]
+        self,
+        batch: RoundBatch | None,
+        results: list[StepResult],
+        mismatch: dict[str, Metric],
+        tokens: list[dict[str, Any]],
+        trained: int,
     ) -> None:
-        """Where the finished round leaves the sampler, and its metrics: on rank 0."""
+        """Where the finished round leaves the sampler, and its metrics, on rank 0; ``trained``: the version it began with."""
         times = self.timer.take()
         if batch is None or self.log is None:
             return
-        self.progress.sampler = batch.sampler_state
+        self.progress.sampler, self.progress.drawn, self.progress.open = batch.sampler_state, batch.drawn, batch.open
         metrics = batch.metrics | step_metrics(results) | mismatch | times
         metrics["throughput/tokens_per_s"] = int(batch.table.lengths_N.sum()) / times["time/total_s"]
-        metrics["rollout/staleness"] = float(self.progress.policy_version - 1 - batch.policy_version)
+        staleness = trained - batch.versions
+        metrics |= {"rollout/staleness": Mean.of(staleness), "rollout/staleness_max": Maximum(float(staleness.max()))}
         record = trajectory_record(results, batch.rewards)
         self.log.log(self.progress.round, metrics, trajectories=record, rollouts=batch.examples, tokens=tokens)
 

@@ -253,3 +253,24 @@ def full_disk(path: str, root: str) -> dict:
     progress = run.store.load_latest()
     shut_down()
     return {"saved": saved, "error": error, "left": left, "again": again, "progress": progress}
+
+
+def optimizer_bytes(path: str, root: str) -> dict:
+    """Bytes of the optimizer's state that this rank holds for a save, and makes room for to load; and what it owns."""
+    run = Run(path, root, {})
+    run.train(1)
+    found = {}
+    for is_loading in (False, True):
+        state = save.sharded_state(run.policy, is_loading=is_loading)["optimizer"]["param_state"]
+        tensors = [entry.data for states in (state or {}).values() for entry in states.values()]
+        found["loading" if is_loading else "saving"] = sum(t.numel() * t.itemsize for t in tensors)
+        assert all(tensor.device.type == "cpu" for tensor in tensors)
+    # Of the last state, which is to be read: gate and up are apart in it, and stand twice in memory when they are put together.
+    projections = [entry.data for states in state.values() for entry in states.values() if "linear_fc1" in entry.key]
+    found["together"] = found["loading"] + sum(t.numel() * t.itemsize for t in projections)
+    optimizer = run.policy.optimizer.chained_optimizers[0]
+    found["owned"] = 3 * sum(p.numel() * p.itemsize for group in optimizer.param_groups for p in group["params"])
+    found["largest"] = 3 * max(p.numel() * 4 for _, p in run.policy.named_parameters())
+    found["whole"] = 3 * sum(p.numel() * 4 for _, p in run.policy.named_parameters())
+    shut_down()
+    return found

@@ -101,3 +101,25 @@ class Case:
             except ConfigError as error:
                 messages.append(str(error))
         return messages
+
+
+def lengths_out_of_reach(path: str, layouts: list[dict]) -> list[bool]:
+    """Whether hidden states are the same where the values of ``cu_seqlens`` cannot be had: on the device "meta" asking
+    for them is an error, as on a GPU it makes the host wait."""
+    same = []
+    for layout in layouts:
+        parallel = ParallelConfig(**layout)
+        state = initialize(parallel, device="cpu")
+        policy = Policy.build(ModelConfig(path=path), OptimizerConfig(), parallel, state)
+        batch = prepared(state)[0]
+        names = [name for name in vars(batch.sequences) if name.startswith("cu_seqlens")]
+        lengths = {name: getattr(batch.sequences, name).to("meta") for name in names}
+        with torch.no_grad():
+            outputs = [
+                policy.modules[0](batch.tokens_1T, batch.position_ids_1T, None, packed_seq_params=packed)
+                for packed in (batch.sequences, dataclasses.replace(batch.sequences, **lengths))
+            ]
+        same.append(torch.equal(*outputs))
+        shut_down(keep_world=True)
+    shut_down()
+    return same

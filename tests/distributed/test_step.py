@@ -63,3 +63,9 @@ class TestStep:
             penalty, reference = rank["refused"]
             assert "objective.kl_coefficient: 0.1 needs the log-probs of a reference model" in penalty
             assert "built without one: it can be scored, not trained" in reference
+
+
+def test_own_layers_never_ask_the_gpu_for_lengths(tmp_path):
+    path = str(save_tiny_model("qwen2", tmp_path / "model"))
+    layouts = [dict(context=2), dict(tensor=2, sequence_parallel=True)]
+    assert run_ranks(2, "tests.distributed.step_worker:lengths_out_of_reach", path, layouts) == [[True, True]] * 2

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
+import torch
 import torch.distributed as dist
 
 from pmpo_megatron.algo.objective import PRESETS
+from pmpo_megatron.bridge.media import Broadcast
 from pmpo_megatron.model import architecture
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
@@ -48,3 +52,10 @@ def train(path: str, layout: dict, dtype: str, *, own_layers: bool = False) -> d
 
 def train_own_layers(path: str, layout: dict, dtype: str) -> dict:
     return train(path, layout, dtype, own_layers=True)
+
+
+def connect_and_hang(port: int, common: dict) -> None:
+    """The second rank of a broadcast by NCCL, on the second GPU: connects, and takes part in nothing more."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    Broadcast("nccl", rank=1, store=store, device=torch.device("cuda", 1), **common).connect()
+    time.sleep(600)

@@ -55,9 +55,9 @@ def prompts(count: int = 4) -> list[Prompt]:
     ]
 
 
-def engine_for(path: str, *, nodes=(), **settings):
-    config = RolloutConfig(threads=1, kv_cache_gib=0.1, max_num_seqs=32, **settings)
-    return make_engine(config, model_path=path, device="cpu", worker_extension=EXTENSION, nodes=nodes)
+def engine_for(path: str, *, addresses=(), **settings):
+    config = RolloutConfig(**dict(threads=1, kv_cache_gib=0.1, max_num_seqs=32) | settings)
+    return make_engine(config, model_path=path, device="cpu", worker_extension=EXTENSION, nodes=addresses)
 
 
 def train(policy: Policy, parallel: ParallelConfig) -> None:
@@ -146,7 +146,7 @@ def update_nodes(path: str, bridge_settings: dict, directory: str) -> dict | Non
     with contextlib.ExitStack() as parts:
         agent = None if state.is_main else parts.enter_context(contextlib.closing(NodeAgent()))
         nodes = [address for address in gather_objects(agent and agent.address, state) if address is not None]
-        engine = engine_for(path, nodes=nodes, engines=1) if state.is_main else None
+        engine = engine_for(path, addresses=nodes, engines=1) if state.is_main else None
         if engine is not None:
             parts.callback(engine.close)
             found["before"] = answers(engine)
@@ -235,30 +235,5 @@ def corrupt_and_recover(path: str, engines: int) -> dict:
     assert engine.process_ids[-1] != first
     engine.close()
     bridge.close()
-    shut_down()
-    return found
-
-
-def update_servers(path: str, urls: list[str], directory: str, bridge_settings: dict, learning_rate: float) -> dict:
-    """Answers of servers before and after an update, and of servers that say that they hold older weights."""
-    state = initialize(ParallelConfig(), device="cpu")
-    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=learning_rate), ParallelConfig(), state)
-    engine = make_engine(
-        RolloutConfig(engine="server", urls=tuple(urls)), model_path=path, device="cpu", worker_extension=EXTENSION
-    )
-    found = {"before": answers(engine)}
-    bridge = WeightBridge(policy, engine, BridgeConfig(**bridge_settings), stand_by := StandBy(state))
-    train(policy, ParallelConfig())
-    bridge.push(4)
-    found["after"] = answers(engine)
-    real, calls = engine.on_restart, []
-    engine.on_restart = lambda engine: (calls.append(engine.version), real(engine))
-    engine.version = 5  # as if the servers, which say 4, had been started again since
-    found["again"], found["restored"] = stand_by.run(lambda: answers(engine)), calls
-    export(bridge, path, Path(directory) / "exported")
-    bridge.close()
-    fresh = engine_for(str(Path(directory) / "exported"))
-    found["fresh"] = answers(fresh)
-    fresh.close()
     shut_down()
     return found

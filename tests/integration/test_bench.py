@@ -39,3 +39,9 @@ def test_log_probs():
 def test_objective():
     output = run("objective.py", "--tokens", "4096", "--ranks", "1", "2", "--repeats", "1")
     assert "collectives, bisection / pmpo: 33; at least 10: met" in output
+
+
+def test_round_broadcast():
+    output = run("round_broadcast.py", "--trajectories", "32", "--tokens", "512", "--processes", "2", "--repeats", "1")
+    assert "32 trajectories of 512 tokens to 2 processes" in output
+    assert float(output.split("seconds ")[1].split(",")[0]) > 0 and ", another " in output

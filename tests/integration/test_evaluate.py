@@ -142,7 +142,7 @@ def test_a_complete_evaluation_starts_no_engine(place, capsys, monkeypatch):
         (["--pass-k", "4"], "--pass-k: .*between 1 and --samples, which is 3"),
         (["--template", "chat", "--out", "{place}/other"], "--template: chat: the tokenizer in .* has no chat template"),
         (["--samples", "2", "--temperature", "0"], "--samples: 2 with temperature 0"),
-        (["--urls", "http://localhost:1"], "--urls: the servers cannot be given"),
+        (["--rollout", "nodes=all"], "--rollout.nodes: an evaluation has one node"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(place, capfd, change, message):

@@ -4,9 +4,12 @@ import multiprocessing
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from multiprocessing.connection import Client
 
 import pytest
@@ -15,10 +18,11 @@ from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout import node_agent
 from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.node_agent import MOST_STRANGERS, NodeAgent
-from pmpo_megatron.rollout.vllm_engine import engine_settings
-from pmpo_megatron.rollout.vllm_process import Launch, NodeAddress, RemoteProcess
-from tests.distributed.harness import run_ranks
-from tests.integration.engine_worker import save_model
+from pmpo_megatron.rollout.remote_process import NodeAddress, RemoteProcess, own_nodes
+from pmpo_megatron.rollout.vllm_settings import Launch, engine_settings
+from tests.distributed.harness import free_port, run_ranks
+from tests.integration.engine_worker import answers, engine_for, save_model
+from tests.integration.runs import ROOT
 from tests.integration.test_bridge import WORKER, same
 
 
@@ -48,7 +52,7 @@ def test_an_engine_that_cannot_start_on_another_node_says_why(agent, tmp_path):
     config = RolloutConfig(max_model_len=10**6, threads=1, kv_cache_gib=0.1)
     path = save_model("qwen2", tmp_path / "model")
     settings = engine_settings(config, model_path=path, device="cpu", worker_extension=None)
-    process = RemoteProcess(Launch(settings, "cpu", 1, 0, 1), agent.address)
+    process = RemoteProcess(Launch(settings, "cpu", 1, 0, 1), agent.address, stall_s=100)
     with pytest.raises(RolloutError, match="(?s)did not start.*max_model_len.*was on 127.0.0.1"):
         process.start(200)
     deadline = time.monotonic() + 120  # the agent hears of it from the connection
@@ -127,6 +131,31 @@ def test_a_stranger_cannot_announce_a_large_message(agent, header):
 def test_rank_0_is_told_when_its_agent_does_not_answer():
     with socket.create_server(("127.0.0.1", 0)) as other:
         threading.Thread(target=lambda: other.accept()[0].close(), daemon=True).start()
-        process = RemoteProcess(Launch({}, "cpu", 1, 0, 1), NodeAddress(*other.getsockname(), b"key"))
-        with pytest.raises(RolloutError, match="did not start.*127.0.0.1 did not prove"):
+        process = RemoteProcess(Launch({}, "cpu", 1, 0, 1), NodeAddress(*other.getsockname(), b"key"), stall_s=100)
+        with pytest.raises(RolloutError, match=r"did not start.*127.0.0.1:\d+ did not prove"):
             process.start(20)
+
+
+def test_a_node_of_its_own_serves_one_run_after_another(tmp_path):
+    """As users start it, and after the first run, which waits for it."""
+    path, key, port = save_model("qwen2", tmp_path / "model"), tmp_path / "key", free_port()
+    key.touch(mode=0o600)
+    key.write_text("0123456789abcdef")
+    settings = dict(nodes="own", hosts=(f"127.0.0.1:{port}",), key_file=str(key))
+    nodes = own_nodes(RolloutConfig(**settings))
+    command = ["-m", "pmpo_megatron.commands.rollout_node", "--key-file", str(key), "--port", str(port)]
+    node = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    try:
+        found = []
+        for _ in range(2):
+            engine = engine_for(path, addresses=nodes, **settings)
+            assert engine.hosts == ("127.0.0.1",) and engine.process_ids == [], "none on this host"
+            found.append(answers(engine))
+            engine.close()
+        same(*found, tolerance=0)
+        other = [replace(nodes[0], key=b"another key")]
+        with pytest.raises(RolloutError, match=f"who answers at 127.0.0.1:{port} did not prove to have this run's key"):
+            engine_for(path, addresses=other, **settings)
+    finally:
+        node.terminate()
+    assert node.wait(timeout=60) == 0

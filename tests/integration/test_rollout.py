@@ -34,6 +34,10 @@ def sampling(**changes) -> SamplingConfig:
     return SamplingConfig(**(dict(samples_per_prompt=3, max_tokens=20, temperature=0.7) | changes))
 
 
+def replaying(path) -> ReplayEngine:
+    return ReplayEngine(RolloutConfig(engine="replay", replay_from=str(path)))
+
+
 def flat(groups) -> list:
     return [
         (group.prompt.index, tuple(rollout.token_ids.tolist()), rollout.log_probs.tolist())
@@ -172,7 +176,7 @@ class TestReplay:
     def test_recorded_rollouts_come_back_bit_by_bit(self, engine, tmp_path):
         recording = RecordingEngine(engine, tmp_path / "rollouts.jsonl")
         made = [recording.generate(prompts(), sampling(), round_index=r) for r in (0, 1, 1)]
-        replay = ReplayEngine(tmp_path / "rollouts.jsonl")
+        replay = replaying(tmp_path / "rollouts.jsonl")
         for groups, r in zip(made, (0, 1), strict=False):
             found = replay.generate(prompts(), sampling(), round_index=r)
             assert flat(found) == flat(groups)
@@ -182,12 +186,12 @@ class TestReplay:
         for seed in (1, 2):  # two lives of a run
             recording = RecordingEngine(engine, tmp_path / "rollouts.jsonl")
             last = recording.generate(prompts(), sampling(seed=seed), round_index=0)
-        found = ReplayEngine(tmp_path / "rollouts.jsonl").generate(prompts(), sampling(), round_index=0)
+        found = replaying(tmp_path / "rollouts.jsonl").generate(prompts(), sampling(), round_index=0)
         assert flat(found) == flat(last)
 
     def test_what_was_not_recorded_is_named(self, engine, tmp_path):
         RecordingEngine(engine, tmp_path / "r.jsonl").generate(prompts(2), sampling(), round_index=0)
-        replay = ReplayEngine(tmp_path / "r.jsonl")
+        replay = replaying(tmp_path / "r.jsonl")
         with pytest.raises(RolloutError, match="no responses to prompt 2 in round 0"):
             replay.generate(prompts(3), sampling(), round_index=0)
         with pytest.raises(RolloutError, match="3 responses to prompt 0 in round 0, but"):
@@ -195,4 +199,4 @@ class TestReplay:
         with (tmp_path / "r.jsonl").open("a") as file:
             file.write('{"format": 1, "round"')
         with pytest.raises(DataError, match=r"r\.jsonl:2: damaged or cut short"):
-            ReplayEngine(tmp_path / "r.jsonl")
+            replaying(tmp_path / "r.jsonl")

@@ -132,7 +132,7 @@ class TestGuards:
 
 LAYOUTS = {
     "tp2": ["parallel.tensor=2", "parallel.sequence_parallel=true"],
-    "pp2-asynchronous": ["parallel.pipeline=2", "round.asynchronous=true", "objective.importance=token"],
+    "pp2-overlapped": ["parallel.pipeline=2", "round.mode=overlapped", "objective.importance=token"],
     "dp2-dynamic-reference": ["round.dynamic_sampling=true", "objective.kl_coefficient=0.1"],
     "cp2": ["parallel.context=2"],
 }
@@ -146,7 +146,7 @@ def test_two_processes(name, model, recorded, tmp_path):
     rounds = [row for row in runs.metrics(directory) if "reward/mean" in row]
     assert len(rounds) == 3 and "report.html" in text
     assert [row["step"] for row in runs.metrics(directory) if "eval/accuracy_mean" in row] == [0, 2, 3]
-    stale = "asynchronous" in name
+    stale = "overlapped" in name
     assert [row["rollout/staleness"] for row in rounds] == ([0, 1, 1] if stale else [0, 0, 0])
     assert all(row["mismatch/mean_abs"] < 1e-4 for row in rounds if not row["rollout/staleness"])
     if "reference" in name:

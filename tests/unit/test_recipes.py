@@ -1,6 +1,7 @@
 """Every example's configuration is valid, fits its GPUs, and is what its launch script starts."""
 
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -122,6 +123,7 @@ def test_launch_starts_torchrun_on_every_node(stub):
         ([], {"MASTER_ADDR": "first"}, "NODE_RANK: 0 to 3 is needed with 4 nodes"),
         (["--frobnicate"], {}, "unknown option --frobnicate"),
         (["rounds"], {}, "rounds: an override has the form section.key=value"),
+        (["--rollout-node"], {}, "ROLLOUT_KEY: the run's rollout.key_file is needed"),
     ],
 )
 def test_launch_refuses_what_cannot_work(stub, arguments, environment, message):
@@ -149,6 +151,33 @@ def test_slurm_starts_the_launch_script_on_every_node(stub, tmp_path, name):
     assert f"examples/{name} run.rounds=2" in done.stdout
 
 
+def test_slurms_steps_get_the_jobs_cores_and_a_port_that_linux_does_not_hand_out(stub, tmp_path):
+    """SRUN_CPUS_PER_TASK, and --mem=0 in the script's own directives; ports from 32768 on are the system's."""
+    stub("scontrol", 'echo "node7"; echo "node8"')
+    stub("srun", 'echo "cores $SRUN_CPUS_PER_TASK port $MASTER_PORT"')
+    job = dict(SLURM_JOB_ID="29999", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="x", SLURM_CPUS_PER_TASK="64")
+    done = run_script(["qwen2.5-14b/slurm.sh"], PATH=f"{tmp_path}:{os.environ['PATH']}", **job)
+    assert "cores 64 port 29999\n" in done.stdout
+    scripts = set(EXAMPLES.glob("*/slurm.sh")) - {EXAMPLES / "common/slurm.sh"}
+    assert all("#SBATCH --mem=0\n" in script.read_text() for script in scripts)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "device", "interface"),
+    [("127.0.1.1 STREAM", "ib0", "ib0"), ("10.1.2.3 STREAM", "ib0", ""), ("127.0.1.1 STREAM", "lo", "eth7")],
+)
+def test_gloo_gets_an_interface_where_the_hosts_name_is_a_loopback_address(stub, tmp_path, addresses, device, interface):
+    """The way to the first node; on that node itself, where this is the loopback, the default way."""
+    stub("getent", f'[ "$2" = first ] && echo "10.9.9.9 STREAM" || echo "{addresses}"')
+    stub(
+        "ip",
+        f'case "$*" in *default*) echo "default via 10.0.0.1 dev eth7 proto dhcp" ;; *) echo "$4 dev {device} src 1" ;; esac',
+    )
+    where = dict(PYTHON=stub("python", 'echo "interface=$GLOO_SOCKET_IFNAME"'), NODE_RANK="1", MASTER_ADDR="first")
+    done = run_script(["qwen2.5-14b/launch.sh"], PATH=f"{tmp_path}:{os.environ['PATH']}", GLOO_SOCKET_IFNAME="", **where)
+    assert done.returncode == 0 and f"interface={interface}\n" in done.stdout, (done.stdout, done.stderr)
+
+
 def test_slurm_directives_ask_for_the_recipes_nodes():
     for name, (nodes, script) in RECIPES.items():
         text = (EXAMPLES / script[0]).with_name("slurm.sh").read_text()
@@ -170,7 +199,7 @@ def test_slurms_warning_asks_the_trainer_to_save(stub, tmp_path):
     job = dict(SLURM_JOB_ID="5", SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="node7")
     done = run_script(["qwen2.5-math-7b/slurm.sh"], PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=python, **job)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
-    assert (tmp_path / "asked").read_text() == "-USR1 -f [p]mpo_megatron.train --config\n"
+    assert (tmp_path / "asked").read_text() == "-USR1 -f [p]mpo_megatron.commands.train --config\n"
 
 
 SRUN = """
@@ -182,24 +211,14 @@ echo "srun on ${list:-all}"
 [ "${nodes:-}" != 1 ] || { export SLURM_NODEID=0; exec "$@"; }
 for SLURM_NODEID in $(seq 0 $((${nodes:-$SLURM_JOB_NUM_NODES} - 1))); do export SLURM_NODEID; "$@"; done
 """
-HEALTHY = """
-import http.server, os, threading
-for number in range(2):
-    server = http.server.HTTPServer(("", int(os.environ["ROLLOUT_PORT"]) + number), http.server.SimpleHTTPRequestHandler)
-    threading.Thread(target=server.serve_forever).start()
-"""
-SERVER = f"""
+NODE = f"""
 case "$*" in
-    *serve.py*--dry-run*) exec {sys.executable} "$@" ;;
-    *serve.py*)
-        echo "$*" > served
-        [ -z "$BROKEN" ] || exit 3
-        [ -z "$SILENT" ] || exec sleep 50
-        mkdir health
-        exec {sys.executable} -c '{HEALTHY}' ;;
-    *) echo "$NODE_RANK $NNODES: $*" ;;
+    *rollout_node*) exec {sys.executable} "$@" ;;
+    *) timeout 100 bash -c 'until (: </dev/tcp/localhost/'"$ROLLOUT_PORT"'); do sleep 0.3; done' 2>/dev/null
+        cat "$ROLLOUT_KEY" >key-seen
+        echo "$NODE_RANK $NNODES: $*" ;;
 esac
-"""  # stands in for the interpreter: the servers' commands are the real ones, servers answer, the trainer does not run
+"""  # stands in for the interpreter: the node's agent is the real one, the trainer only waits until that listens
 
 
 @pytest.fixture
@@ -213,9 +232,7 @@ def job(stub, tmp_path):
             if not (tmp_path / name).exists():
                 (tmp_path / name).symlink_to(ROOT / name)
         environment = dict(SLURM_JOB_ID="5", SLURM_JOB_NUM_NODES="3", SLURM_JOB_NODELIST="x", ROLLOUT_PORT=str(free_port()))
-        environment |= dict(
-            PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=stub("python", f"cd {tmp_path}\n{SERVER}"), BROKEN="", SILENT=""
-        )
+        environment |= dict(PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=stub("python", f"cd {tmp_path}\n{NODE}"))
         command = ["bash", f"examples/{script}", *arguments]
         environment = os.environ | environment | variables
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250), environment
@@ -223,51 +240,25 @@ def job(stub, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("recipe", ("qwen2.5-math-7b", "llama-3.3-70b", "long_context"))
-def test_slurm_runs_servers_on_nodes_of_their_own(job, tmp_path, recipe):
+@pytest.mark.parametrize("recipe", ("qwen2.5-math-7b", "long_context"))
+def test_slurm_runs_vllm_on_nodes_of_its_own(job, tmp_path, recipe):
     done, environment = job(f"{recipe}/slurm.sh", "run.rounds=2", ROLLOUT_NODES="1")
     assert done.returncode == 0, (done.stdout, done.stderr)
     port = environment["ROLLOUT_PORT"]
-    size = load(next(name for name in RECIPES if name.startswith(recipe))).rollout.tensor_parallel
-    ports = [int(port) + number for number in range(8 // size)]
-    assert "--serve" not in done.stdout and f"--host 0.0.0.0 --port {port}" in (tmp_path / "served").read_text()
     assert "srun on localhost" in (tmp_path / "vllm-5.log").read_text() and "srun on node7,node8" in done.stdout
-    urls = ",".join(f"http://localhost:{port}" for port in ports)
     for rank in (0, 1):
         assert f"{rank} 2: -m torch.distributed.run --nnodes 2 --node-rank {rank} --master-addr node7" in done.stdout
-    overrides = f"rollout.engine=server rollout.urls=[{urls}] bridge.address=node7 run.rounds=2"
+    key = tmp_path / "rollout-key-5"
+    overrides = f"rollout.nodes=own rollout.hosts=[localhost:{port}] rollout.key_file={key}"
     assert done.stdout.count(overrides) == 2
-    with pytest.raises(subprocess.CalledProcessError):  # and the server has ended
-        subprocess.run(["curl", "--silent", f"http://localhost:{port}/health/"], check=True, timeout=100)
+    assert len((tmp_path / "key-seen").read_text().strip()) == 44 and not key.exists()
+    with pytest.raises(OSError):  # and the agent has ended
+        socket.create_connection(("localhost", int(port)), timeout=10)
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        (dict(BROKEN="1"), "the vLLM servers ended before http://localhost:"),
-        (dict(SILENT="1", ROLLOUT_TIMEOUT_S="0"), "/health within 0 s (ROLLOUT_TIMEOUT_S); see vllm-5.log"),
-        (dict(ROLLOUT_NODES="3"), "ROLLOUT_NODES=3 leaves no node to train"),
-        (dict(GPUS_PER_NODE="5"), "must divide the machine's 5 GPUs"),
-    ],
-)
-def test_slurm_says_why_servers_do_not_start(job, variables, message):
-    done, _ = job("qwen2.5-14b/slurm.sh", **({"ROLLOUT_NODES": "1"} | variables))
-    assert done.returncode != 0 and message in done.stderr and "torch.distributed.run" not in done.stdout
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_launch_script_shows_the_servers_commands(name):
-    options = dict(SERVE_ARGS="--port 7000 -- --swap-space 1", PYTHON=sys.executable)
-    done = run_script([*RECIPES[name][1], "--serve", "--dry-run"], **options)
-    assert done.returncode == 0, done.stderr
-    rollout, lines = load(name).rollout, done.stdout.splitlines()
-    assert len(lines) == 8 // rollout.tensor_parallel
-    gpus = ",".join(str(gpu) for gpu in range(8 - rollout.tensor_parallel, 8))
-    assert lines[-1].startswith(f"{7000 + len(lines) - 1} VLLM_SERVER_DEV_MODE=1 CUDA_VISIBLE_DEVICES={gpus} ")
-    needed = f"--tensor-parallel-size {rollout.tensor_parallel} --max-num-seqs {rollout.max_num_seqs} "
-    assert needed + "--logprobs-mode processed_logprobs" in lines[-1] and lines[-1].endswith("--swap-space 1")
-    assert "--gpu-memory-utilization 0.9" in lines[-1] and "kv-cache" not in lines[-1]
-    assert "--host 127.0.0.1" in lines[-1], "unless told otherwise"
+def test_slurm_says_why_there_can_be_no_rollout_nodes(job):
+    done, _ = job("qwen2.5-14b/slurm.sh", ROLLOUT_NODES="3")
+    assert done.returncode == 2 and "ROLLOUT_NODES=3 leaves no node to train" in done.stderr
 
 
 STUDIES = sorted(path.parent for path in EXAMPLES.glob("*/study.yaml"))

@@ -35,6 +35,10 @@ def test_a_right_configuration_passes_and_writes_nothing(capfd, tmp_path):
         (["optimizer.learning_rate=[1"], "error: optimizer.learning_rate: '[1' is not valid YAML: "),
         (["data.source=/no/such.jsonl"], "error: data.source: /no/such.jsonl: No such file or directory"),
         (["parallel.tensor=3"], "error: parallel.tensor: tensor 3"),
+        (
+            ["run.device=cuda", "model.dtype=float32", "parallel.context=2", "--world-size", "2"],
+            "error: model.dtype: float32 with parallel.context = 2 has no attention in Transformer Engine; use bfloat16",
+        ),
         (["optimizer.learningrate=1"], "error: optimizer.learningrate: unknown key"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 
 from pmpo_megatron.algo.importance import MISMATCH, importance_weights, mismatch_sums
 from pmpo_megatron.algo.penalties import kl_penalty, mean_entropy
+from pmpo_megatron.algo.rejection import Rejection
 
 G = torch.Generator().manual_seed(0)
 OLD = -torch.rand(50, generator=G, dtype=torch.float64) * 3
@@ -42,6 +43,18 @@ def test_sequence_level_is_the_exponential_of_the_mean_over_all_shards():
         sum_over_shards=lambda t: tables[0] + tables[1],
     )
     assert torch.allclose(shard, whole[half])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_rejected_are_those_whose_ratio_is_outside_the_bounds(level):
+    kept = Rejection(level, 0.9, 1.2).kept_tokens(OLD, ROLLOUT, TRAJECTORY, 3)
+    ratios = []
+    for t in range(50):
+        chosen = TRAJECTORY == TRAJECTORY[t] if level == "sequence" else torch.arange(50) == t
+        ratios.append(math.exp((OLD - ROLLOUT)[chosen].mean()))
+    expected = [trajectory < 0 or 0.9 <= ratio <= 1.2 for trajectory, ratio in zip(TRAJECTORY.tolist(), ratios, strict=True)]
+    assert kept.tolist() == expected and len(set(expected)) == 2
+    assert Rejection("none", 0.9, 1.2).kept_tokens(OLD, ROLLOUT, TRAJECTORY, 3) is None
 
 
 def test_level_none_is_none():

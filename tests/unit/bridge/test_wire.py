@@ -1,8 +1,10 @@
 """What weights travel by: transports, buckets, fingerprints, and a channel whose ends come late, fail or go away."""
 
+import multiprocessing
 import os
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -14,32 +16,44 @@ from pmpo_megatron.bridge.channel import Receiver, Sender
 from pmpo_megatron.bridge.config import choose_transport
 from pmpo_megatron.bridge.fingerprint import FACTOR, fingerprint, weighted_sum
 from pmpo_megatron.bridge.source import round_matrix
-from pmpo_megatron.errors import ConfigError, WeightSyncError
+from pmpo_megatron.errors import ConfigError, RolloutError, WeightSyncError
+from pmpo_megatron.rollout.engine import HERE
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    "device, same_host, expected",
-    [("cpu", True, "shared_memory"), ("cuda", True, "cuda_ipc"), ("cpu", False, "gloo"), ("cuda", False, "nccl")],
-)
-def test_the_transport_that_auto_means(device, same_host, expected):
-    assert choose_transport("auto", device=device, same_host=same_host) == expected
-    assert choose_transport("disk", device=device, same_host=same_host) == "disk"
+BOTH, OTHERS = (HERE, "node2"), ("node2", "node3")
 
 
 @pytest.mark.parametrize(
-    "transport, device, same_host, words",
+    "device, hosts, expected",
     [
-        ("nccl", "cpu", False, "needs a trainer on GPUs"),
-        ("cuda_ipc", "cpu", True, "needs a trainer on GPUs"),
-        ("cuda_ipc", "cuda", False, "cannot reach servers"),
-        ("nccl", "cuda", True, "shares its GPU"),
+        ("cpu", (HERE,), "shared_memory"),
+        ("cuda", (HERE,), "cuda_ipc"),
+        ("cpu", OTHERS, "gloo"),
+        ("cuda", OTHERS, "nccl"),
+        ("cpu", BOTH, "shared_memory+gloo"),
+        ("cuda", BOTH, "cuda_ipc+nccl"),
     ],
 )
-def test_transports_that_cannot_work_are_refused(transport, device, same_host, words):
+def test_the_transport_that_auto_means(device, hosts, expected):
+    assert choose_transport("auto", device=device, hosts=hosts) == expected
+    assert choose_transport("disk", device=device, hosts=hosts) == "disk"
+
+
+@pytest.mark.parametrize(
+    "transport, device, hosts, words",
+    [
+        ("nccl", "cpu", OTHERS, "needs a trainer on GPUs"),
+        ("cuda_ipc", "cpu", (HERE,), "needs a trainer on GPUs"),
+        ("cuda_ipc", "cuda", OTHERS, "cannot reach other nodes"),
+        ("shared_memory", "cpu", BOTH, "cannot reach other nodes"),
+        ("nccl", "cuda", (HERE,), "shares its GPU"),
+    ],
+)
+def test_transports_that_cannot_work_are_refused(transport, device, hosts, words):
     with pytest.raises(ConfigError, match=words):
-        choose_transport(transport, device=device, same_host=same_host)
+        choose_transport(transport, device=device, hosts=hosts)
 
 
 @given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=30), st.integers(1, 5000))
@@ -187,3 +201,34 @@ def test_matrices_are_rounded_to_the_nearest_value_that_the_format_holds(roundin
     assert not torch.equal(found, matrix) and torch.equal(round_matrix(found, rounding), found)
     assert torch.equal(round_matrix(matrix, "none"), matrix) and torch.equal(round_matrix(matrix[0], rounding), matrix[0])
     assert torch.equal(round_matrix(torch.zeros(2, 2), rounding), torch.zeros(2, 2))
+
+
+def join_and_hang(description: dict) -> None:
+    """A worker that connects, takes one bucket and then does nothing."""
+    receiver = Receiver(description, CPU)
+    receiver.begin(description["update"])
+    receiver.receive(0, 8)
+    receiver.taken(0)
+    time.sleep(600)
+
+
+def test_a_broadcast_to_a_worker_that_was_killed_fails_the_update_at_once():
+    """As what it is, and not as a defect of the program, so that the engine is started again; long before any time-out."""
+    sender = Sender("gloo", slot_bytes=8, workers=1, device=CPU, timeout_s=500)
+    worker = multiprocessing.get_context("spawn").Process(target=join_and_hang, args=(sender.description(),), daemon=True)
+    worker.start()
+    began = time.monotonic()
+    for _ in range(2):
+        sender.slot(lambda: not worker.is_alive())
+        sender.send(8)
+    sender.slot(lambda: False)  # the worker has taken the first bucket, and will not take the second
+    worker.kill()
+    worker.join()
+    call = Future()
+    call.add_done_callback(sender.abort_if_failed)
+    call.set_exception(RolloutError("the engine died"))  # ends a broadcast by NCCL; gloo's breaks with the connection
+    sender.medium.move(2, 8)
+    with pytest.raises(WeightSyncError, match="a broadcast of weights ended early"):
+        sender.medium.slot(3)
+    sender.close()
+    assert time.monotonic() - began < 400

@@ -86,6 +86,14 @@ def test_long_spans_go_in_blocks_of_queries(layers, monkeypatch):
     test_packed_grouped_causal_attention(layers, 2)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_span_at_once_where_there_is_flash_attention(layers, monkeypatch, size):
+    """Here PyTorch makes the mask of `causal_lower_right`; on a GPU the kernel aligns at the lower right (tests/gpu)."""
+    monkeypatch.setattr(layers, "_has_flash_attention", lambda q: True)
+    monkeypatch.setattr(layers, "_causal_mask", lambda *_: pytest.fail("an explicit mask"))
+    test_packed_grouped_causal_attention(layers, size)
+
+
 def test_no_mask_outlives_the_forward_pass_and_gradients_are_right(layers, monkeypatch):
     """Masks that autograd keeps would make memory grow with the square of a trajectory's length."""
     masks, make = [], layers._causal_mask

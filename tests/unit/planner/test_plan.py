@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 
 from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.model import architecture
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.planner import HARDWARE, best_engines, best_layouts, hardware_here, memory_report, model_shape, plan
 from pmpo_megatron.planner.memory import kinds_of_gpu
@@ -76,16 +78,39 @@ def test_a_reference_model_is_weights_alone():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"batch": {"max_tokens_per_micro_batch": 2048}}, "2048 is below the longest trajectory, 4024 tokens"),
+        (
+            {"batch": {"max_tokens_per_micro_batch": 2048}},
+            "2048 is less than the longest trajectory",
+        ),
         ({"rollout": {"gpu_memory_utilization": 0.9}}, "vLLM wants 71.2 GiB free when it starts"),
         ({"rollout": {"tensor_parallel": 28}}, "more than a node's 8 GPUs"),
-        ({"rollout": {"max_model_len": 4000}}, "4000 is below the longest prompt and response, 4024"),
+        ({"rollout": {"max_model_len": 4000}}, "= 4024 tokens, above rollout.max_model_len = 4000"),
     ],
 )
 def test_problems_name_the_setting(sections, message):
     found = plan(config(**sections), 8, H100)
     assert not found.fits and any(message in problem for problem in found.problems), found.problems
     assert plan_lines(found)[-1].startswith("does not fit")
+
+
+def test_checkpoints_need_a_nodes_memory():
+    """Saving: 12 bytes of states for each of the 7.6e9 parameters on all ranks together, and 20 on the first of 4 replicas."""
+    found, parameters = plan(config(), 8, H100), 7.616e9
+    assert found.checkpoint.saving == pytest.approx(32 * parameters, rel=0.01)
+    assert 12 * parameters < found.checkpoint.loading < 2 * 12 * parameters + 8 * 12 * 2 * 152064 * 3584 / 2
+    assert found.checkpoint.gpu == pytest.approx(2 * 28 * 2 * 18944 * 3584 / 2)
+    assert f"{found.checkpoint.saving / GIB:.0f} GiB while one is saved" in "\n".join(plan_lines(found))
+    small = plan(config(), 8, replace(H100, host_gib=200.0))
+    assert [problem.split(":")[0] for problem in small.problems] == ["checkpoints"] and "which has 200" in small.problems[0]
+
+
+def test_own_layers_are_planned_as_such(monkeypatch):
+    local = plan(config(model={"layers": "local"}), 8, H100)
+    assert local.fullest.activations.kept > plan(config(), 8, H100).fullest.activations.kept
+    assert any("layers are our own" in note for note in local.notes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(architecture, "transformer_engine_available", lambda: False)
+    assert plan(config(), 8, H100).fullest == local.fullest, "a GPU machine without Transformer Engine"
 
 
 def test_layouts_that_cannot_exist_are_errors():
@@ -103,14 +128,17 @@ def test_every_kind_of_recomputation_is_shown_as_it_would_be():
     assert found.recompute["none"] > found.recompute["selective"] > found.recompute["full"]
 
 
-def test_servers_are_not_counted_and_the_plan_says_so():
-    found = plan(config(rollout={"engine": "server", "urls": ["http://a:8000", "http://b:8000"]}), 8, H100)
+OWN_NODES = {"nodes": "own", "hosts": ["a:7400", "b:7400"], "key_file": "key"}
+
+
+def test_nodes_that_do_not_train_are_not_counted_and_the_plan_says_so():
+    found = plan(config(rollout=OWN_NODES), 8, H100)
     assert found.round.rollouts == 0 and found.fits and not any(gpu.engine for gpu in found.gpus)
-    assert "rollouts: from 2 servers" in plan_lines(found) and any("are not counted" in note for note in found.notes)
+    assert "rollouts: from 2 nodes of their own" in plan_lines(found) and any("are not counted" in note for note in found.notes)
 
 
-def test_asynchronous_rounds_take_the_longer_of_both():
-    one, other = plan(config(), 8, H100).round, plan(config(round={"asynchronous": True}), 8, H100).round
+def test_overlapped_rounds_take_the_longer_of_both():
+    one, other = plan(config(), 8, H100).round, plan(config(round={"mode": "overlapped"}), 8, H100).round
     assert one.seconds == one.rollouts + one.training + one.weights
     assert other.seconds == max(other.rollouts, other.training + other.weights)
 
@@ -150,7 +178,7 @@ def test_engines_are_proposed_that_use_the_whole_node():
     assert found[0].round.rollouts < plan(config(), 8, H100).round.rollouts, "which leaves half of the node idle"
     assert all(p.config.rollout.tensor_parallel != 8 for p in found), "does not divide 28 heads"
     assert all(p.config.parallel == config().parallel for p in found)
-    assert best_engines(config(rollout={"engine": "server", "urls": ["http://a:1"]}), 8, H100) == []
+    assert best_engines(config(rollout=OWN_NODES), 8, H100) == []
 
 
 def test_no_layout_fits_where_there_are_too_few_gpus():

@@ -20,7 +20,7 @@ import pytest
 from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.rewards import RewardConfig, RewardPool, RewardScorer
 from pmpo_megatron.rewards.extraction import boxed_answers, extract_answer
-from pmpo_megatron.rewards.pool import OUT_OF_RANGE, _checked
+from pmpo_megatron.rewards.pool import NOT_FINITE, _checked
 
 CHILD_SLEEPS = "98.76543"  # seconds: a command line that no other process has
 DATA = Path(os.environ.get("PMPO_DATA", Path(__file__).parents[4] / "shared/data"))
@@ -153,10 +153,10 @@ def misbehave(response, answers):
 def test_hung_and_dead_workers_cost_their_item_alone_and_order_is_kept():
     with RewardPool(f"{__name__}:misbehave", workers=2, timeout=5.0) as pool:
         responses = ["a", "hang", "b", "die", "raise", "print", "nan", "big"] + ["c"] * 30 + ["die", "d"]
-        expected = [0.5, 0, 0.5, 0, 0, 0.5, 0, 1.0] + [0.5] * 30 + [0, 0.5]
+        expected = [0.5, 0, 0.5, 0, 0, 0.5, 0, 7.0] + [0.5] * 30 + [0, 0.5]
         assert pool.score(responses, ["x"] * len(responses)) == expected
         assert (pool.stats.timeouts, pool.stats.crashes, pool.stats.scored) == (1, 2, 40)
-        assert pool.stats.errors == {"RuntimeError: no": 1, OUT_OF_RANGE: 2}
+        assert pool.stats.errors == {"RuntimeError: no": 1, NOT_FINITE: 1}
         assert pool.score([], []) == []
         with pytest.raises(ValueError, match="2 responses but 1 answers"):
             pool.score(["a", "b"], ["x"])
@@ -192,7 +192,7 @@ def test_an_interrupted_call_leaves_nothing_to_the_next():
                 pool.score(["slow", "a"], ["x"] * 2)
         finally:
             signal.signal(signal.SIGALRM, old)
-        assert pool.score(["big", "a", "big"], ["x"] * 3) == [1.0, 0.5, 1.0]
+        assert pool.score(["big", "a", "big"], ["x"] * 3) == [7.0, 0.5, 7.0]
 
 
 def test_threads_take_turns_and_a_closed_pool_says_so():
@@ -207,7 +207,7 @@ def test_threads_take_turns_and_a_closed_pool_says_so():
         for answer in (3, None, [3]):
             with pytest.raises(TypeError, match="answer 0 is not text"):
                 pool.score(["a"], [answer])
-    assert results == {"a": [0.5] * 40, "big": [1.0] * 40}
+    assert results == {"a": [0.5] * 40, "big": [7.0] * 40}
     pool.close()
     with pytest.raises(PmpoError, match="closed"):
         pool.score(["a"], ["x"])
@@ -270,7 +270,7 @@ def takes_one(response):
     return 1.0
 
 
-def takes_three(response, answers, problem):
+def takes_four(response, answers, metadata, problem):
     return 1.0
 
 
@@ -278,7 +278,7 @@ def takes_names(response, *, answers):
     return 1.0
 
 
-@pytest.mark.parametrize("name", ["takes_one", "takes_three", "takes_names"])
+@pytest.mark.parametrize("name", ["takes_one", "takes_four", "takes_names"])
 def test_a_function_of_another_signature_is_refused_before_anything_starts(name):
     with pytest.raises(ConfigError, match=rf"{name}' must be a function of \(response, answers\)"):
         RewardPool(f"{__name__}:{name}")
@@ -302,7 +302,7 @@ def test_composition_and_overlong_penalty():
     config = RewardConfig(functions={"math": 1.0, "boxed": 0.5}, workers=1, overlong_penalty=1.0, overlong_tokens=10)
     scorer = RewardScorer(config, max_tokens=100)
     rollout = lambda text, length: SimpleNamespace(text=text, token_ids=(0,) * length)  # noqa: E731
-    prompt = SimpleNamespace(answers=("4",))
+    prompt = SimpleNamespace(answers=("4",), metadata={})
     items = [(prompt, rollout(*r)) for r in ((r"\boxed{4}", 20), ("4", 20), (r"\boxed{3}", 95), (r"\boxed{4}", 100))]
     assert scorer.score_rollouts(items) == [1.5, 1.0, 0.0, 0.5]
     scorer.close()

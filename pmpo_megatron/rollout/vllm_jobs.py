@@ -1,0 +1,91 @@
+"""What a vLLM is asked: one job for each prompt with all its responses, one request for each response."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from pmpo_megatron.errors import RolloutError
+from pmpo_megatron.rollout.config import SamplingConfig
+from pmpo_megatron.rollout.engine import request_seed
+from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
+
+_numbers = itertools.count()
+
+
+class Job:
+    """The responses to one prompt; ``future`` has them when all have come."""
+
+    def __init__(self, prompt: Prompt, sampling: SamplingConfig, round_index: int) -> None:
+        self.prompt, self.sampling, self.round_index = prompt, sampling, round_index
+        self.number, self.future = next(_numbers), Future()
+        self._rollouts: dict[int, Rollout] = {}
+
+    def requests(self, samples: Iterable[int]) -> tuple[np.ndarray, list[tuple[str, int]]]:
+        """The prompt's token ids, int32, and the (name, seed) of each response."""
+        names = [(f"{self.number}/{sample}", self._seed(sample)) for sample in samples]
+        return self.prompt.token_ids, names
+
+    def take(self, name: str, token_ids: np.ndarray, log_probs: np.ndarray, text: str, reason: str,
+             spans: Sequence[tuple[int, int]]) -> bool:  # fmt: skip
+        """A response, as `vllm_child` sends it; whether it was the last."""
+        sample = int(name.partition("/")[2])
+        versions = np.repeat(*np.array(spans, dtype=np.int32).reshape(-1, 2).T)
+        self._rollouts[sample] = Rollout(token_ids, log_probs, text, reason, versions, self._seed(sample))
+        if len(self._rollouts) < self.sampling.samples_per_prompt:
+            return False
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(RolloutGroup(self.prompt, tuple(self._rollouts[n] for n in sorted(self._rollouts))))
+        return True
+
+    def missing(self, samples: Iterable[int]) -> list[int]:
+        return sorted(set(samples) - self._rollouts.keys())
+
+    def fail(self, error: RolloutError) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+    def _seed(self, sample: int) -> int:
+        return request_seed(self.sampling, self.round_index, self.prompt.index, sample)
+
+
+Part = tuple[Job, Sequence[int]]  # some of a job's responses
+
+
+def job_number(name: str) -> int:
+    """Of the job that a request belongs to."""
+    return int(name.partition("/")[0])
+
+
+def missing_parts(names: Iterable[str], jobs: Mapping[int, Job]) -> list[Part]:
+    """What of the requests ``names`` is still wanted, in the order of the jobs."""
+    samples: dict[int, list[int]] = {}
+    for name in names:
+        samples.setdefault(job_number(name), []).append(int(name.partition("/")[2]))
+    parts = [(jobs[number], jobs[number].missing(samples[number])) for number in sorted(samples) if number in jobs]
+    return [part for part in parts if part[1]]
+
+
+def divide(parts: Sequence[Part], engines: int) -> list[list[Part]]:
+    """Prompt by prompt in turn."""
+    return [list(parts[number::engines]) for number in range(engines)]
+
+
+def request_parameters(sampling: SamplingConfig) -> dict[str, Any]:
+    """Arguments of vLLM's SamplingParams that all responses have in common; each has a seed of its own."""
+    return dict(
+        n=1,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k or -1,
+        max_tokens=sampling.max_tokens,
+        stop=list(sampling.stop) or None,
+        stop_token_ids=list(sampling.stop_token_ids) or None,
+        logprobs=0,
+        include_stop_str_in_output=True,
+        skip_special_tokens=True,
+    )
