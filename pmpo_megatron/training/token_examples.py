@@ -42,7 +42,8 @@ def token_examples(
 ) -> list[dict[str, Any]]:
     """Trajectories of a round's last optimizer step as `describe_tokens` has them, on rank 0; none elsewhere. Collective.
 
-    They are weighed for the policy as the round leaves it: one forward pass after the last update.
+    They are weighed for the policy as the round leaves it: one forward pass after the last update. What corrects for the
+    engine's log-probs, importance weights and rejection, is left out.
 
     Args:
         micro_batches, result: of that step.
