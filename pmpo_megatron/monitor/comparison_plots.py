@@ -64,10 +64,13 @@ def heat_maps(study: StudyConfig, variants: Sequence[Variant], quantities: Seque
     for fixed in dict.fromkeys(tuple(variant.levels[i] for i in others) for variant in variants):
         shown = [variant for variant in variants if tuple(variant.levels[i] for i in others) == fixed]
         where = ", ".join(f"{names[i]} {level}" for i, level in zip(others, fixed, strict=True))
-        cells = {title: [v.by_seed(metric, reduce) for v in shown] for title, metric, reduce in quantities}
-        cells["share of collapsed runs"] = [variant.collapsed() for variant in shown]
+        cells: dict[str, list[dict[int, float]]] = {
+            title: [v.by_seed(metric, reduce) for v in shown] for title, metric, reduce in quantities
+        }
+        cells["share of collapsed runs"] = [{seed: float(bad) for seed, bad in v.collapsed().items()} for v in shown]
         for title, values in cells.items():
-            means = {(v.levels[row], v.levels[column]): np.mean([*x.values()]) for v, x in zip(shown, values, strict=True) if x}
+            of_runs = {(v.levels[row], v.levels[column]): x for v, x in zip(shown, values, strict=True) if x}
+            means = {levels: float(np.mean([*x.values()])) for levels, x in of_runs.items()}
             heading = title.capitalize() + (f" ({where})" if where else "")
             pictures.append(_heat_map(study, means, heading, f"heat-{title}-{'-'.join(fixed)}".replace(" ", "-")))
     return pictures
@@ -98,9 +101,9 @@ def ess_against_p(variants: Sequence[Variant]) -> list[str]:
         for index, variant in enumerate(variants):
             p, ess = (variant.by_seed(f"objective/{name}", "mean") for name in ("p_mean", "ess_fraction"))
             seeds = sorted(p.keys() & ess.keys())
-            marks = dict(markersize=5, alpha=0.7, mec="none", color=color(index))
-            axes.plot([p[s] for s in seeds], [ess[s] for s in seeds], "o", label=variant.name, **marks)
-        if not any(len(line.get_xdata()) for line in axes.lines):
+            points = [p[s] for s in seeds], [ess[s] for s in seeds]
+            axes.plot(*points, "o", label=variant.name, markersize=5, alpha=0.7, mec="none", color=color(index))
+        if not any(np.size(line.get_xdata()) for line in axes.lines):
             return []
         axes.set_title("ESS against p, means over each run")
         axes.set_xlabel("p")

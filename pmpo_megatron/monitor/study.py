@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class Variant:
         series = {
             seed: [run[metric][number] for number in sorted(run[metric])] for seed, run in self.runs.items() if metric in run
         }
-        reductions = {"last": lambda values: values[-1], "mean": np.mean, "max": np.max}
+        reductions: dict[str, Callable[[list[float]], Any]] = {"last": lambda v: v[-1], "mean": np.mean, "max": np.max}
         return {seed: float(reductions[reduce](values)) for seed, values in series.items()}
 
     def collapsed(self) -> dict[int, bool]:
