@@ -75,8 +75,8 @@ def choose(result: StepResult, advantages_N: Float64s, count: int) -> list[int]:
     order = np.lexsort((arrays["sample_id"], arrays["ess"] / np.maximum(arrays["length"], 1), arrays["p"]))
     wanted = (arrays["length"] > 0) & (arrays["length"] <= MAX_TOKENS) & (advantages_N[arrays["sample_id"]] != 0)
     ids = arrays["sample_id"][order[wanted[order]]].astype(int).tolist()
-    at = np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int)) if ids else []
-    return [ids[index] for index in at]
+    at = np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int))
+    return [ids[index] for index in at.tolist()]
 
 
 def local_log_probs(
