@@ -164,6 +164,7 @@ def _evaluate(
         weights_T,
         progress,
         sum_over_shards,
+        batch.group_statistics,
     )
     kl, penalty = None, log_probs_T.new_zeros(())
     if item.reference_log_probs_T is not None:
@@ -231,7 +232,9 @@ def _count_response_tokens(batches: list[MicroBatch], state: ParallelState) -> f
 def _update(policy: Policy, totals: dict[str, Any], trajectories: dict[str, np.ndarray], step_tokens: float) -> StepResult:
     learning_rate, norm, applied, problem = policy.scheduler.learning_rate, float("nan"), False, None
     if totals["non_finite"]:
-        problem = f"NaN or inf in the log-probs of trajectories {totals['non_finite'][:8]}"
+        problem = (
+            f"NaN or inf in the log-probs, or an overflow of weight x advantage, of trajectories {totals['non_finite'][:8]}"
+        )
     elif not math.isfinite(totals["loss"]):
         problem = f"the loss is {totals['loss']}"
     else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from pmpo_megatron.algo.advantages import group_statistics
 from pmpo_megatron.algo.objective import ObjectiveConfig, evaluate_objective
 from pmpo_megatron.model.micro_batch import ScoredMicroBatch
 from pmpo_megatron.model.policy import Policy
@@ -63,9 +64,10 @@ def token_examples(
         position, old, new = (np.concatenate(column) for column in columns)
         order = np.argsort(position)
         sample, progress = batch.samples[sample_id], round_index / config.run.rounds
-        shares = describe_tokens(sample, old[order], new[order], config.objective, progress=progress)
+        group = group_statistics(table.rewards_N[table.group_ids_N == sample.group_id])
+        shares = describe_tokens(sample, old[order], new[order], config.objective, progress=progress, group=group)
         text = {"prompt": "".join(map(decode, sample.prompt_ids)), "tokens": [decode(token) for token in sample.response_ids]}
-        examples.append(shares | text | {"reward": float(batch.rewards[sample_id])})
+        examples.append(shares | text | {"reward": float(table.rewards_N[sample_id])})
     return examples
 
 
@@ -98,12 +100,18 @@ def local_log_probs(
 
 
 def describe_tokens(
-    sample: Sample, old_T: Float32s, new_T: Float32s, objective: ObjectiveConfig, *, progress: float
+    sample: Sample,
+    old_T: Float32s,
+    new_T: Float32s,
+    objective: ObjectiveConfig,
+    *,
+    progress: float,
+    group: Mapping[str, float],
 ) -> dict[str, Any]:
     """The numbers of one trajectory for `monitor.token_page`: ``log_ratio`` and ``weight`` w[t] * T of every response token.
 
-    The weights come out of the objective's own gradient, d loss / d log_ratio = -A M w[t], so they are right for every rule
-    and clip; a token that is clipped has weight 0.
+    ``group`` is what the rule may know of the trajectory's group. The weights come out of the objective's own gradient,
+    d loss / d log_ratio = -A M w[t], so they are right for every rule and clip; a token without gradient has weight 0.
     """
     log_probs_T = torch.from_numpy(new_T.astype(np.float64)).requires_grad_()
     length = len(new_T)
@@ -116,6 +124,7 @@ def describe_tokens(
         objective,
         None,
         progress,
+        group_statistics={name: torch.tensor([value], dtype=torch.float64) for name, value in group.items()},
     )
     (gradient_T,) = torch.autograd.grad(output.surrogate, log_probs_T)
     weight_T: Float64s = -gradient_T.numpy() / (sample.advantage * float(output.power_mean_N)) * length

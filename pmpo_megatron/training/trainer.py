@@ -248,7 +248,7 @@ class Trainer:
         metrics["throughput/tokens_per_s"] = int(batch.table.lengths_N.sum()) / times["time/total_s"]
         staleness = trained - batch.versions
         metrics |= {"rollout/staleness": Mean.of(staleness), "rollout/staleness_max": Maximum(float(staleness.max()))}
-        record = trajectory_record(results, batch.rewards)
+        record = trajectory_record(results, batch.table.rewards_N)
         self.log.log(self.progress.round, metrics, trajectories=record, rollouts=batch.examples, tokens=tokens)
 
     def save(self, *, required: bool = False) -> None:

@@ -12,6 +12,8 @@ from pmpo_megatron.monitor import MonitorConfig, RunLog, write_report
 from pmpo_megatron.training.token_examples import MAX_TOKENS, choose, describe_tokens, recorded
 from pmpo_megatron.types import Sample, to_token_ids
 
+GROUP = {"reward_mean": 0.25, "reward_std": 0.5}
+
 
 def sample(length: int, advantage: float, sample_id: int = 3) -> Sample:
     log_probs = np.zeros(length, np.float32)
@@ -21,7 +23,7 @@ def sample(length: int, advantage: float, sample_id: int = 3) -> Sample:
 def described(log_ratio, advantage, objective):
     old = np.full(len(log_ratio), -1.0, dtype=np.float32)
     new = (old + np.asarray(log_ratio)).astype(np.float32)
-    return describe_tokens(sample(len(log_ratio), advantage), old, new, objective, progress=0.0)
+    return describe_tokens(sample(len(log_ratio), advantage), old, new, objective, progress=0.0, group=GROUP)
 
 
 @pytest.mark.parametrize("advantage", [0.7, -1.3])

@@ -198,6 +198,8 @@ def test_matrices_are_rounded_to_the_nearest_value_that_the_format_holds(roundin
     found, scale = round_matrix(matrix, rounding), 448 / matrix.abs().max() if rounding == "fp8" else 1.0
     step = 2.0 ** (torch.floor(torch.log2(matrix.abs() * scale)).clamp(min=-6) - mantissa)  # e4m3's least normal is 2^-6
     assert ((found - matrix).abs() * scale <= 0.5001 * step).all() and found.dtype == matrix.dtype
+    steps = (found * scale / step)[matrix.abs() * scale >= 2**-6]
+    assert ((steps - steps.round()).abs() < 1e-3).all(), "on the format's grid"
     assert not torch.equal(found, matrix) and torch.equal(round_matrix(found, rounding), found)
     assert torch.equal(round_matrix(matrix, "none"), matrix) and torch.equal(round_matrix(matrix[0], rounding), matrix[0])
     assert torch.equal(round_matrix(torch.zeros(2, 2), rounding), torch.zeros(2, 2))

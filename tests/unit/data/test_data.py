@@ -48,7 +48,7 @@ def some_samples(groups=1):
 
 
 def split_of(given, **settings):
-    return split_step(np.arange(len(given)), TrajectoryTable.of(given), **settings)
+    return split_step(np.arange(len(given)), TrajectoryTable.of(given, [0.0] * len(given)), **settings)
 
 
 @pytest.mark.parametrize("dp, multiple, micro_batch_multiple", [(1, 1, 1), (2, 4, 1), (4, 8, 2)])
@@ -98,7 +98,7 @@ def test_a_trajectory_that_does_not_fit_is_named():
 
 def test_steps_take_whole_groups_in_an_order_of_seed_and_round():
     given = some_samples(groups=6)
-    table = TrajectoryTable.of(given)
+    table = TrajectoryTable.of(given, [0.0] * len(given))
     split = lambda seed, number: split_into_steps(table, steps=3, seed=seed, round_index=number)  # noqa: E731
     groups = [[given[i].group_id for i in members] for members in split(1, 0)]
     assert sorted(i for members in split(1, 0) for i in members.tolist()) == list(range(37))
@@ -110,7 +110,7 @@ def test_steps_take_whole_groups_in_an_order_of_seed_and_round():
 @pytest.mark.parametrize("mask", [False, True])
 def test_weights_are_those_of_each_step(mask):
     given = some_samples(groups=6)
-    table = TrajectoryTable.of(given)
+    table = TrajectoryTable.of(given, [0.0] * len(given))
     steps = split_into_steps(table, steps=3, seed=1, round_index=0)
     found = step_weights(steps, table, kind="length", max_length=60, mask_truncated=mask)
     for members in steps:
@@ -123,7 +123,7 @@ def test_weights_are_those_of_each_step(mask):
 @pytest.mark.parametrize("members", [[], [5], [36, 0, 12]])
 def test_samples_come_back_from_the_arrays_that_are_sent(members):
     given = some_samples(groups=6)
-    table, chosen = TrajectoryTable.of(given), np.array(members, dtype=np.int64)
+    table, chosen = TrajectoryTable.of(given, [0.0] * len(given)), np.array(members, dtype=np.int64)
     token_ids, log_probs = flatten([given[i] for i in members])
     assert (token_ids.dtype, log_probs.dtype) == (np.int32, np.float32)
     assert (len(token_ids), len(log_probs)) == flat_sizes(chosen, table)
