@@ -66,7 +66,7 @@ class WeightBridge:
         if self.active:
             device = policy.state.device
             self.transport = choose_transport(config.transport, device=device.type, hosts=hosts)
-            self.source = WeightSource(policy, device if self.transport in ON_GPU else torch.device("cpu"))
+            self.source = WeightSource(policy, device if self.transport in ON_GPU else torch.device("cpu"), config.rounding)
         if engine is not None:
             engine.on_restart = self._ask_for_weights
 
