@@ -42,7 +42,7 @@ class DataConfig(Section):
     template: str = setting("plain", f"{', '.join(TEMPLATES)}, chat (the tokenizer's own), or a text that contains {{problem}}")
     system_prompt: str | None = setting(None, "template chat: the system message")
     max_prompt_tokens: int = setting(1024, "longer prompts are left out, and counted", unit="tokens", minimum=1)
-    max_problems: int | None = setting(None, "only the first so many", minimum=1)
+    max_problems: int | None = setting(None, "problems that are read, from the first on; null: all", minimum=1)
     problems: int = setting(4096, "arithmetic: problems generated", minimum=1, maximum=1_000_000)
     levels: tuple[int, ...] = setting(
         (1, 2, 3), "arithmetic: difficulty levels, taken in turn; from 4 on, so many dependent operations"
@@ -142,7 +142,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None =
 def _encode(tokenizer: Any, text: str, special: bool, where: str) -> list[int]:
     """The tokens of a prompt: at least one of its own, beside those that the tokenizer puts around any text."""
     try:
-        token_ids = tokenizer.encode(text, add_special_tokens=special)
+        token_ids: list[int] = tokenizer.encode(text, add_special_tokens=special)
         own = token_ids if len(token_ids) > 4 else tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # the library raises whatever its files lead to
         raise DataError(f"{where}: the tokenizer fails on the prompt {text[:80]!r}: {error!r}") from None
@@ -159,7 +159,7 @@ def render(config: DataConfig, problem: str, tokenizer: Any) -> tuple[str, bool]
         if not tokenizer.chat_template:
             raise ConfigError("data.template", "chat: the model's tokenizer has no chat template; name another")
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), False
         except Exception as error:  # a template is a program of the model's
             raise ConfigError("data.template", f"chat: the tokenizer's chat template fails: {error!r}") from None
     template = TEMPLATES.get(config.template, config.template)
@@ -179,7 +179,7 @@ def _source(config: DataConfig) -> Iterable[tuple[str, dict[str, Any]]]:
     if config.source == "arithmetic":
         problems = make_problems(config.problems, levels=config.levels, seed=config.seed, held_out=config.split == "test")
         return (
-            (f"arithmetic {i}", {config.problem_field: p.text, config.answer_field: p.answer, "level": p.level})
+            (f"arithmetic {i}", {config.answer_field or "answer": p.answer, config.problem_field: p.text, "level": p.level})
             for i, p in enumerate(problems)
         )
     path = Path(config.source)

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,7 +204,7 @@ def _items(responses: Sequence[str], answers: Sequence[Answers], metadata: Seque
     """Responses with their lists of accepted answers; an answer of another type would be wrong without a word."""
     if not len(responses) == len(answers) == len(metadata):
         raise ValueError(f"{len(responses)} responses but {len(answers)} answers and metadata of {len(metadata)}")
-    rows = zip(responses, answers, metadata, strict=True)
+    rows: Iterable[tuple[str, Any, Mapping[str, Any]]] = zip(responses, answers, metadata, strict=True)
     items = [(r, list(a) if isinstance(a, (list, tuple)) else [a], dict(m)) for r, a, m in rows]
     for index, (response, accepted, _) in enumerate(items):
         for kind, text in (("response", response), *(("answer", answer) for answer in accepted)):

@@ -71,5 +71,9 @@ def share_samples(
         [(token_size, np.int32), (log_prob_size, np.float32)],
         state,
     )
-    mine = unflatten(*received, members_of[state.dp_rank], table) if received else samples
+    if state.is_main:
+        mine = samples
+    else:
+        token_ids, log_probs = received
+        mine = unflatten(token_ids, log_probs, members_of[state.dp_rank], table)
     return {sample.sample_id: sample for sample in mine}

@@ -45,8 +45,11 @@ class TestStep:
     def test_results_are_the_same_on_every_rank(self, runs, name):
         one, other = runs[name][0]["twice"][0][0][1], runs[name][-1]["twice"][0][0][1]
         assert (one.loss, one.grad_norm, one.entropy, one.num_tokens) == (
-            other.loss, other.grad_norm, other.entropy, other.num_tokens,
-        )  # fmt: skip
+            other.loss,
+            other.grad_norm,
+            other.entropy,
+            other.num_tokens,
+        )
         assert sorted(one.trajectories["sample_id"]) == list(range(100, 106))
         assert all((one.trajectories[key] == other.trajectories[key]).all() for key in one.trajectories)
 

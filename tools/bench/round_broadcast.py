@@ -75,10 +75,13 @@ def work(options: argparse.Namespace) -> None:
             "model": {"path": "unused"},
             "data": {"source": "arithmetic"},
             "sampling": {"max_tokens": options.tokens, "samples_per_prompt": GROUP},
-            "batch": {"prompts_per_round": max(1, options.trajectories // GROUP), "steps_per_round": 1,
-                      "max_tokens_per_micro_batch": 2 * options.tokens},
+            "batch": {
+                "prompts_per_round": max(1, options.trajectories // GROUP),
+                "steps_per_round": 1,
+                "max_tokens_per_micro_batch": 2 * options.tokens,
+            },
         },
-    )  # fmt: skip
+    )
     state = initialize(ParallelConfig(), device="cpu")
     before = memory("VmRSS")
     samples = make_samples(options) if state.is_main else ()
