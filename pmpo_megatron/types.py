@@ -13,7 +13,8 @@ Shape suffixes: N trajectories of a round or of a micro-batch, T packed tokens o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,12 +43,16 @@ def to_token_ids(values: Sequence[int]) -> TokenIds:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One problem, tokenised once. ``answers`` are the accepted answers; ``index`` is its row in the data set."""
+    """One problem, tokenised once. ``answers`` are the accepted answers; ``index`` is its number among all prompts.
+
+    ``metadata`` holds the further fields of its row, for rewards.
+    """
 
     index: int
     token_ids: TokenIds
     text: str
     answers: tuple[str, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

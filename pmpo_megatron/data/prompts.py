@@ -133,7 +133,8 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None =
         if len(token_ids) > config.max_prompt_tokens:
             too_long += 1
             continue
-        prompts.append(Prompt(len(prompts), to_token_ids(token_ids), problem, answers))
+        metadata = {name: value for name, value in row.items() if name not in (config.problem_field, config.answer_field)}
+        prompts.append(Prompt(len(prompts), to_token_ids(token_ids), problem, answers, metadata))
     if not prompts:
         raise ConfigError("data.source", f"{config.source}: no prompt is left ({too_long} too long)")
     return PromptSet(tuple(prompts), too_long, tokenizer.decode)

@@ -189,6 +189,7 @@ def test_prompts_from_json_lines(tmp_path):
     prompts = load_prompts(config, make_tokenizer())
     assert len(prompts) == 2 and prompts.too_long == 1
     assert prompts[0].text == "1+1=" and prompts[0].answers == ("2",)
+    assert [dict(prompt.metadata) for prompt in prompts.prompts] == [{"id": "x"}, {}]
     assert make_tokenizer().decode(prompts[1].token_ids) == "2+2=" and prompts[1].answers == ("4", "4")
 
 
