@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from pmpo_megatron.errors import RolloutError
@@ -65,24 +66,25 @@ class StreamCollector(Collector):
                 self._give_back_stale(counted)
                 self._leave_out_uninformative(counted)
                 self._fill(round_index)
-                ready = [draw for draw in self._open.values() if draw.scored is not None][:wanted]
+                scored = {draw.number: draw.scored for draw in self._open.values() if draw.scored is not None}
+                ready = dict(islice(scored.items(), wanted))
                 if len(ready) == wanted:
                     break
                 if stop():
                     return None
                 self._news.wait(POLL_S)
-            for draw in ready:
-                del self._open[draw.number]
+            for number in ready:
+                del self._open[number]
             still_open = tuple((draw.number, draw.prompt_index) for draw in self._open.values())
             counted["rollout/groups_generated"] = wanted + counted["rollout/uninformative"] + counted["rollout/stale_finished"]
             batch = self._batch(
-                [draw.scored for draw in ready], counted, started, drawn=self._drawn, open=still_open
+                [*ready.values()], counted, started, drawn=self._drawn, open=still_open
             )  # before more are drawn
             self._fill(round_index + 1)
             return batch
 
     def _give_back_stale(self, counted: dict[str, float]) -> None:
-        """Also what still runs: its first tokens do not become younger."""
+        """What still runs is given back, too: its first tokens do not become younger."""
         for draw in self._open.values():
             if draw.future is None or self.engine.version - draw.oldest <= self.round.max_staleness:
                 continue
@@ -116,7 +118,7 @@ class StreamCollector(Collector):
         draw.future.add_done_callback(lambda future: self._score(draw, future))
 
     def _score(self, draw: _Draw, future: Future[RolloutGroup]) -> None:
-        """In the engine's thread: leaves the work to this collector's own."""
+        """Called by the engine's thread; leaves the work to this collector's own."""
 
         def work() -> None:
             try:
