@@ -53,6 +53,7 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
     Raises:
         ConfigError: an option is wrong; names it.
     """
+    sampling = _sampling_config(options)
     data = DataConfig(
         source="-",
         problem_field=options.problem_field,
@@ -76,7 +77,7 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
         out=options.out,
         benchmarks=tuple(find_benchmarks(options.benchmarks, options.data_dir)),
         data=data,
-        sampling=_sampling_config(options),
+        sampling=sampling,
         rewards=rewards,
         rollout=rollout,
         ks=ks,
