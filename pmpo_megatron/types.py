@@ -12,8 +12,9 @@ Shape suffixes: N trajectories of a round or of a micro-batch, T packed tokens o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,12 +43,16 @@ def to_token_ids(values: Sequence[int]) -> TokenIds:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One problem, tokenised once. ``answers`` are the accepted answers; ``index`` is its row in the data set."""
+    """One problem, tokenised once. ``answers`` are the accepted answers; ``index`` is its number among all prompts.
+
+    ``metadata`` holds the further fields of its row, for rewards.
+    """
 
     index: int
     token_ids: TokenIds
     text: str
     answers: tuple[str, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,16 +109,18 @@ class TrajectoryTable:
     prompt_lengths_N: Integers  # tokens
     response_lengths_N: Integers  # tokens
     truncated_N: Booleans
+    rewards_N: Float64s
     advantages_N: Float64s
 
     @staticmethod
-    def of(samples: Sequence[Sample]) -> TrajectoryTable:
-        """The table of a whole round's ``samples``."""
+    def of(samples: Sequence[Sample], rewards: Sequence[float]) -> TrajectoryTable:
+        """The table of a whole round's ``samples`` and their ``rewards``."""
         return TrajectoryTable(
             group_ids_N=np.array([sample.group_id for sample in samples], dtype=np.int64),
             prompt_lengths_N=np.array([len(sample.prompt_ids) for sample in samples], dtype=np.int64),
             response_lengths_N=np.array([len(sample.response_ids) for sample in samples], dtype=np.int64),
             truncated_N=np.array([sample.truncated for sample in samples], dtype=np.bool_),
+            rewards_N=np.array(rewards, dtype=np.float64),
             advantages_N=np.array([sample.advantage for sample in samples], dtype=np.float64),
         )
 
@@ -141,4 +148,5 @@ class PackedTrajectories:
     boundaries: tuple[int, ...]  # S + 1 positions, padding included; the last one is T
     advantages_N: torch.Tensor  # float32 [N]
     weights_N: torch.Tensor  # float32 [N]
+    group_statistics: Mapping[str, torch.Tensor]  # float64 [N] each, by name: `algo.advantages.group_statistics`
     sample_ids: tuple[int, ...]  # N of them; which Sample each trajectory is

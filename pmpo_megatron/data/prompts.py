@@ -6,13 +6,13 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pmpo_megatron.config import Section, setting
-from pmpo_megatron.data.arithmetic import make_problems
+from pmpo_megatron.data.arithmetic import LEVELS, make_problems
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.types import Prompt, to_token_ids
 
@@ -44,7 +44,9 @@ class DataConfig(Section):
     max_prompt_tokens: int = setting(1024, "longer prompts are left out, and counted", unit="tokens", minimum=1)
     max_problems: int | None = setting(None, "problems that are read, from the first on; null: all", minimum=1)
     problems: int = setting(4096, "arithmetic: problems generated", minimum=1, maximum=1_000_000)
-    levels: tuple[int, ...] = setting((1, 2, 3), "arithmetic: difficulty levels, taken in turn")
+    levels: tuple[int, ...] = setting(
+        (1, 2, 3), "arithmetic: difficulty levels, taken in turn; from 4 on, so many dependent operations"
+    )
     seed: int = setting(0, "arithmetic: seed of the problems", minimum=0)
 
     def validate(self) -> None:
@@ -57,16 +59,17 @@ class DataConfig(Section):
         if self.source == "arithmetic":
             if self.split not in ("train", "test"):
                 raise ConfigError("split", f"{self.split!r}: arithmetic has train and test")
-            if not self.levels or not set(self.levels) <= {1, 2, 3}:
-                raise ConfigError("levels", f"{list(self.levels)}: the levels are 1, 2 and 3")
+            if not self.levels or not set(self.levels) <= set(LEVELS):
+                raise ConfigError("levels", f"{list(self.levels)}: the levels are {LEVELS[0]} to {LEVELS[-1]}")
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """All prompts of a source, and how many problems were left out because they were too long."""
+    """All prompts of a source, how many problems were left out because they were too long, and a token as text."""
 
     prompts: tuple[Prompt, ...]
     too_long: int
+    decode: Callable[[int], str] = str
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -130,10 +133,11 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None =
         if len(token_ids) > config.max_prompt_tokens:
             too_long += 1
             continue
-        prompts.append(Prompt(len(prompts), to_token_ids(token_ids), problem, answers))
+        metadata = {name: value for name, value in row.items() if name not in (config.problem_field, config.answer_field)}
+        prompts.append(Prompt(len(prompts), to_token_ids(token_ids), problem, answers, metadata))
     if not prompts:
         raise ConfigError("data.source", f"{config.source}: no prompt is left ({too_long} too long)")
-    return PromptSet(tuple(prompts), too_long)
+    return PromptSet(tuple(prompts), too_long, tokenizer.decode)
 
 
 def _encode(tokenizer: Any, text: str, special: bool, where: str) -> list[int]:

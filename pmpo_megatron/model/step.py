@@ -170,6 +170,7 @@ def _evaluate(
         weights_T,
         progress,
         sum_over_shards,
+        batch.group_statistics,
     )
     kl, penalty = None, log_probs_T.new_zeros(())
     if item.reference_log_probs_T is not None:
@@ -242,7 +243,9 @@ def _update(
 ) -> StepResult:
     learning_rate, norm, applied, problem = schedule.learning_rate, float("nan"), False, None
     if totals["non_finite"]:
-        problem = f"NaN or inf in the log-probs of trajectories {totals['non_finite'][:8]}"
+        problem = (
+            f"NaN or inf in the log-probs, or an overflow of weight x advantage, of trajectories {totals['non_finite'][:8]}"
+        )
     elif not math.isfinite(totals["loss"]):
         problem = f"the loss is {totals['loss']}"
     else:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from pmpo_megatron.errors import RolloutError
@@ -66,19 +65,18 @@ class StreamCollector(Collector):
                 self._give_back_stale(counted)
                 self._leave_out_uninformative(counted)
                 self._fill(round_index)
-                scored = {draw.number: draw.scored for draw in self._open.values() if draw.scored is not None}
-                ready = dict(islice(scored.items(), wanted))
+                ready = [draw for draw in self._open.values() if draw.scored is not None][:wanted]
                 if len(ready) == wanted:
                     break
                 if stop():
                     return None
                 self._news.wait(POLL_S)
-            for number in ready:
-                del self._open[number]
+            for draw in ready:
+                del self._open[draw.number]
             still_open = tuple((draw.number, draw.prompt_index) for draw in self._open.values())
             counted["rollout/groups_generated"] = wanted + counted["rollout/uninformative"] + counted["rollout/stale_finished"]
             batch = self._batch(
-                [*ready.values()], counted, started, drawn=self._drawn, open=still_open
+                [draw.scored for draw in ready if draw.scored is not None], counted, started, drawn=self._drawn, open=still_open
             )  # before more are drawn
             self._fill(round_index + 1)
             return batch

@@ -58,7 +58,10 @@ class TestStep:
             (overflow, kept), (poisoned, kept_too), (after, updates) = rank["broken"]
             assert not overflow.applied and kept and "NaN or inf in the gradient of decoder." in overflow.problem
             assert not poisoned.applied and kept_too
-            assert "NaN or inf in the log-probs of trajectories [100, 101, " in poisoned.problem
+            assert (
+                "NaN or inf in the log-probs, or an overflow of weight x advantage, of trajectories [100, 101, "
+                in poisoned.problem
+            )
             assert after.applied and after.problem is None and updates == 1, "and the next step is an ordinary one"
 
     def test_calls_that_cannot_work_are_refused(self, runs, name):

@@ -90,7 +90,7 @@ def work(options: argparse.Namespace) -> None:
         barrier(state, "the start")
         before, started = memory("VmRSS"), time.perf_counter()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        table = broadcast_object(TrajectoryTable.of(samples) if state.is_main else None, state)
+        table = broadcast_object(TrajectoryTable.of(samples, [0.0] * len(samples)) if state.is_main else None, state)
         steps = share_round(samples, table, config, state, round_index=repeat)
         barrier(state, "the end")
         found["seconds"].append(time.perf_counter() - started)
