@@ -205,7 +205,7 @@ def _items(responses: Sequence[str], answers: Sequence[Answers], metadata: Seque
     if not len(responses) == len(answers) == len(metadata):
         raise ValueError(f"{len(responses)} responses but {len(answers)} answers and metadata of {len(metadata)}")
     rows: Iterable[tuple[str, Any, Mapping[str, Any]]] = zip(responses, answers, metadata, strict=True)
-    items = [(r, list(a) if isinstance(a, (list, tuple)) else [a], dict(m)) for r, a, m in rows]
+    items: list[Item] = [(r, list(a) if isinstance(a, (list, tuple)) else [a], dict(m)) for r, a, m in rows]
     for index, (response, accepted, _) in enumerate(items):
         for kind, text in (("response", response), *(("answer", answer) for answer in accepted)):
             if not isinstance(text, str):
