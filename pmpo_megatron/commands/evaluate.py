@@ -50,11 +50,8 @@ def _add_problem_options(group: Any) -> None:
     add("--data-dir", type=Path, help=f"directory with {BENCHMARKS[0].stem}.jsonl and so on; "
         "benchmarks without a file there are fetched from Hugging Face")  # fmt: skip
     add("--problem-field", default="problem", help="field of the files (default: %(default)s)")
-    add(
-        "--answer-field",
-        default="answer",
-        help="field of the files: an answer, or a list of accepted ones (default: %(default)s)",
-    )
+    add("--answer-field", type=lambda text: None if text == "null" else text, default="answer",
+        help="field of the files: an answer, or accepted ones; null: rows have tests (default: %(default)s)")  # fmt: skip
     add("--max-problems", type=int, metavar="N", help="only the first N of every benchmark")
     add("--template", default="qwen-math", help=f"{', '.join(TEMPLATES)}, chat (the tokenizer's own), or a text that contains "
         "{problem} (default: %(default)s)")  # fmt: skip
@@ -70,7 +67,10 @@ def _add_sampling_options(group: Any) -> None:
     add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a response, beside the model's end token")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--pass-k", type=int, nargs="+", metavar="K", help="show pass@K (default: powers of two up to --samples)")
-    add("--reward", default="math", help="math, exact, or package.module:function (response, answers) -> [0, 1]; "
+    add("--rewards", nargs="+", default=[], metavar="KEY=VALUE", help="fields of the rewards section of a run's configuration, "
+        "e.g. timeout_s=60 code.wall_s=20")  # fmt: skip
+    add("--reward", default="math", help="of benchmarks without one of their own: math, exact, choice, code, or "
+        "package.module:function (response, answers[, metadata]) -> float; "
         "at least 0.5 is correct (default: %(default)s)")  # fmt: skip
 
 

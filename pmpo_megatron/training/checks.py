@@ -13,7 +13,8 @@ import torch
 
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.space import checkpoint_bytes, describe_bytes
-from pmpo_megatron.data.prompts import DataConfig, check_rows, load_prompts, load_tokenizer
+from pmpo_megatron.data.prompts import DataConfig, check_rows, load_prompts
+from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.errors import ConfigError, MappingError, PmpoError
 from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.hf.mapping import WeightMapping
@@ -47,7 +48,7 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
     check_lengths(config, shape)
     _check_attention(config)
     _check_objective(config)
-    check_functions(config.rewards.functions, config.rewards.code)
+    check_functions(config.reward_functions(), config.rewards.code)
     lines = [
         f"{_describe_model(config, shape)}; {weights}",
         _describe_layout(config, world_size, data_parallel),
@@ -55,8 +56,8 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
     ]
     tokenizer = load_tokenizer(config.model.path) if not dry_run or _has_weights(config.model.path) else None
     for name, data in (("data", config.data), ("evaluation.data", config.evaluation.data)):
-        if data is not None:
-            lines.append(_check_data(name, data, tokenizer, shape))
+        for source, part in data.parts().items() if data is not None else ():
+            lines.append(_check_data(f"{name}.sources.{source}" if source else name, part, tokenizer, shape))
     if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
     _in_section("rollout", lambda: own_nodes(config.rollout))
@@ -171,7 +172,8 @@ def _check_objective(config: RunConfig) -> None:
 
 
 def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: ModelShape) -> str:
-    """One line about the source; what is on this machine is read as the run will read it."""
+    """One line about one source; what is on this machine is read as the run will read it."""
+    assert data.source is not None  # one source
     path = Path(data.source)
     if data.source != "arithmetic" and path.suffix not in (".jsonl", ".json", ".parquet") and not path.exists():
         return f"{name}: {data.source} [{data.split}], a Hugging Face data set: not opened before the start"

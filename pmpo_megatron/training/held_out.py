@@ -12,6 +12,7 @@ from pmpo_megatron.rewards import RewardScorer, score_groups
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.training.run_config import EvaluationConfig
+from pmpo_megatron.training.sources import accuracy, groups_by_source
 
 
 class Evaluator:
@@ -26,18 +27,23 @@ class Evaluator:
         scorer: RewardScorer,
         sampling: SamplingConfig,
     ) -> None:
-        self.prompts = [prompts[index] for index in range(min(len(prompts), config.max_problems))]
+        by_source = [[prompt for prompt in prompts.prompts if prompt.source == name] for name in prompts.weights]
+        self.prompts = [prompt for source in by_source for prompt in source[: config.max_problems]]
         self.engine, self.scorer = engine, scorer
         self.sampling = replace(sampling, samples_per_prompt=config.samples, temperature=config.temperature, top_p=1.0, top_k=0)
 
     def evaluate(self, round_index: int) -> dict[str, Metric]:
-        """Accuracy and length before round ``round_index``.
+        """Accuracy, reward and length before round ``round_index``, and the accuracy of each source.
+
+        A response is correct if the first of its reward functions gives it at least `scorer.CORRECT`, whatever the others and
+        penalties make of the reward; the accuracy is the share of correct ones.
 
         The engine sees a negative round number: seeds and recorded rollouts of evaluations are apart from training's.
         """
         groups = score_groups(self.engine.generate(self.prompts, self.sampling, round_index=-1 - round_index), self.scorer)
         lengths = np.array([len(rollout.token_ids) for group in groups for rollout in group.group.rollouts])
         return {
-            "eval/accuracy_mean": Mean.of([sum(group.rewards) / len(group.rewards) for group in groups]),
+            "eval/accuracy_mean": accuracy(groups),
+            "eval/reward": Mean.of([np.mean(group.rewards) for group in groups]),
             "eval/length": Distribution(lengths),
-        }
+        } | {f"eval/{name}/accuracy_mean": accuracy(members) for name, members in groups_by_source(groups).items()}
