@@ -112,16 +112,18 @@ class TrajectoryTable:
     prompt_lengths_N: Integers  # tokens
     response_lengths_N: Integers  # tokens
     truncated_N: Booleans
+    rewards_N: Float64s
     advantages_N: Float64s
 
     @staticmethod
-    def of(samples: Sequence[Sample]) -> TrajectoryTable:
-        """The table of a whole round's ``samples``."""
+    def of(samples: Sequence[Sample], rewards: Sequence[float]) -> TrajectoryTable:
+        """The table of a whole round's ``samples`` and their ``rewards``."""
         return TrajectoryTable(
             group_ids_N=np.array([sample.group_id for sample in samples], dtype=np.int64),
             prompt_lengths_N=np.array([len(sample.prompt_ids) for sample in samples], dtype=np.int64),
             response_lengths_N=np.array([len(sample.response_ids) for sample in samples], dtype=np.int64),
             truncated_N=np.array([sample.truncated for sample in samples], dtype=np.bool_),
+            rewards_N=np.array(rewards, dtype=np.float64),
             advantages_N=np.array([sample.advantage for sample in samples], dtype=np.float64),
         )
 
@@ -149,4 +151,5 @@ class PackedTrajectories:
     boundaries: tuple[int, ...]  # S + 1 positions, padding included; the last one is T
     advantages_N: torch.Tensor  # float32 [N]
     weights_N: torch.Tensor  # float32 [N]
+    group_statistics: Mapping[str, torch.Tensor]  # float64 [N] each, by name: `algo.advantages.group_statistics`
     sample_ids: tuple[int, ...]  # N of them; which Sample each trajectory is

@@ -16,7 +16,7 @@ def main() -> None:
         "--slip-rate",
         type=float,
         default=TinyModelConfig.slip_rate,
-        help="share of wrong columns in the solutions it learns from (default: %(default)s)",
+        help="how often the worst remembered sum or difference is wrong in the solutions it learns from (default: %(default)s)",
     )
     parser.add_argument("--layers", type=int, default=TinyModelConfig.layers, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=TinyModelConfig.hidden_size, help="(default: %(default)s)")

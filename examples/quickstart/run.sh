@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment and a tiny warm-started model, then trains it with PMPO on this machine's CPU.
 #
-#   bash examples/quickstart/run.sh [key.path=value ...]     e.g.  objective.preset=grpo run.directory=runs/grpo
+#   bash examples/quickstart/run.sh [key.path=value ...]     e.g.  "objective={preset: grpo}" run.directory=runs/grpo
 #
 # The environment and the model are made once; a second run goes on where the first stopped.
 set -euo pipefail

@@ -97,7 +97,7 @@ def _of_group(rewards_G: Floats, advantage: Advantage) -> Floats:
     return values_G
 
 
-def group_statistics(rewards: Sequence[float]) -> dict[str, float]:
+def group_statistics(rewards: Sequence[float] | Floats) -> dict[str, float]:
     """What a rule may know of the group that a trajectory belongs to, by name: the rewards' mean and population's std."""
     rewards_G = np.asarray(rewards, dtype=np.float64)
     return dict(zip(STATISTICS, (float(rewards_G.mean()), float(rewards_G.std())), strict=True))

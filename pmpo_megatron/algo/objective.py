@@ -29,7 +29,7 @@ __all__ = ["PRESETS", "ObjectiveConfig", "ObjectiveOutput", "evaluate_objective"
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """What `evaluate_objective` found. All but ``surrogate`` is detached and equal on all shards; [N] are float64.
+    """What `evaluate_objective` returns. All but ``surrogate`` is detached and equal on all shards; [N] are float64.
 
     Attributes:
         loss: 0-d, -sum_i c_i A_i M_i over the N trajectories (count it once when shards are reduced).
@@ -101,24 +101,22 @@ def evaluate_objective(
     tokens_T = {"log_probs_T": log_probs_T, "old_log_probs_T": old_log_probs_T}
     of_N = {"advantages_N": advantages_N, "weights_N": weights_N, **(group_statistics or {})}
     _check_arguments(tokens_T, trajectory_T, token_weights_T, of_N, progress)
-    _check_statistics(config, group_statistics or {})
+    statistics = _read_statistics(config, group_statistics or {})
     scale_N, usable_N = _scales(advantages_N.detach().double(), weights_N.detach().double(), log_probs_T.dtype)
     with _naming_bad_indices(trajectory_T, len(advantages_N)):
         read = _read_tokens(log_probs_T.detach(), old_log_probs_T.detach(), trajectory_T, token_weights_T, advantages_N)
         x_T, clipped_T = config.token_clip.clip(read.tokens)
         flag_T = read.poison_T.add_(clipped_T)
-        statistics = {name: values_N.detach().double() for name, values_N in (group_statistics or {}).items()}
         chosen = _choose_order(x_T, flag_T, read.tokens, config, progress, sum_over_shards, statistics)
     mean = _aggregate(chosen, scale_N, usable_N, config)
-    passes_T = read.within_T
-    if not config.token_clip.clipped_pass_gradient:
-        passes_T = passes_T.addcmul_(passes_T, clipped_T, value=-1)
+    within_T = read.within_T
+    passes_T = within_T if config.token_clip.clipped_pass_gradient else within_T.addcmul_(within_T, clipped_T, value=-1)
     coefficient_T = _differentiate(x_T, passes_T, read.tokens, chosen, mean, token_weights_T)
 
     length_N, ess_fraction_N = chosen.sums.length_N, torch.exp(mean.log_ess_fraction_N)
     return ObjectiveOutput(
         loss=mean.loss,
-        surrogate=_Surrogate.apply(log_probs_T, coefficient_T, read.tokens.log_ratio_T),  # type: ignore[no-untyped-call]
+        surrogate=_surrogate(log_probs_T, coefficient_T, read.tokens.log_ratio_T),
         p_N=chosen.p_N,
         ess_N=ess_fraction_N * length_N,
         target_ess_N=(ess_fraction_N if chosen.target_N is None else chosen.target_N) * length_N,
@@ -218,6 +216,9 @@ class _Surrogate(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0], None, None
 
 
+_surrogate: Callable[..., torch.Tensor] = _Surrogate.apply  # PyTorch says no type of its own
+
+
 @dataclass(frozen=True)
 class _Read:
     """Tokens; 1, or 0 where the clamp of a log-ratio binds; 0, or NaN where a token is not finite: [T]."""
@@ -276,10 +277,11 @@ def _check_arguments(
         raise ConfigError("progress", f"{progress} must lie in [0, 1]: the share of training that is done")
 
 
-def _check_statistics(config: ObjectiveConfig, statistics: Mapping[str, torch.Tensor]) -> None:
+def _read_statistics(config: ObjectiveConfig, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name in config.exponent_rule.group_statistics:
         if name not in statistics:
             raise ConfigError("group_statistics", f"lacks {name!r}, which rule {config.rule!r} needs")
+    return {name: values_N.detach().double() for name, values_N in statistics.items()}
 
 
 @contextmanager

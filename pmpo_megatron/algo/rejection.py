@@ -39,8 +39,12 @@ class Rejection:
         if self.level == "none":
             return None
         log_weight_T = log_weights(
-            old_log_probs_T, rollout_log_probs_T, trajectory_T, num_trajectories, level=self.level,
+            old_log_probs_T,
+            rollout_log_probs_T,
+            trajectory_T,
+            num_trajectories,
+            level=self.level,
             sum_over_shards=sum_over_shards,
-        )  # fmt: skip
+        )
         inside_T = (log_weight_T >= math.log(self.low)) & (log_weight_T <= math.log(self.high))
         return inside_T | (trajectory_T < 0)

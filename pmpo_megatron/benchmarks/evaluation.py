@@ -58,13 +58,22 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
     if options.samples > 1 and temperature == 0:
         raise ConfigError("--samples", f"{options.samples} with temperature 0 gives the same response every time")
     sampling = SamplingConfig(
-        samples_per_prompt=options.samples, temperature=temperature, top_p=options.top_p, max_tokens=options.max_tokens,
-        stop=tuple(options.stop), seed=options.seed,
-    )  # fmt: skip
+        samples_per_prompt=options.samples,
+        temperature=temperature,
+        top_p=options.top_p,
+        max_tokens=options.max_tokens,
+        stop=tuple(options.stop),
+        seed=options.seed,
+    )
     data = DataConfig(
-        source="-", problem_field=options.problem_field, answer_field=options.answer_field, template=options.template,
-        system_prompt=options.system_prompt, max_problems=options.max_problems, max_prompt_tokens=ANY_LENGTH,
-    )  # fmt: skip
+        source="-",
+        problem_field=options.problem_field,
+        answer_field=options.answer_field,
+        template=options.template,
+        system_prompt=options.system_prompt,
+        max_problems=options.max_problems,
+        max_prompt_tokens=ANY_LENGTH,
+    )
     rollout = _rollout_config(options)
     benchmarks = tuple(find_benchmarks(options.benchmarks, options.data_dir))
     rewards = _reward_config(options, benchmarks)
@@ -76,10 +85,18 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
     if chunk < 1:
         raise ConfigError("--chunk", f"{chunk} must be at least 1")
     return EvaluationPlan(
-        out=options.out, benchmarks=benchmarks, data=data, sampling=sampling,
-        reward=options.reward, rewards=rewards, rollout=rollout, ks=ks, chunk=chunk,
-        device=_device(options.device), force=options.force,
-    )  # fmt: skip
+        out=options.out,
+        benchmarks=benchmarks,
+        data=data,
+        sampling=sampling,
+        reward=options.reward,
+        rewards=rewards,
+        rollout=rollout,
+        ks=ks,
+        chunk=chunk,
+        device=_device(options.device),
+        force=options.force,
+    )
 
 
 def _reward_config(options: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> RewardConfig:
@@ -160,8 +177,14 @@ def _answer(model: Model, plan: EvaluationPlan, tasks: Sequence[Task], directory
         longest = max(len(prompt.token_ids) for task in tasks for prompt in task.prompts)
         needed = min(limit or ANY_LENGTH, longest + plan.sampling.max_tokens)  # a KV cache for more may not fit
         rollout = replace(plan.rollout, max_model_len=needed)
-        about = dict(worker_extension=None, nodes=own_nodes(rollout), logs=directory / "logs")
-        engine = make_engine(rollout, model_path=str(path), device=plan.device, **about)
+        engine = make_engine(
+            rollout,
+            model_path=str(path),
+            device=plan.device,
+            worker_extension=None,
+            nodes=own_nodes(rollout),
+            logs=directory / "logs",
+        )
         parts.callback(engine.close)
         scorer = RewardScorer(plan.rewards, max_tokens=plan.sampling.max_tokens)
         parts.callback(scorer.close)

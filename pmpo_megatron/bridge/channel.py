@@ -38,15 +38,31 @@ class Sender:
         OSError: there is no room for the slots, or nothing can listen at ``address``.
     """
 
-    def __init__(self, kind: str, *, slot_bytes: int, workers: int, device: torch.device, timeout_s: float,
-                 elsewhere: int = 0, address: str | None = None, directory: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        kind: str,
+        *,
+        slot_bytes: int,
+        workers: int,
+        device: torch.device,
+        timeout_s: float,
+        elsewhere: int = 0,
+        address: str | None = None,
+        directory: str | None = None,
+    ) -> None:
         self.workers, self.timeout_s, self.identity = workers, timeout_s, uuid.uuid4().hex
         self.host = address or LOOPBACK
         self._store, self.port = _serve(LOOPBACK if address is None else "", timeout_s)
         self.medium = open_medium(
-            kind, slot_bytes=slot_bytes, workers=elsewhere if "+" in kind else workers, store=self._store, device=device,
-            timeout_s=timeout_s, directory=directory, loopback=address is None,
-        )  # fmt: skip
+            kind,
+            slot_bytes=slot_bytes,
+            workers=elsewhere if "+" in kind else workers,
+            store=self._store,
+            device=device,
+            timeout_s=timeout_s,
+            directory=directory,
+            loopback=address is None,
+        )
         self._description = self.medium.description()
         self._update, self._next = 0, 0
 
@@ -170,9 +186,13 @@ def _serve(host: str, timeout_s: float) -> tuple[dist.Store, int]:
     finally:
         listener.close()
     store = dist.TCPStore(
-        host or LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor,
+        host or LOOPBACK,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=descriptor,
         timeout=timedelta(seconds=timeout_s),
-    )  # fmt: skip
+    )
     return store, port
 
 

@@ -31,6 +31,12 @@ class BridgeConfig(Section):
     directory: str | None = setting(
         None, "transports shared_memory, disk: where their files are put; null: /dev/shm, or the temporary directory"
     )
+    rounding: str = setting(
+        "none",
+        "the engine's weights rounded (matrices only), to study a mismatch with the trainer: to bf16, or to fp8 (e4m3, one "
+        "scale for each tensor)",
+        choices=("none", "bf16", "fp8"),
+    )
     verify: str = setting(
         "full",
         "fingerprint of every received tensor: of all its bytes, of a sample, or none",

@@ -24,10 +24,11 @@ class WeightSource:
 
     Args:
         device: of the tensors on rank 0: the policy's own, or the CPU.
+        rounding: of matrices, see `round_matrix`.
     """
 
-    def __init__(self, policy: Policy, device: torch.device = CPU) -> None:
-        self.policy, self.state, self.device = policy, policy.state, device
+    def __init__(self, policy: Policy, device: torch.device = CPU, rounding: str = "none") -> None:
+        self.policy, self.state, self.device, self.rounding = policy, policy.state, device, rounding
         self.parameters = {local_name(name): parameter for name, parameter in policy.named_parameters()}
         mine = (self.state.dp_rank, self.state.cp_rank, self.state.tp_rank, set(self.parameters))
         ranks = gather_objects(mine, self.state)
@@ -57,7 +58,8 @@ class WeightSource:
             if owner != 0:
                 whole = self._send_to_main(entry, whole, owner)
             if self.state.rank == 0 and whole is not None:
-                yield from zip(entry.hf, entry.split(whole), strict=True)
+                tensors = (round_matrix(tensor, self.rounding) for tensor in entry.split(whole))
+                yield from zip(entry.hf, tensors, strict=True)
 
     def _send_to_main(self, entry: Entry, whole: torch.Tensor | None, owner: int) -> torch.Tensor | None:
         """What rank 0 gets of ``owner``, which holds ``whole``; on other ranks what they were given."""
@@ -69,6 +71,20 @@ class WeightSource:
                 whole = torch.empty(entry.full_shape, dtype=self.dtype, device=self.device)
                 dist.recv(whole, owner, group=group)
         return whole
+
+
+def round_matrix(tensor: torch.Tensor, rounding: str) -> torch.Tensor:
+    """``tensor`` in its own type with values that ``rounding`` (none, bf16, fp8) can hold; vectors stay as they are.
+
+    fp8 is e4m3, its largest value, 448, at the tensor's largest.
+    """
+    if rounding == "none" or tensor.dim() < 2:
+        return tensor
+    if rounding == "bf16":
+        return tensor.bfloat16().to(tensor.dtype)
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = (tensor.abs().amax().float() / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((tensor.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(tensor.dtype)
 
 
 def give_back_cache(device: torch.device) -> None:

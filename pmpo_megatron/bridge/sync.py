@@ -61,12 +61,12 @@ class WeightBridge:
         hosts = broadcast_object(engine.hosts if engine is not None else None, policy.state)
         self.active = bool(hosts)  # recorded rollouts hold no weights
         self.version: int | None = None  # nothing was pushed yet
-        self._push_again = stand_by.offer(lambda: self.push(self.version))
+        self._push_again = stand_by.offer(lambda: self.push(self.version or 0))
         self._outbox = _Outbox(engine, policy, config) if engine is not None else None
         if self.active:
             device = policy.state.device
             self.transport = choose_transport(config.transport, device=device.type, hosts=hosts)
-            self.source = WeightSource(policy, device if self.transport in ON_GPU else torch.device("cpu"))
+            self.source = WeightSource(policy, device if self.transport in ON_GPU else torch.device("cpu"), config.rounding)
         if engine is not None:
             engine.on_restart = self._ask_for_weights
 
@@ -116,7 +116,7 @@ class WeightBridge:
             return None, False, 0.0
         error, again, waited_s = None, False, 0.0
         try:
-            with self.engine.update(version):
+            with self._outbox.engine.update(version):
                 waited_s = self._outbox.deliver(stream, self.transport, self.source, version)
         except (WeightSyncError, RolloutError) as failure:
             error, again = str(failure), isinstance(failure, RolloutError) and not last
@@ -125,16 +125,8 @@ class WeightBridge:
                 pass
         if again:
             logger.warning("the engine failed while it took weights: %s; starting it again", error)
-            again = self._revive()
+            again = _revive(self._outbox.engine)
         return error, again, waited_s
-
-    def _revive(self) -> bool:
-        try:
-            self.engine.revive()
-        except RolloutError as failure:
-            logger.error("%s", failure)
-            return False
-        return True
 
 
 class _Outbox:
@@ -260,3 +252,12 @@ class _Outbox:
             writer.add(name, tensor)
         writer.finish()
         return sent, sorted(str(path) for path in self._directory.glob("*.safetensors"))
+
+
+def _revive(engine: RolloutEngine) -> bool:
+    try:
+        engine.revive()
+    except RolloutError as failure:
+        logger.error("%s", failure)
+        return False
+    return True

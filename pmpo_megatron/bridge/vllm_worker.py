@@ -20,10 +20,11 @@ from pmpo_megatron.rollout.vllm_child import ELSEWHERE
 
 
 class WeightReceiver:
-    """Mixed into vLLM's worker, whose are ``self.model_runner``, ``model_config`` and ``device``."""
+    """Mixed into vLLM's worker, whose are ``self.model_runner``, ``model_config``, ``vllm_config`` and ``device``."""
 
     model_runner: Any
     model_config: Any
+    vllm_config: Any
     device: torch.device
     pmpo_receiver: Receiver | None = None
 

@@ -58,7 +58,7 @@ def _descriptions(model_state: dict[str, Any]) -> dict[torch.nn.Parameter, Any]:
 
 def _on_host(described: Any, name: str, is_first: bool) -> Any:
     """``described``, a parameter's ShardedTensor or factory of such, as that of its state ``name``; memory of its own."""
-    changes = dict(
+    changes: dict[str, Any] = dict(
         key=f"optimizer.state.{name}.{described.key}",
         data=torch.empty(described.data.shape, dtype=torch.float32),
         replica_id=(*described.replica_id[:-1], 0 if is_first else 1),

@@ -30,8 +30,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="Hugging Face directory, converted Megatron checkpoint, or a run's "
-        "round-...; NAME=PATH names its row")  # fmt: skip
+    add(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="Hugging Face directory, converted Megatron checkpoint, or a run's round-...; NAME=PATH names its row",
+    )
     add("--out", type=Path, required=True, help="directory of records and tables")
     add("--hf", type=Path, help="configuration and tokenizer of a Megatron checkpoint that has none beside it")
     add("--force", action="store_true", help="remove the models' earlier records in --out, and start anew")
@@ -45,16 +49,32 @@ def _add_problem_options(group: Any) -> None:
     from pmpo_megatron.data.prompts import TEMPLATES
 
     add = group.add_argument
-    add("--benchmarks", nargs="+", default=list(PAPER), metavar="NAME",
-        help=f"names, or .jsonl and .parquet files of your own (default: {' '.join(PAPER)})")  # fmt: skip
-    add("--data-dir", type=Path, help=f"directory with {BENCHMARKS[0].stem}.jsonl and so on; "
-        "benchmarks without a file there are fetched from Hugging Face")  # fmt: skip
+    add(
+        "--benchmarks",
+        nargs="+",
+        default=list(PAPER),
+        metavar="NAME",
+        help=f"names, or .jsonl and .parquet files of your own (default: {' '.join(PAPER)})",
+    )
+    add(
+        "--data-dir",
+        type=Path,
+        help=f"directory with {BENCHMARKS[0].stem}.jsonl and so on; "
+        "benchmarks without a file there are fetched from Hugging Face",
+    )
     add("--problem-field", default="problem", help="field of the files (default: %(default)s)")
-    add("--answer-field", type=lambda text: None if text == "null" else text, default="answer",
-        help="field of the files: an answer, or accepted ones; null: rows have tests (default: %(default)s)")  # fmt: skip
+    add(
+        "--answer-field",
+        type=lambda text: None if text == "null" else text,
+        default="answer",
+        help="field of the files: an answer, or a list of accepted ones; null: rows have tests (default: %(default)s)",
+    )
     add("--max-problems", type=int, metavar="N", help="only the first N of every benchmark")
-    add("--template", default="qwen-math", help=f"{', '.join(TEMPLATES)}, chat (the tokenizer's own), or a text that contains "
-        "{problem} (default: %(default)s)")  # fmt: skip
+    add(
+        "--template",
+        default="qwen-math",
+        help=f"{', '.join(TEMPLATES)}, chat (the tokenizer's own), or a text that contains {{problem}} (default: %(default)s)",
+    )
     add("--system-prompt", help="template chat: the system message")
 
 
@@ -67,20 +87,39 @@ def _add_sampling_options(group: Any) -> None:
     add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a response, beside the model's end token")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--pass-k", type=int, nargs="+", metavar="K", help="show pass@K (default: powers of two up to --samples)")
-    add("--rewards", nargs="+", default=[], metavar="KEY=VALUE", help="fields of the rewards section of a run's configuration, "
-        "e.g. timeout_s=60 code.wall_s=20")  # fmt: skip
-    add("--reward", default="math", help="of benchmarks without one of their own: math, exact, choice, code, or "
-        "package.module:function (response, answers[, metadata]) -> float; "
-        "at least 0.5 is correct (default: %(default)s)")  # fmt: skip
+    add(
+        "--rewards",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="fields of the rewards section of a run's configuration, e.g. timeout_s=60 code.wall_s=20",
+    )
+    add(
+        "--reward",
+        default="math",
+        help="of benchmarks without one of their own: math, exact, choice, code, or package.module:function "
+        "(response, answers[, metadata]) -> float; at least 0.5 is correct (default: %(default)s)",
+    )
 
 
 def _add_engine_options(group: Any) -> None:
     add = group.add_argument
-    add("--rollout", nargs="+", default=[], metavar="KEY=VALUE", help="fields of the rollout section of a run's configuration: "
-        "engines=2 tensor_parallel=4 dtype=bfloat16 max_model_len=4096 kv_cache_gib=2 threads=8 ...")  # fmt: skip
+    add(
+        "--rollout",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="fields of the rollout section of a run's configuration: "
+        "engines=2 tensor_parallel=4 dtype=bfloat16 max_model_len=4096 kv_cache_gib=2 threads=8 ...",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU where there is one)")
-    add("--chunk", type=int, metavar="N", help="problems generated together and then recorded: what an interruption loses "
-        "at most (default: as many as fill the engines twice)")  # fmt: skip
+    add(
+        "--chunk",
+        type=int,
+        metavar="N",
+        help="problems generated together and then recorded: what an interruption loses "
+        "at most (default: as many as fill the engines twice)",
+    )
     add("--workers", type=int, default=4, help="processes that score (default: %(default)s)")
 
 

@@ -77,7 +77,7 @@ def command(options: argparse.Namespace) -> int:
     config = load_config(options)
     if options.dry_run:
         world_size = options.world_size if options.world_size is not None else world_size_of_environment()
-        for line in [*check_run(config, world_size, dry_run=True), *memory_report(config, world_size)]:
+        for line in [*check_run(config, world_size, dry_run=True).lines, *memory_report(config, world_size)]:
             print(line)
         print("dry run: nothing wrong found")
         return 0
@@ -87,13 +87,16 @@ def command(options: argparse.Namespace) -> int:
     rank, world_size = rank_environment()
     set_up_logging(rank)
     quiet_libraries()
-    for line in [*check_run(config, world_size), *memory_report(config, world_size)]:
+    checked = check_run(config, world_size)
+    for line in [*checked.lines, *memory_report(config, world_size)]:
         logger.info("%s", line)
+    prompts = checked.prompts if rank == 0 else {}
+    del checked  # no other rank keeps prompts
     from pmpo_megatron.checkpoint.run_lock import RunLock
     from pmpo_megatron.training.assembly import run  # imports Megatron and vLLM's client: not needed to check or to print
 
     with closing(RunLock(config.run.directory)) if rank == 0 else nullcontext():
-        return run(config, StopRequest().install())
+        return run(config, StopRequest().install(), prompts)
 
 
 if __name__ == "__main__":

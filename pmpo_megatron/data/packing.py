@@ -5,7 +5,7 @@ Legend: T packed tokens, N trajectories of a micro-batch, S sequences (one of pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,10 +16,17 @@ from pmpo_megatron.units import round_up
 PADDING = 0  # a token of no meaning: no target, and no trajectory attends to it
 
 
-def pack(samples: Sequence[Sample], weights_N: Float64s | Sequence[float], *, sequence_multiple: int) -> PackedTrajectories:
+def pack(
+    samples: Sequence[Sample],
+    weights_N: Float64s | Sequence[float],
+    *,
+    sequence_multiple: int,
+    group_statistics: Mapping[str, Float64s] | None = None,
+) -> PackedTrajectories:
     """One micro-batch of ``samples`` with their weights c_i; of padding only where there are none.
 
     Args:
+        group_statistics: of the samples' groups, [N] each, by name.
         sequence_multiple: every sequence is padded to it (`parallel.shards.sequence_multiple`).
     """
     token_ids = [np.concatenate([sample.prompt_ids, sample.response_ids]) for sample in samples]
@@ -45,6 +52,7 @@ def pack(samples: Sequence[Sample], weights_N: Float64s | Sequence[float], *, se
         boundaries=boundaries,
         advantages_N=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32),
         weights_N=torch.tensor(np.asarray(weights_N), dtype=torch.float32),
+        group_statistics={name: torch.from_numpy(values_N) for name, values_N in (group_statistics or {}).items()},
         sample_ids=tuple(sample.sample_id for sample in samples),
     )
 

@@ -6,13 +6,13 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pmpo_megatron.config import Section, build, setting, to_plain
-from pmpo_megatron.data.arithmetic import make_problems
+from pmpo_megatron.data.arithmetic import LEVELS, make_problems
 from pmpo_megatron.data.tokenizer import encode
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.types import Prompt, to_token_ids
@@ -51,9 +51,11 @@ class DataConfig(Section):
     template: str = setting("plain", f"{', '.join(TEMPLATES)}, chat (the tokenizer's own), or a text that contains {{problem}}")
     system_prompt: str | None = setting(None, "template chat: the system message")
     max_prompt_tokens: int = setting(1024, "longer prompts are left out, and counted", unit="tokens", minimum=1)
-    max_problems: int | None = setting(None, "only the first so many", minimum=1)
+    max_problems: int | None = setting(None, "problems that are read, from the first on; null: all", minimum=1)
     problems: int = setting(4096, "arithmetic: problems generated", minimum=1, maximum=1_000_000)
-    levels: tuple[int, ...] = setting((1, 2, 3), "arithmetic: difficulty levels, taken in turn")
+    levels: tuple[int, ...] = setting(
+        (1, 2, 3), "arithmetic: difficulty levels, taken in turn; from 4 on, so many dependent operations"
+    )
     seed: int = setting(0, "arithmetic: seed of the problems", minimum=0)
 
     def parts(self) -> dict[str, DataConfig]:
@@ -89,13 +91,13 @@ class DataConfig(Section):
         if self.source == "arithmetic":
             if self.split not in ("train", "test"):
                 raise ConfigError("split", f"{self.split!r}: arithmetic has train and test")
-            if not self.levels or not set(self.levels) <= {1, 2, 3}:
-                raise ConfigError("levels", f"{list(self.levels)}: the levels are 1, 2 and 3")
+            if not self.levels or not set(self.levels) <= set(LEVELS):
+                raise ConfigError("levels", f"{list(self.levels)}: the levels are {LEVELS[0]} to {LEVELS[-1]}")
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """All prompts, source after source, and how many problems were left out because they were too long.
+    """All prompts, source after source, how many problems were left out because they were too long, and a token as text.
 
     ``weights`` are those of the sources, by name.
     """
@@ -103,6 +105,7 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     too_long: int
     weights: Mapping[str, float]
+    decode: Callable[[int], str] = str
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -112,18 +115,21 @@ class PromptSet:
 
 
 def check_rows(config: DataConfig) -> int:
-    """Reads all problems of one source, ``config.source``, as `load_prompts` does, without a tokenizer; how many there are.
+    """Reads all problems as `load_prompts` does, without a tokenizer; how many there are.
 
     Raises:
         DataError, ConfigError: as `load_prompts`.
     """
-    count = 0
-    for where, row in read_rows(config):
-        _fields(config, where, row)
-        count += 1
-    if not count:
-        raise ConfigError("data.source", f"{config.source}: holds no problem")
-    return count
+    total = 0
+    for part in config.parts().values():
+        count = 0
+        for where, row in read_rows(part):
+            _fields(part, where, row)
+            count += 1
+        if not count:
+            raise ConfigError("data.source", f"{part.source}: holds no problem")
+        total += count
+    return total
 
 
 def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None = None) -> PromptSet:
@@ -142,7 +148,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None =
     too_long, parts = 0, config.parts()
     for name, part in parts.items():
         too_long += _load_source(prompts, name, part, tokenizer, vocab_size)
-    return PromptSet(tuple(prompts), too_long, {name: part.weight for name, part in parts.items()})
+    return PromptSet(tuple(prompts), too_long, {name: part.weight for name, part in parts.items()}, tokenizer.decode)
 
 
 def _load_source(prompts: list[Prompt], source: str, config: DataConfig, tokenizer: Any, vocab_size: int | None) -> int:
@@ -176,7 +182,7 @@ def render(config: DataConfig, problem: str, tokenizer: Any) -> tuple[str, bool]
         if not tokenizer.chat_template:
             raise ConfigError("data.template", "chat: the model's tokenizer has no chat template; name another")
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), False
         except Exception as error:  # a template is a program of the model's
             raise ConfigError("data.template", f"chat: the tokenizer's chat template fails: {error!r}") from None
     template = TEMPLATES.get(config.template, config.template)
@@ -196,7 +202,7 @@ def _source(config: DataConfig) -> Iterable[tuple[str, dict[str, Any]]]:
     if config.source == "arithmetic":
         problems = make_problems(config.problems, levels=config.levels, seed=config.seed, held_out=config.split == "test")
         return (
-            (f"arithmetic {i}", {config.problem_field: p.text, config.answer_field: p.answer, "level": p.level})
+            (f"arithmetic {i}", {config.answer_field or "answer": p.answer, config.problem_field: p.text, "level": p.level})
             for i, p in enumerate(problems)
         )
     assert config.source is not None  # one source

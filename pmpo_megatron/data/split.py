@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pmpo_megatron.algo.advantages import trajectory_weights
+from pmpo_megatron.algo.advantages import STATISTICS, group_statistics, trajectory_weights
 from pmpo_megatron.errors import DataError
 from pmpo_megatron.types import Float64s, Integers, TrajectoryTable
 from pmpo_megatron.units import round_up
@@ -101,3 +101,13 @@ def step_weights(
     for members in steps:
         weights_N[members] = trajectory_weights(table.response_lengths_N[members].tolist(), kind, max_length=max_length)
     return np.where(table.truncated_N, 0.0, weights_N) if mask_truncated else weights_N
+
+
+def statistics_of_groups(table: TrajectoryTable) -> dict[str, Float64s]:
+    """What rules may know of the group of every trajectory of the round, by name: [N] each."""
+    columns = {name: np.zeros(len(table.rewards_N)) for name in STATISTICS}
+    for group in np.unique(table.group_ids_N):
+        members = table.group_ids_N == group
+        for name, value in group_statistics(table.rewards_N[members]).items():
+            columns[name][members] = value
+    return columns

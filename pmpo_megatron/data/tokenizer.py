@@ -24,7 +24,7 @@ def load_tokenizer(path: str) -> Any:
 def encode(tokenizer: Any, text: str, special: bool, where: str) -> list[int]:
     """The tokens of a prompt: at least one of its own, beside those that the tokenizer puts around any text."""
     try:
-        token_ids = tokenizer.encode(text, add_special_tokens=special)
+        token_ids: list[int] = tokenizer.encode(text, add_special_tokens=special)
         own = token_ids if len(token_ids) > 4 else tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # the library raises whatever its files lead to
         raise DataError(f"{where}: the tokenizer fails on the prompt {text[:80]!r}: {error!r}") from None

@@ -5,8 +5,9 @@ Legend: L tokens on this rank, q/k/v [L, 1, heads, head_dim] as [1, heads, L, he
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,11 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 from pmpo_megatron.parallel.shards import context_order, context_spans
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 QUERY_BLOCK = 512  # rows of an explicit causal mask that exist at once
 
@@ -72,11 +78,12 @@ def _positions_by_length(boundaries: tuple[int, ...]) -> tuple[tuple[int, torch.
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension. Stock torch norms refuse sequence parallelism inside Megatron."""
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **ignored) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **ignored: Any) -> None:
         super().__init__()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over the tensor-parallel group
+        weight: Any = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over the tensor-parallel group
+        self.weight = weight
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +97,7 @@ class HostLengthsAttention(SelfAttention):
     of queries and of keys: with lengths on the GPU, the host waits for it twice in every layer.
     """
 
-    def forward(self, *arguments, packed_seq_params: PackedSequences | None = None, **more):
+    def forward(self, *arguments: Any, packed_seq_params: PackedSequences | None = None, **more: Any) -> Any:
         on_host = packed_seq_params.on_host if packed_seq_params is not None else None
         return super().forward(*arguments, packed_seq_params=on_host, **more)
 
@@ -102,42 +109,57 @@ class CoreAttention(MegatronModule):
     Sequences of one call are independent: nothing leaks between neighbours in the packing.
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None,
-                 softmax_scale=None, cp_comm_type=None, pg_collection=None, **ignored) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *ignored: Any,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection,
+        **also_ignored: Any,
+    ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.cp_group = pg_collection.cp
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+    def sharded_state_dict(self, *ignored: Any, **also_ignored: Any) -> dict[str, Any]:
         return {}  # no parameters
 
-    def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
-                packed_seq_params=None) -> torch.Tensor:  # fmt: skip
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSequences | None = None,
+    ) -> torch.Tensor:
         """[L, heads, d] each, packed; or [s, 1, heads, d] for one whole sequence. Returns [L, heads * d] or [s, 1, ...]."""
         packed = packed_seq_params is not None
-        if packed:
+        if packed_seq_params is not None:
             boundaries, order = packed_seq_params.boundaries, packed_seq_params.gather_order
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         else:
-            boundaries = (0, query.shape[0] * self.cp_group.size())
-            order = context_order(boundaries, size=self.cp_group.size()).to(query.device)
-        if self.cp_group.size() > 1:
+            size = self.cp_group.size()
+            boundaries = (0, query.shape[0] * size)
+            order = context_order(boundaries, size=size).to(query.device) if size > 1 else None
+        if order is not None:
             key, value = self._gather(key, value, order)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if packed and packed_seq_params.by_length:
+        if packed_seq_params is not None and packed_seq_params.by_length:
             out = self._attend_by_length(q, k, v, packed_seq_params).permute(2, 0, 1, 3)
         else:
             out = torch.cat(self._attend(q, k, v, boundaries), dim=2).permute(2, 0, 1, 3)
         return out.reshape(out.shape[0], -1) if packed else out.reshape(*out.shape[:2], -1)
 
-    def _gather(self, key, value, order) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, key: torch.Tensor, value: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all context-parallel ranks, in global order."""
         both = gather_from_sequence_parallel_region(
             torch.cat([key, value], dim=-1).contiguous(), tensor_parallel_output_grad=True, group=self.cp_group
         )
         return both.index_select(0, order).split([key.shape[-1], value.shape[-1]], dim=-1)
 
-    def _attend(self, q, k, v, boundaries) -> list[torch.Tensor]:
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, boundaries: tuple[int, ...]) -> list[torch.Tensor]:
         size, rank = self.cp_group.size(), self.cp_group.rank()
         outputs, offset = [], 0
         for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
@@ -147,22 +169,23 @@ class CoreAttention(MegatronModule):
                 outputs.extend(self._attend_span(queries, k[:, :, start:last], v[:, :, start:last]))
         return outputs
 
-    def _attend_by_length(self, q, k, v, packed: PackedSequences) -> torch.Tensor:
+    def _attend_by_length(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
         """Packed sequences of equal length go through attention together: where they are short, calls are what costs."""
         outputs = []
         for length, place in packed.by_length:
-            parts = (x[0].index_select(1, place).unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(*parts, is_causal=True, scale=self.scale, enable_gqa=True)
+            queries, keys, values = (x[0].index_select(1, place).unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=True)
             outputs.append(out.transpose(0, 1).flatten(1, 2))
+        assert packed.from_lengths is not None  # they come together
         return torch.cat(outputs, dim=1).index_select(1, packed.from_lengths).unsqueeze(0)
 
-    def _attend_span(self, q, k, v) -> list[torch.Tensor]:
+    def _attend_span(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         """Queries that are the last ones of the keys' span: causal, aligned at the lower right."""
         if q.shape[2] == k.shape[2]:
             return [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)]
         if _has_flash_attention(q):  # it knows this shape; with an explicit mask and grouped queries scores would be stored
-            mask = causal_lower_right(q.shape[2], k.shape[2])
-            return [F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)]
+            bias = causal_lower_right(q.shape[2], k.shape[2])
+            return [F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale, enable_gqa=True)]
         earlier, outputs = k.shape[2] - q.shape[2], []
         for begin in range(0, q.shape[2], QUERY_BLOCK):
             end = min(begin + QUERY_BLOCK, q.shape[2])
@@ -171,10 +194,14 @@ class CoreAttention(MegatronModule):
             with _rebuilt_in_backward(mask):
                 outputs.append(
                     F.scaled_dot_product_attention(
-                        q[:, :, begin:end], k[:, :, :reach], v[:, :, :reach],
-                        attn_mask=mask, scale=self.scale, enable_gqa=True,
+                        q[:, :, begin:end],
+                        k[:, :, :reach],
+                        v[:, :, :reach],
+                        attn_mask=mask,
+                        scale=self.scale,
+                        enable_gqa=True,
                     )
-                )  # fmt: skip
+                )
         return outputs
 
 
@@ -187,16 +214,16 @@ def _causal_mask(rows: int, reach: int, like: torch.Tensor) -> torch.Tensor:
     return torch.full((rows, reach), float("-inf"), dtype=like.dtype, device=like.device).triu(reach - rows + 1)
 
 
-def _rebuilt_in_backward(mask: torch.Tensor):
+def _rebuilt_in_backward(mask: torch.Tensor) -> AbstractContextManager[Any]:
     """Autograd keeps the mask's size instead of the mask: the masks of a trajectory grow with the square of its length."""
     rows, reach = mask.shape
     address, like = mask.data_ptr(), mask.new_empty(0)
 
-    def pack(saved: torch.Tensor):
+    def pack(saved: torch.Tensor) -> torch.Tensor | torch.Size:
         is_mask = saved.data_ptr() == address and saved.shape[-2:] == (rows, reach)
         return saved.shape if is_mask else saved
 
-    def unpack(kept):
+    def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
         return _causal_mask(rows, reach, like).expand(kept) if isinstance(kept, torch.Size) else kept
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

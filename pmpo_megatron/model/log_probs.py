@@ -96,7 +96,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         mean_logit_T = (torch.exp(parts[:, 0] - log_sum_T) * parts[:, 2]).sum(0) if entropy else None
         ctx.save_for_backward(hidden_TH, weight_VH, targets_T, log_sum_T, mean_logit_T)
         ctx.settings = vocabulary, temperature, chunk_tokens
-        return parts[:, 1].sum(0) - log_sum_T, log_sum_T - mean_logit_T if entropy else None
+        return parts[:, 1].sum(0) - log_sum_T, None if mean_logit_T is None else log_sum_T - mean_logit_T
 
     @staticmethod
     def backward(
@@ -155,13 +155,13 @@ def _chunk_statistics(
 def _grad_logits(
     logits_CV: torch.Tensor,
     log_sum_C: torch.Tensor,
-    mean_logit_C: torch.Tensor,
+    mean_logit_C: torch.Tensor | None,
     grad_log_prob_C: torch.Tensor | None,
     grad_entropy_C: torch.Tensor | None,
     target: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """Gradient with respect to the (tempered) logits, [C, V]; overwrites ``logits_CV`` where it can."""
-    deviation_CV = None if grad_entropy_C is None else logits_CV - mean_logit_C.unsqueeze(1)
+    deviation_CV = None if grad_entropy_C is None or mean_logit_C is None else logits_CV - mean_logit_C.unsqueeze(1)
     probability_CV = logits_CV.sub_(log_sum_C.unsqueeze(1)).exp_()
     if grad_log_prob_C is None:
         grad_log_prob_C = torch.zeros_like(log_sum_C)
@@ -231,7 +231,7 @@ def score_hidden_states(
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden, group=state.tp_group)
     hidden_TH = hidden.reshape(-1, hidden.shape[-1])
-    parts = token_log_probs(
+    log_probs, entropies = token_log_probs(
         hidden_TH.index_select(0, wanted),
         weight_VH,
         targets_T.index_select(0, wanted),
@@ -242,5 +242,4 @@ def score_hidden_states(
         entropy=entropy,
     )
     empty_T = torch.zeros(hidden_TH.shape[0], dtype=torch.float32, device=hidden_TH.device)
-    log_probs_T, entropy_T = (None if part is None else empty_T.index_copy(0, wanted, part) for part in parts)
-    return log_probs_T, entropy_T
+    return empty_T.index_copy(0, wanted, log_probs), None if entropies is None else empty_T.index_copy(0, wanted, entropies)

@@ -5,6 +5,7 @@ Legend: T tokens on this context-parallel rank, N trajectories.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ class MicroBatch:
     rollout_log_probs_T: torch.Tensor  # float32 [T]
     advantages_N: torch.Tensor  # float32 [N]
     weights_N: torch.Tensor  # float32 [N], c_i of the whole optimizer step
+    group_statistics: Mapping[str, torch.Tensor]  # float64 [N] each, by name
     sample_ids: tuple[int, ...]  # N of them
     sequences: PackedSequences  # with the boundaries of the sequences over all context-parallel ranks
     num_response_tokens: int  # over all context-parallel ranks
@@ -76,6 +78,7 @@ def prepare(packed: PackedTrajectories, state: ParallelState) -> MicroBatch:
         rollout_log_probs_T=moved(packed.rollout_log_probs_T[here]),
         advantages_N=moved(packed.advantages_N),
         weights_N=moved(packed.weights_N),
+        group_statistics={name: moved(values_N) for name, values_N in packed.group_statistics.items()},
         sample_ids=packed.sample_ids,
         sequences=packed_sequences(packed.boundaries, context_size=state.cp_size, device=state.device),
         num_response_tokens=int((packed.trajectory_T >= 0).sum()),

@@ -18,6 +18,7 @@ from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.log_probs import score_hidden_states
 from pmpo_megatron.model.optimizer import LearningRateSchedule, OptimizerConfig, make_optimizer
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState
+from pmpo_megatron.units import resolve_dtype
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,15 +36,14 @@ class ModelConfig(Section):
         choices=("auto", "transformer_engine", "local"),
     )
     recompute: str = setting(
-        "none", "activations computed again in the backward pass: nothing, the MLPs, or whole layers",
+        "none",
+        "activations computed again in the backward pass: nothing, the MLPs, or whole layers",
         choices=("none", "selective", "full"),
-    )  # fmt: skip
+    )
     log_prob_chunk: int = setting(256, "tokens whose logits exist at once", unit="tokens", minimum=1)
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
-        if self.dtype == "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
-        return DTYPES[self.dtype]
+        return DTYPES[resolve_dtype(self.dtype, device.type)]
 
 
 @dataclass(frozen=True)

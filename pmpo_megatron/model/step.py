@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,14 @@ from pmpo_megatron.algo.penalties import kl_penalty, mean_entropy
 from pmpo_megatron.algo.rejection import Rejection
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.model.micro_batch import MicroBatch, ScoredMicroBatch
-from pmpo_megatron.model.optimizer import apply_gradients
+from pmpo_megatron.model.optimizer import LearningRateSchedule, apply_gradients
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.model.step_results import MicroResult, StepResult, collect_results
 from pmpo_megatron.parallel.collectives import gather_objects, sum_over
 from pmpo_megatron.parallel.liveness import naming_ranks
 from pmpo_megatron.parallel.state import ParallelState
+
+Work = tuple[MicroBatch, Callable[..., Any]]
 
 
 def score(
@@ -47,7 +49,7 @@ def score(
         old = _log_probs_of(policy, micro_batches, temperature=temperature)
     else:
         old = [item.rollout_log_probs_T if last else torch.empty(0) for item in micro_batches]
-    others: list[torch.Tensor | None] = [None] * len(micro_batches)
+    others: Sequence[torch.Tensor | None] = [None] * len(micro_batches)
     if reference is not None:
         others = _log_probs_of(reference, micro_batches, temperature=temperature)
     kept: list[torch.Tensor | None] = [None] * len(micro_batches)
@@ -74,8 +76,8 @@ def _log_probs_of(policy: Policy, micro_batches: Sequence[MicroBatch], *, temper
 
     work = [(item, functools.partial(collect, item)) for item in micro_batches]
     with torch.no_grad(), naming_ranks("scoring"):
-        found = _run_schedule(policy, work, forward_only=True)
-    return found if policy.state.is_last_stage else [torch.empty(0)] * len(work)
+        log_probs = _run_schedule(policy, work, forward_only=True)
+    return log_probs if policy.state.is_last_stage else [torch.empty(0)] * len(work)
 
 
 def optimizer_step(
@@ -110,6 +112,8 @@ def optimizer_step(
     Pipeline parallelism: only the last stage returns l; tied embeddings' gradients are summed over first and last stage
     in finalize_model_grads. KL and entropy bring their own denominators and go through the same l.
     """
+    if policy.optimizer is None or policy.scheduler is None:
+        raise ConfigError("optimizer", "this policy was built without one: it can be scored, not trained")
     _check_arguments(policy, micro_batches, objective)
     state = policy.state
     batches = [item.batch for item in micro_batches]
@@ -118,8 +122,10 @@ def optimizer_step(
 
     def loss(item: ScoredMicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, MicroResult]:
         batch = item.batch
-        scores = policy.score_hidden_states(hidden, batch.targets_T, batch.wanted, temperature=temperature, entropy=True)
-        terms = _evaluate(item, *scores, objective, progress=progress, step_tokens=step_tokens, state=state)
+        given = (hidden, batch.targets_T, batch.wanted)
+        log_probs_T, entropy_T = policy.score_hidden_states(*given, temperature=temperature, entropy=True)
+        assert entropy_T is not None  # it was asked for
+        terms = _evaluate(item, log_probs_T, entropy_T, objective, progress=progress, step_tokens=step_tokens, state=state)
         return terms.surrogate * scale, terms.detached()  # a tensor of its own: Megatron scales it in place
 
     work = [(item.batch, functools.partial(loss, item)) for item in micro_batches]
@@ -127,7 +133,7 @@ def optimizer_step(
     with naming_ranks("an optimizer step"):
         results = _run_schedule(policy, work, forward_only=False)
         totals, trajectories = collect_results(results, batches, state)
-    return _update(policy, totals, trajectories, step_tokens)
+    return _update(policy, policy.scheduler, totals, trajectories, step_tokens)
 
 
 def _evaluate(
@@ -164,6 +170,7 @@ def _evaluate(
         weights_T,
         progress,
         sum_over_shards,
+        batch.group_statistics,
     )
     kl, penalty = None, log_probs_T.new_zeros(())
     if item.reference_log_probs_T is not None:
@@ -181,7 +188,7 @@ def _evaluate(
     return MicroResult(output.surrogate + penalty, output, entropy, kl, penalty)
 
 
-def _run_schedule(policy: Policy, work: list[tuple[MicroBatch, Callable]], *, forward_only: bool) -> list[Any]:
+def _run_schedule(policy: Policy, work: Sequence[Work], *, forward_only: bool) -> list[Any]:
     """Megatron's schedule over ``work``: micro-batches, and what takes the hidden states of each on the last stage.
 
     Returns:
@@ -189,14 +196,14 @@ def _run_schedule(policy: Policy, work: list[tuple[MicroBatch, Callable]], *, fo
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    def forward_step(iterator, model):
+    def forward_step(iterator: Iterator[Work], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch, take = next(iterator)
         hidden = model(batch.tokens_1T, batch.position_ids_1T, None, packed_seq_params=batch.sequences)
         return hidden, take
 
     iterators = [iter(work) for _ in policy.chunks]
     run = get_forward_backward_func()
-    return run(
+    results: list[Any] = run(
         forward_step_func=forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(policy.chunks) if len(policy.chunks) > 1 else policy.chunks[0],
@@ -206,11 +213,10 @@ def _run_schedule(policy: Policy, work: list[tuple[MicroBatch, Callable]], *, fo
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
+    return results
 
 
 def _check_arguments(policy: Policy, micro_batches: Sequence[ScoredMicroBatch], objective: ObjectiveConfig) -> None:
-    if policy.optimizer is None:
-        raise ConfigError("optimizer", "this policy was built without one: it can be scored, not trained")
     if objective.kl_coefficient and any(item.reference_log_probs_T is None for item in micro_batches):
         raise ConfigError("objective.kl_coefficient", f"{objective.kl_coefficient} needs the log-probs of a reference model")
     interleaved = policy.state.config.virtual_pipeline
@@ -228,17 +234,25 @@ def _count_response_tokens(batches: list[MicroBatch], state: ParallelState) -> f
     return float(sum_over(state.dp_group)(local.double()))
 
 
-def _update(policy: Policy, totals: dict[str, Any], trajectories: dict[str, np.ndarray], step_tokens: float) -> StepResult:
-    learning_rate, norm, applied, problem = policy.scheduler.learning_rate, float("nan"), False, None
+def _update(
+    policy: Policy,
+    schedule: LearningRateSchedule,
+    totals: dict[str, Any],
+    trajectories: dict[str, np.ndarray],
+    step_tokens: float,
+) -> StepResult:
+    learning_rate, norm, applied, problem = schedule.learning_rate, float("nan"), False, None
     if totals["non_finite"]:
-        problem = f"NaN or inf in the log-probs of trajectories {totals['non_finite'][:8]}"
+        problem = (
+            f"NaN or inf in the log-probs, or an overflow of weight x advantage, of trajectories {totals['non_finite'][:8]}"
+        )
     elif not math.isfinite(totals["loss"]):
         problem = f"the loss is {totals['loss']}"
     else:
         with naming_ranks("the optimizer's update"):
-            norm, applied = apply_gradients(policy.optimizer, policy.scheduler.config)
+            norm, applied = apply_gradients(policy.optimizer, schedule.config)
         if applied:
-            policy.scheduler.advance()
+            schedule.advance()
         else:
             problem = f"the gradient norm is {norm}; {_name_bad_gradients(policy)}"
     return StepResult(
@@ -259,7 +273,7 @@ def _name_bad_gradients(policy: Policy) -> str:
     mine = [
         name
         for name, parameter in policy.named_parameters()
-        if getattr(parameter, "main_grad", None) is not None and not bool(parameter.main_grad.isfinite().all())
+        if (gradient := getattr(parameter, "main_grad", None)) is not None and not bool(gradient.isfinite().all())
     ]
     names = sorted({name for part in gather_objects(mine[:8], policy.state) for name in part})
     return f"NaN or inf in the gradient of {', '.join(names[:8])}" if names else "every single gradient is finite"

@@ -73,7 +73,7 @@ def collect_results(
             mine = _to_host(sums, results, batches)
     given = [item for item in gather_objects(mine, state) if item is not None]
     bad = sorted(sample for totals, _ in given for sample in totals["non_finite"])
-    arrays = {name: np.concatenate([found[name] for _, found in given]) for name in ("sample_id", *TRAJECTORY_FIELDS)}
+    arrays = {name: np.concatenate([values[name] for _, values in given]) for name in ("sample_id", *TRAJECTORY_FIELDS)}
     return given[0][0] | {"non_finite": bad}, arrays
 
 

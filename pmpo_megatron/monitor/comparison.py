@@ -1,12 +1,11 @@
-"""Variants compared over several seeds each: curves with confidence bands, and a verdict that says what is not known.
+"""What a study's results say: paired differences over seeds, curves with confidence bands, heat maps, collapsed runs.
 
-Runs lie in ``ROOT/<variant>/seed-<n>``. Every statement about a difference comes from the seeds' spread: Welch's t-test
-against the reference variant, corrected for the number of comparisons (Holm, 1979).
+Every statement about a difference comes from the seeds' spread: Student's paired t-test against the reference variant over
+the seeds that both have, corrected for the number of comparisons (Holm, 1979).
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,54 +16,33 @@ import numpy as np
 from scipy import stats
 
 from pmpo_megatron.errors import DataError
-from pmpo_megatron.monitor.read import RunRecord, read_run
-from pmpo_megatron.monitor.report import PAGE
-from pmpo_megatron.monitor.style import DARK, LIGHT, NUM_SERIES, color, css_variables, figure, to_svg
+from pmpo_megatron.monitor.comparison_plots import curve_pictures, ess_against_p, heat_maps
+from pmpo_megatron.monitor.page import page, replace_file
+from pmpo_megatron.monitor.study import COLLAPSE, GREEDY, SAMPLED, StudyConfig, Variant
 
 CONFIDENCE = 0.95
-HELD_OUT = "eval/accuracy_mean"
-CURVES = (
-    (HELD_OUT, "Held-out accuracy", "accuracy"),
-    ("reward/mean", "Reward in training", "reward"),
-    ("objective/p_mean", "p, mean over trajectories", "p"),
-    ("objective/ess_fraction", "Effective sample size", "ESS / tokens"),
-    ("objective/clip_fraction", "Clipped tokens", "clipped / tokens"),
-    ("policy/grad_norm", "Gradient norm", "norm"),
-    ("policy/entropy", "Entropy", "nats / token"),
-    ("rollout/length_mean", "Response length", "tokens"),
+QUANTITIES = (
+    ("final greedy accuracy", GREEDY, "last"),
+    ("final sampled accuracy", SAMPLED, "last"),
+    ("sampled accuracy over the whole run", SAMPLED, "mean"),
+)
+COLUMNS = (
+    ("p", "objective/p_mean", "mean"),
+    ("p, 5%", "objective/p_q05", "mean"),
+    ("p, 95%", "objective/p_q95", "mean"),
+    ("ESS / tokens", "objective/ess_fraction", "mean"),
+    ("clipped", "objective/clip_fraction", "mean"),
+    ("gradient norm", "policy/grad_norm", "mean"),
+    ("its maximum", "policy/grad_norm_max", "max"),
 )
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One setting and its runs, which differ in their seeds alone."""
-
-    name: str
-    runs: tuple[RunRecord, ...]
-
-    def curves(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps [S], values [runs, S]) at the steps that all runs have; empty where a run lacks the metric."""
-        series = [dict(zip(*(a.tolist() for a in run.series(metric)), strict=True)) for run in self.runs]
-        steps = sorted(set.intersection(*(set(points) for points in series)))
-        return np.array(steps), np.array([[points[step] for step in steps] for points in series])
-
-    def final(self) -> np.ndarray:
-        """Held-out accuracy after the last round, one value for each seed."""
-        return self.curves(HELD_OUT)[1][:, -1]
-
-    def overall(self) -> np.ndarray:
-        """Held-out accuracy, mean over all evaluations: high where learning is fast as well as good."""
-        return self.curves(HELD_OUT)[1].mean(1)
-
-
-@dataclass(frozen=True)
 class Verdict:
-    """A variant against the reference in one quantity. ``p_value`` is corrected for the number of comparisons.
-
-    ``seeds`` is the smaller number of theirs.
-    """
+    """A variant against its reference in one quantity. ``p_value`` is corrected for the number of comparisons."""
 
     name: str
+    reference: str
     seeds: int
     difference: float
     low: float
@@ -75,32 +53,12 @@ class Verdict:
     def differs(self) -> bool:
         return self.p_value < 1 - CONFIDENCE
 
-    def sentence(self, reference: str, quantity: str) -> str:
+    def sentence(self, quantity: str) -> str:
         interval = f"{self.difference:+.3f}, {CONFIDENCE:.0%} interval [{self.low:+.3f}, {self.high:+.3f}]"
         if self.differs:
             word = "better" if self.difference > 0 else "worse"
-            return f"{self.name}: {word} than {reference} in {quantity} ({interval}; p = {self.p_value:.2g})"
-        return f"{self.name}: not told apart from {reference} in {quantity} by {self.seeds} seeds ({interval})"
-
-
-def read_variants(root: Path) -> list[Variant]:
-    """Every variant in ``root``, in the order of their directories' names.
-
-    Raises:
-        DataError: there is none, or a run is damaged or has no held-out accuracy.
-    """
-    names = sorted({path.parent.parent.name for path in root.glob("*/seed-*/metrics.jsonl")})
-    if not names:
-        raise DataError(f"{root}: holds no <variant>/seed-<n> with a metrics.jsonl")
-    found = []
-    for name in names:
-        directories = sorted(path.parent for path in (root / name).glob("seed-*/metrics.jsonl"))
-        runs = tuple(read_run(path, label=f"{name} {path.name}") for path in directories)
-        for run in runs:
-            if HELD_OUT not in run.names("eval/"):
-                raise DataError(f"{run.directory}: has no {HELD_OUT}; give the runs evaluation.data")
-        found.append(Variant(name, runs))
-    return found
+            return f"{self.name}: {word} than {self.reference} in {quantity} ({interval}; p = {self.p_value:.2g})"
+        return f"{self.name}: not told apart from {self.reference} in {quantity} by {self.seeds} seeds ({interval})"
 
 
 def interval_of_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,113 +70,90 @@ def interval_of_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(0), error * stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
 
 
-def compare(values: dict[str, np.ndarray], reference: str) -> list[Verdict]:
-    """Welch's t-test of every other entry of ``values`` against ``reference``, Holm-corrected; none with one seed."""
-    base, verdicts = values[reference], []
-    for name, other in values.items():
-        seeds = min(len(base), len(other))
-        if name == reference or seeds < 2:
+def compare(pairs: Sequence[tuple[str, dict[int, float], str, dict[int, float]]]) -> list[Verdict]:
+    """Paired t-tests, Holm-corrected, of (name, value by seed, reference's name, its values) over the seeds of both.
+
+    A pair with fewer than two seeds in common has no verdict.
+    """
+    verdicts = []
+    for name, values, reference, base in pairs:
+        seeds = sorted(values.keys() & base.keys())
+        if len(seeds) < 2:
             continue
-        difference = float(other.mean() - base.mean())
-        if other.std() == base.std() == 0:
-            verdicts.append(Verdict(name, seeds, difference, difference, difference, float(difference == 0)))
-            continue
-        test = stats.ttest_ind(other, base, equal_var=False)
-        low, high = test.confidence_interval(CONFIDENCE)
-        verdicts.append(Verdict(name, seeds, difference, float(low), float(high), float(test.pvalue)))
+        difference = np.array([values[seed] - base[seed] for seed in seeds])
+        mean, half = interval_of_mean(difference)
+        p_value = float(stats.ttest_1samp(difference, 0.0).pvalue) if np.ptp(difference) else float(mean == 0)
+        verdicts.append(Verdict(name, reference, len(seeds), float(mean), float(mean - half), float(mean + half), p_value))
     return _holm(verdicts)
 
 
 def _holm(verdicts: list[Verdict]) -> list[Verdict]:
-    corrected, largest = {}, 0.0
-    for rank, verdict in enumerate(sorted(verdicts, key=lambda v: v.p_value)):
-        largest = max(largest, min(1.0, verdict.p_value * (len(verdicts) - rank)))
-        corrected[verdict.name] = largest
-    return [replace(v, p_value=corrected[v.name]) for v in verdicts]
+    corrected, largest = [0.0] * len(verdicts), 0.0
+    for rank, index in enumerate(sorted(range(len(verdicts)), key=lambda i: verdicts[i].p_value)):
+        largest = max(largest, min(1.0, verdicts[index].p_value * (len(verdicts) - rank)))
+        corrected[index] = largest
+    return [replace(verdict, p_value=value) for verdict, value in zip(verdicts, corrected, strict=True)]
 
 
-def write_comparison(root: Path, out: Path, *, reference: str, title: str) -> list[str]:
-    """Writes the page about the variants in ``root`` to ``out``; returns its verdicts as sentences.
+def write_comparison(study: StudyConfig, variants: Sequence[Variant], out: Path) -> list[str]:
+    """Writes the page about ``variants`` to ``out``; returns its verdicts as sentences.
 
     Raises:
-        DataError: see `read_variants`; or ``reference`` is none of the variants.
+        DataError: there is none.
     """
-    variants = read_variants(root)
-    if reference not in [variant.name for variant in variants]:
-        raise DataError(f"{root}: has no variant {reference!r}; it has {', '.join(v.name for v in variants)}")
-    sentences = _sentences(variants, reference)
+    if not variants:
+        raise DataError(f"{out.parent}: no run is finished yet")
+    sentences = verdict_sentences(study, variants)
     counts = sorted({len(variant.runs) for variant in variants})
     seeds = f"{counts[0]} seeds each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
-    verdicts = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    pictures = [svg for metric, heading, label in CURVES if (svg := _picture(variants, metric, heading, label))]
-    cards = "".join(f'<div class="card">{svg}</div>' for svg in pictures)
-    page = PAGE.format(
-        title=escape(title),
-        subtitle=escape(
-            f"{len(variants)} variants, {seeds}, equal budget. Lines are means, bands {CONFIDENCE:.0%} intervals of "
-            f"the mean by Student's t. Written {time.strftime('%Y-%m-%d %H:%M')}."
-        ),
-        light=css_variables(LIGHT),
-        dark=css_variables(DARK),
-        body=f'<h2>Summary</h2><div class="card">{_table(variants)}</div><h2>What differs and what does not</h2>'
-        f'<div class="card"><ul>{verdicts}</ul></div><h2>Curves</h2><div class="cards">{cards}</div>',
+    subtitle = (
+        f"{len(variants)} variants, {seeds}, {study.rounds} rounds each. Lines are means, bands {CONFIDENCE:.0%} intervals of "
+        f"the mean by Student's t. Written {time.strftime('%Y-%m-%d %H:%M')}."
     )
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, out)
+    verdicts = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    sections = [
+        f'<h2>Summary</h2><div class="card">{summary(variants)}</div><p class="note">{escape(COLLAPSE)}</p>',
+        f'<h2>What differs and what does not</h2><div class="card"><ul>{verdicts}</ul></div>',
+    ]
+    for heading, pictures in (
+        ("Heat maps", heat_maps(study, variants, QUANTITIES)),
+        ("p as an inverse temperature", ess_against_p(variants)),
+        ("Curves", curve_pictures(study, variants, interval_of_mean)),
+    ):
+        cards = "".join(f'<div class="card">{svg}</div>' for svg in pictures)
+        sections += [f'<h2>{heading}</h2><div class="cards">{cards}</div>'] if pictures else []
+    replace_file(out, page(study.title, subtitle, "\n".join(sections)))
     return sentences
 
 
-def _sentences(variants: Sequence[Variant], reference: str) -> list[str]:
-    found = [
-        verdict.sentence(reference, quantity)
-        for quantity, values in (
-            ("final accuracy", {v.name: v.final() for v in variants}),
-            ("accuracy over the whole run", {v.name: v.overall() for v in variants}),
-        )
-        for verdict in compare(values, reference)
-    ]
-    if not found:
-        return ["One seed each: nothing can be said about differences."]
-    single = [variant.name for variant in variants if len(variant.runs) == 1]
-    return [*found, *(f"{name}: one seed, nothing can be said about it." for name in single)]
+def verdict_sentences(study: StudyConfig, variants: Sequence[Variant]) -> list[str]:
+    """One sentence for every variant and quantity that at least two seeds say something about."""
+    by_levels, sentences = {variant.levels: variant for variant in variants}, []
+    for quantity, metric, reduce in QUANTITIES:
+        pairs = []
+        for variant in variants:
+            reference = by_levels.get(study.reference_of(variant.levels))
+            if reference is not None and reference is not variant:
+                values = (v.by_seed(metric, reduce) for v in (variant, reference))
+                pairs.append((variant.name, next(values), reference.name, next(values)))
+        sentences += [verdict.sentence(quantity) for verdict in compare(pairs)]
+    return sentences or ["No variant shares two seeds with its reference: nothing can be said about differences."]
 
 
-def _table(variants: Sequence[Variant]) -> str:
+def summary(variants: Sequence[Variant]) -> str:
+    """One row for each variant."""
     rows = []
-    for index, variant in enumerate(variants):
-        cells = [_dot(index) + escape(variant.name), str(len(variant.runs)), _cell(variant.final()), _cell(variant.overall())]
-        for metric in ("objective/p_mean", "objective/ess_fraction", "objective/clip_fraction", "policy/grad_norm"):
-            values = variant.curves(metric)[1]
-            cells.append(_cell(values.mean(1)) if values.size else "-")
+    for variant in variants:
+        collapsed = variant.collapsed()
+        cells = [escape(variant.name), str(len(variant.runs)), f"{sum(collapsed.values())} of {len(collapsed)}"]
+        cells += [_cell(variant.by_seed(metric, reduce)) for _, metric, reduce in (*QUANTITIES, *COLUMNS)]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    names = ("variant", "seeds", "final accuracy", "over the run", "p", "ESS / tokens", "clipped", "gradient norm")
+    names = ("variant", "seeds", "collapsed", *(name for name, *_ in (*QUANTITIES, *COLUMNS)))
     return f"<table><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>{''.join(rows)}</table>"
 
 
-def _dot(index: int) -> str:
-    return f'<span class="dot" style="background: var(--series-{index % NUM_SERIES + 1})"></span>'
-
-
-def _cell(values: np.ndarray) -> str:
-    mean, half = interval_of_mean(values)
+def _cell(by_seed: dict[int, float]) -> str:
+    if not by_seed:
+        return "-"
+    mean, half = interval_of_mean(np.array([*by_seed.values()]))
     return f"{mean:.3f}" + (f" ± {half:.3f}" if np.isfinite(half) else "")
-
-
-def _picture(variants: Sequence[Variant], metric: str, heading: str, label: str) -> str | None:
-    drawn_any = False
-    with figure() as (drawn, axes):
-        for index, variant in enumerate(variants):
-            steps, values = variant.curves(metric)
-            if not values.size:
-                continue
-            mean, half = interval_of_mean(values)
-            axes.plot(steps, mean, color=color(index), label=variant.name)
-            if np.isfinite(half).all():
-                axes.fill_between(steps, mean - half, mean + half, color=color(index), alpha=0.15, linewidth=0)
-            drawn_any = True
-        axes.set_title(heading)
-        axes.set_ylabel(label)
-        axes.set_xlabel(variants[0].runs[0].step_name)
-        drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        return to_svg(drawn, metric.replace("/", "-")) if drawn_any else None

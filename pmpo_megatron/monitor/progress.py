@@ -139,12 +139,9 @@ def _redirect_log_handlers(before: set[object]) -> list[tuple[logging.StreamHand
 def step_cells(numbers: Numbers) -> list[tuple[str, str]]:
     """(label, text) of the numbers that tell how a step went; those that were not measured are left out."""
 
-    def cell(label: str, name: str, form: Callable[[float], str], spread: str | None = None) -> None:
+    def cell(label: str, name: str, form: Callable[[float], str]) -> None:
         if name in numbers:
-            text = form(numbers[name])
-            if spread is not None and spread in numbers:
-                text += f"±{form(numbers[spread])}"
-            cells.append((label, text))
+            cells.append((label, form(numbers[name])))
 
     cells: list[tuple[str, str]] = []
     cell("reward", "reward/mean", "{:.3f}".format)
@@ -152,8 +149,10 @@ def step_cells(numbers: Numbers) -> list[tuple[str, str]]:
     for name in sorted(numbers):
         if name.startswith("eval/") and name.endswith("_mean") and name != "eval/accuracy_mean":
             cell(name[5:-5], name, "{:.3f}".format)
-    cell("p", "objective/p_mean", "{:.2f}".format, "objective/p_std")
-    cell("ESS", "objective/ess_fraction", "{:.2f}".format)
+    if "objective/p_q05" in numbers:
+        cells.append(("p 5/50/95%", "/".join(f"{numbers[f'objective/p_{q}']:.2f}" for q in ("q05", "q50", "q95"))))
+    cell("ESS", "objective/ess_fraction", "{:.3f}".format)
+    cell("target", "objective/ess_target", "{:.3f}".format)
     cell("clip", "objective/clip_fraction", "{:.1%}".format)
     cell("len", "rollout/length_mean", "{:.0f}".format)
     cell("|g|", "policy/grad_norm", "{:.3g}".format)

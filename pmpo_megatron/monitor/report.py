@@ -4,44 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
+from pmpo_megatron.monitor.page import page, replace_file
 from pmpo_megatron.monitor.plots import PLOTS, held_out
 from pmpo_megatron.monitor.progress import format_count, format_seconds
 from pmpo_megatron.monitor.read import RunRecord, read_runs
-from pmpo_megatron.monitor.style import DARK, LIGHT, NUM_SERIES, css_variables
+from pmpo_megatron.monitor.style import NUM_SERIES
+from pmpo_megatron.monitor.token_page import write_token_page
 
 MAX_ROLLOUTS = 12  # shown of each run, the last ones
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", sans-serif;
-  --page: #f5f5f2; --card: #ffffff; --ink: #1c1c1a; --muted: #6a6a66; --grid: #e4e4df; {light} }}
-@media (prefers-color-scheme: dark) {{ :root {{
-  --page: #161615; --card: #20201f; --ink: #ecece8; --muted: #a3a39d; --grid: #383836; {dark} }} }}
-* {{ box-sizing: border-box }}
-body {{ margin: 0 auto; max-width: 1180px; padding: 2rem 1rem 4rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 var(--font) }}
-h1 {{ margin: 0; font-size: 1.6rem }} h2 {{ margin: 2.2rem 0 .8rem; font-size: 1.15rem }} p.note {{ color: var(--muted) }}
-.cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1rem }}
-.card {{ background: var(--card); border: 1px solid var(--grid); border-radius: 8px; padding: .8rem; overflow-x: auto }}
-.card svg {{ width: 100%; height: auto; display: block }}
-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }}
-th, td {{ text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--grid); vertical-align: top }}
-th {{ color: var(--muted); font-weight: 600 }} td.n, th.n {{ text-align: right }}
-.dot {{ display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em }}
-details {{ margin: .4rem 0 }} summary {{ cursor: pointer }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; font-size: 13px }} .label {{ color: var(--muted) }}
-</style></head><body>
-<h1>{title}</h1><p class="note">{subtitle}</p>
-{body}
-</body></html>
-"""
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path, *, title: str | None = None) -> Path:
@@ -53,15 +30,15 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, title: str | No
     records = read_runs([Path(run) for run in runs])
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(render(records, title=title), encoding="utf-8")
-    os.replace(temporary, out)
+    pages = {run.label: page for run in records if (page := write_token_page(run, run.directory / "tokens.html"))}
+    links = {label: os.path.relpath(page, out.parent) for label, page in pages.items()}
+    replace_file(out, render(records, title=title, token_pages=links))
     return out
 
 
-def render(runs: Sequence[RunRecord], *, title: str | None = None) -> str:
-    """The page as text."""
-    sections = [f'<h2>Summary</h2><div class="card">{summary_table(runs)}</div>']
+def render(runs: Sequence[RunRecord], *, title: str | None = None, token_pages: Mapping[str, str] | None = None) -> str:
+    """The page as text, with links to the ``token_pages`` of runs (by label, relative to the page)."""
+    sections = [f'<h2>Summary</h2><div class="card">{summary_table(runs)}</div>', _links(token_pages or {})]
     for heading, plots in PLOTS.items():
         if pictures := [svg for plot in plots if (svg := plot(runs)) is not None]:
             cards = "".join(f'<div class="card">{svg}</div>' for svg in pictures)
@@ -70,13 +47,13 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None) -> str:
     if title is None:
         title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     written = time.strftime("%Y-%m-%d %H:%M")
-    return PAGE.format(
-        title=escape(title),
-        subtitle=escape(f"Power-mean policy optimization. {', '.join(run.label for run in runs)}. Written {written}."),
-        light=css_variables(LIGHT),
-        dark=css_variables(DARK),
-        body="\n".join(sections),
-    )
+    subtitle = f"Power-mean policy optimization. {', '.join(run.label for run in runs)}. Written {written}."
+    return page(title, subtitle, "\n".join(sections))
+
+
+def _links(token_pages: Mapping[str, str]) -> str:
+    links = ", ".join(f'<a href="{escape(quote(path))}">{escape(label)}</a>' for label, path in token_pages.items())
+    return f'<p class="note">Which tokens carry the gradient, trajectory by trajectory: {links}</p>' if links else ""
 
 
 def summary_table(runs: Sequence[RunRecord]) -> str:

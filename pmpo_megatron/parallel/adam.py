@@ -8,6 +8,7 @@ FusedAdam would be. Delete this file when Megatron-Core loads the checkpoints of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ class GroupStepAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        if closure is not None:
+            raise TypeError("no closure: Megatron computes the gradients before it asks for a step")
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             group["step"] = int(group.get("step", 0)) + 1
@@ -57,7 +60,7 @@ class GroupStepAdam(torch.optim.Optimizer):
             )
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        state = self.state[parameter]
+        state: dict[str, torch.Tensor] = self.state[parameter]
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)

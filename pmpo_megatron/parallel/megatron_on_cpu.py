@@ -45,8 +45,8 @@ def install() -> bool:
     for name, module in list(sys.modules.items()):
         if _is_megatron(name):
             _scope(module)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.type = _type_with_both_names(torch.Tensor.type)
+    for name, method in (("cuda", _the_tensor_itself), ("type", _type_with_both_names(torch.Tensor.type))):
+        setattr(torch.Tensor, name, method)
     _installed = True
     return True
 
@@ -79,11 +79,11 @@ def _run_then_scope(execute: Callable[[types.ModuleType], None]) -> Callable[[ty
 @contextlib.contextmanager
 def _no_compilation() -> Iterator[None]:
     compile_function = torch.compile
-    torch.compile = lambda function=None, **kwargs: function if function is not None else (lambda inner: inner)
+    vars(torch)["compile"] = lambda function=None, **kwargs: function if function is not None else (lambda inner: inner)
     try:
         yield
     finally:
-        torch.compile = compile_function
+        vars(torch)["compile"] = compile_function
 
 
 def _scope(module: types.ModuleType) -> None:
@@ -157,6 +157,10 @@ class _TypeName(str):
     __hash__ = str.__hash__
 
 
+def _the_tensor_itself(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor
+
+
 def _type_with_both_names(original: Callable[..., Any]) -> Callable[..., Any]:
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
@@ -172,7 +176,7 @@ def _on_cpu(device: Any) -> Any:
     return CPU if isinstance(device, torch.device) and device.type == "cuda" else device
 
 
-def _factory_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+def _factory_on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def factory(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"])

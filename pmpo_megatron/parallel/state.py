@@ -146,9 +146,7 @@ def initialize(config: ParallelConfig, *, device: str | None = None, seed: int =
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         store = dist.HashStore() if world_size == 1 else None  # PyTorch's own listens on every interface
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    control_group = dist.group.WORLD
-    if chosen.type == "cuda":
-        control_group = dist.new_group(backend="gloo", timeout=timeout)
+    control_group = dist.new_group(backend="gloo", timeout=timeout) if chosen.type == "cuda" else _world_group()
     liveness.start_watch(rank=rank, world_size=world_size, heartbeat_s=config.heartbeat_s, stall_s=config.stall_s)
     _initialize_megatron(config, seed)
     return _read_state(config, rank, world_size, local_rank, chosen, control_group)
@@ -205,6 +203,13 @@ def _initialize_megatron(config: ParallelConfig, seed: int) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
+def _world_group() -> dist.ProcessGroup:
+    """The group of all ranks, which `initialize` made."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 def _read_state(
     config: ParallelConfig,
     rank: int,
@@ -236,6 +241,6 @@ def _read_state(
         cp_group=cp,
         dp_group=dp,
         dp_cp_group=dp_cp,
-        world_group=dist.group.WORLD,
+        world_group=_world_group(),
         control_group=control_group,
     )

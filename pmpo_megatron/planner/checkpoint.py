@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.parallel.state import ParallelConfig
-from pmpo_megatron.planner.parameters import ITEM_SIZE, Buffer, Parameter, chunk_parameters, lay_out
+from pmpo_megatron.planner.parameters import Buffer, Parameter, chunk_parameters, lay_out
+from pmpo_megatron.units import ITEM_SIZE
 
 STATES = 12  # bytes of a parameter's float32 copy and of Adam's two moments
 PROJECTION = "mlp.linear_fc1.weight"  # gate and up in one

@@ -12,7 +12,7 @@ from pmpo_megatron.planner.parameters import state_bytes
 from pmpo_megatron.planner.run_plan import plan
 from pmpo_megatron.planner.text import plan_lines
 from pmpo_megatron.training.run_config import RunConfig
-from pmpo_megatron.units import GIB
+from pmpo_megatron.units import GIB, resolve_dtype
 
 
 def memory_report(config: RunConfig, world_size: int, hardware: Hardware | None = None) -> list[str]:
@@ -29,25 +29,25 @@ def memory_report(config: RunConfig, world_size: int, hardware: Hardware | None 
     """
     if config.run.device == "cpu" or (config.run.device == "auto" and hardware is None and not torch.cuda.is_available()):
         return [_cpu_line(config, world_size)]
-    found = plan(config, world_size, hardware or hardware_here())
-    split = split_problem(found.shape, config.rollout.tensor_parallel)
+    planned = plan(config, world_size, hardware or hardware_here())
+    split = split_problem(planned.shape, config.rollout.tensor_parallel)
     if split and config.rollout.beside_trainer:
         raise ConfigError("rollout.tensor_parallel", split)
-    for gpu in found.gpus:
+    for gpu in planned.gpus:
         if gpu.certain > gpu.hardware.memory_gib * GIB:
             raise ConfigError(
                 "parallel",
                 f"{gpu.name} needs {gpu.certain / GIB:.1f} GiB without any activations, and {gpu.hardware.name} has "
                 f"{gpu.hardware.memory_gib:.1f}; spread the model over more GPUs (tools/plan_run.py proposes a layout)",
             )
-    return plan_lines(found)
+    return plan_lines(planned)
 
 
 def _cpu_line(config: RunConfig, world_size: int) -> str:
     parallel, shape = config.parallel, model_shape(config.model.path)
     common = dict(
         replicas=world_size // (parallel.tensor * parallel.pipeline),
-        dtype=config.model.dtype.replace("auto", "float32"),
+        dtype=resolve_dtype(config.model.dtype, "cpu"),
         distributed=config.optimizer.distributed,
     )
     most = max(state_bytes(shape, parallel, stage=stage, **common).total for stage in range(parallel.pipeline))

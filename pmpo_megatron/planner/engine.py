@@ -14,9 +14,8 @@ from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.parameters import total_parameters
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
-from pmpo_megatron.units import GIB
+from pmpo_megatron.units import GIB, ITEM_SIZE, resolve_dtype
 
-ITEM_SIZE = {"auto": 2, "bfloat16": 2, "float32": 4}
 PREFILL_TOKENS = 16384  # tokens of the largest forward pass; vLLM's default for offline use on GPUs of 70 GiB and more
 CUDA_GRAPHS_GIB = 1.5  # an assumption; 0 with enforce_eager
 ALL_REDUCE_S = 15e-6  # an assumption: one small all-reduce inside a node
@@ -42,7 +41,7 @@ class EngineBytes:
 
 def engine_bytes(shape: ModelShape, rollout: RolloutConfig, hardware: Hardware) -> EngineBytes:
     """What vLLM takes of each of its GPUs; a negative KV cache means that its share is too small."""
-    item, size = ITEM_SIZE[rollout.dtype], rollout.tensor_parallel
+    item, size = ITEM_SIZE[resolve_dtype(rollout.dtype, "cuda")], rollout.tensor_parallel
     groups = max(1, math.ceil(shape.num_query_groups / size))  # vLLM repeats groups where there are fewer than GPUs
     kv_per_token = 2 * shape.num_layers * groups * shape.head_dim * item
     weights = item * total_parameters(shape) / size
@@ -65,17 +64,17 @@ def split_problem(shape: ModelShape, size: int) -> str | None:
     )
 
 
-def engine_problems(shape: ModelShape, rollout: RolloutConfig, found: EngineBytes) -> list[str]:
+def engine_problems(shape: ModelShape, rollout: RolloutConfig, engine: EngineBytes) -> list[str]:
     """Why vLLM would not start, or not have room for one request. Lengths of prompt and response: `training.checks`."""
     split = split_problem(shape, rollout.tensor_parallel)
     problems = [f"rollout.tensor_parallel: {split}"] if split else []
     limit = rollout.max_model_len or shape.max_position_embeddings
     if limit > shape.max_position_embeddings:
         problems.append(f"rollout.max_model_len: {limit} is above the model's {shape.max_position_embeddings} positions")
-    if found.kv_tokens < limit:
+    if engine.kv_tokens < limit:
         problems.append(
-            f"rollout.gpu_memory_utilization: the KV cache has room for {found.kv_tokens} tokens, and one request may need "
-            f"{limit} (weights {found.weights / GIB:.1f} GiB, forward pass {found.forward / GIB:.1f} GiB); raise it, raise "
+            f"rollout.gpu_memory_utilization: the KV cache has room for {engine.kv_tokens} tokens, and one request may need "
+            f"{limit} (weights {engine.weights / GIB:.1f} GiB, forward pass {engine.forward / GIB:.1f} GiB); raise it, raise "
             "rollout.tensor_parallel, or lower rollout.max_model_len or rollout.max_num_seqs"
         )
     return problems
@@ -104,7 +103,7 @@ def generation_time(
     shape: ModelShape,
     rollout: RolloutConfig,
     sampling: SamplingConfig,
-    found: EngineBytes,
+    engine: EngineBytes,
     hardware: Hardware,
     *,
     requests: int,
@@ -121,19 +120,19 @@ def generation_time(
     """
     mean_context = context - response / 2
     share = math.ceil(requests / (rollout.engines * nodes))
-    running = max(1, min(share, rollout.max_num_seqs, int(found.kv_tokens / max(1.0, mean_context))))
-    step = decoding_step(shape, rollout, found, hardware, running=running, context=mean_context)
-    alone = decoding_step(shape, rollout, found, hardware, running=1, context=mean_context)
+    running = max(1, min(share, rollout.max_num_seqs, int(engine.kv_tokens / max(1.0, mean_context))))
+    step = decoding_step(shape, rollout, engine, hardware, running=running, context=mean_context)
+    alone = decoding_step(shape, rollout, engine, hardware, running=1, context=mean_context)
     full = share * response / running * step
     tail = max(0.0, sampling.max_tokens - response) * alone  # the longest response ends alone
     return GenerationTime(full + tail, running, requests * response / (full + tail))
 
 
 def decoding_step(
-    shape: ModelShape, rollout: RolloutConfig, found: EngineBytes, hardware: Hardware, *, running: int, context: float
+    shape: ModelShape, rollout: RolloutConfig, engine: EngineBytes, hardware: Hardware, *, running: int, context: float
 ) -> float:
     """Seconds in which every running request gets one token."""
-    read = found.weights + running * context * found.kv_per_token
+    read = engine.weights + running * context * engine.kv_per_token
     memory = read / (hardware.memory_bytes_per_s * hardware.decode_memory_efficiency)
     flops = 2 * total_parameters(shape) / rollout.tensor_parallel * running
     compute = flops / (hardware.peak_flops * hardware.matmul_efficiency)

@@ -72,7 +72,7 @@ class GpuMemory:
             "activations": self.activations.total,
             "vLLM": self.engine,
         }
-        return max(parts, key=parts.get)
+        return max(parts, key=parts.__getitem__)
 
 
 def kinds_of_gpu(

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.state import ParallelConfig
-from pmpo_megatron.units import round_up
-
-ITEM_SIZE = {"float32": 4, "bfloat16": 2}
+from pmpo_megatron.units import ITEM_SIZE, round_up
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class RoundTime:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.
+    """A run on stated hardware: memory, times, and what is wrong with it.
 
     Attributes:
         gpus: every kind of GPU in the run; the first is of rank 0.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.hf.shape import ModelShape
@@ -22,7 +25,7 @@ from pmpo_megatron.planner.records import Load, Plan, RoundTime
 from pmpo_megatron.planner.timing import StepTime, TrainingCost
 from pmpo_megatron.planner.verdict import find_notes, find_problems
 from pmpo_megatron.training.run_config import RunConfig
-from pmpo_megatron.units import GIB
+from pmpo_megatron.units import GIB, ITEM_SIZE, resolve_dtype
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -77,7 +80,9 @@ def _data_parallel_size(config: RunConfig, world_size: int) -> int:
         raise error.within("parallel") from None
 
 
-def _training_cost(config, world_size, hardware, shape, gpus) -> TrainingCost:
+def _training_cost(
+    config: RunConfig, world_size: int, hardware: Hardware, shape: ModelShape, gpus: Sequence[GpuMemory]
+) -> TrainingCost:
     return TrainingCost(
         shape=shape,
         parallel=config.parallel,
@@ -89,47 +94,53 @@ def _training_cost(config, world_size, hardware, shape, gpus) -> TrainingCost:
     )
 
 
-def _checkpoint(config, world_size: int, hardware: Hardware, shape: ModelShape) -> CheckpointBytes:
+def _checkpoint(config: RunConfig, world_size: int, hardware: Hardware, shape: ModelShape) -> CheckpointBytes:
     return checkpoint_bytes_of_node(
         shape,
         config.parallel,
         world_size=world_size,
         node_size=hardware.gpus_per_node,
-        dtype=config.model.dtype.replace("auto", "bfloat16"),
+        dtype=resolve_dtype(config.model.dtype, "cuda"),
         distributed=config.optimizer.distributed,
     )
 
 
 def _gpus(
-    config, world_size, hardware, shape, load: Load, engine: EngineBytes | None, checkpoint: float
+    config: RunConfig,
+    world_size: int,
+    hardware: Hardware,
+    shape: ModelShape,
+    load: Load,
+    engine: EngineBytes | None,
+    checkpoint: float,
 ) -> tuple[GpuMemory, ...]:
-    parallel, dtype = config.parallel, config.model.dtype.replace("auto", "bfloat16")
+    parallel, dtype = config.parallel, resolve_dtype(config.model.dtype, "cuda")
     replicas = world_size // (parallel.tensor * parallel.pipeline)
-    common = dict(replicas=replicas, dtype=dtype, distributed=config.optimizer.distributed)
+    states = partial(state_bytes, shape, parallel, replicas=replicas, dtype=dtype, distributed=config.optimizer.distributed)
     engine_size = config.rollout.engines * config.rollout.tensor_parallel if engine is not None else 0
     asks = config.rollout.gpu_memory_utilization * hardware.memory_gib * GIB
-    found = []
+    gpus = []
     node_size = hardware.gpus_per_node if config.rollout.nodes == "all" else None
     for stage, shared in kinds_of_gpu(parallel, world_size=world_size, engine_size=engine_size, node_size=node_size):
-        reference = state_bytes(shape, parallel, stage=stage, trained=False, **common).total
+        reference = states(stage=stage, trained=False).total
         activations = _activations(config, shape, load, stage, config.model.recompute)
-        found.append(
+        gpus.append(
             GpuMemory(
                 stage=stage,
-                state=state_bytes(shape, parallel, stage=stage, **common),
+                state=states(stage=stage),
                 reference=reference if config.objective.kl_coefficient else 0,
                 activations=activations,
-                engine=engine.total if shared else 0.0,
+                engine=engine.total if shared and engine is not None else 0.0,
                 engine_asks=asks if shared else 0.0,
                 checkpoint=checkpoint,
                 hardware=hardware,
             )
         )
-    return tuple(found)
+    return tuple(gpus)
 
 
-def _activations(config, shape, load: Load, stage: int, recompute: str) -> ActivationBytes:
-    item = 4 if config.model.dtype == "float32" else 2
+def _activations(config: RunConfig, shape: ModelShape, load: Load, stage: int, recompute: str) -> ActivationBytes:
+    item = ITEM_SIZE[resolve_dtype(config.model.dtype, "cuda")]
     return activation_bytes(
         ActivationModel(shape, config.parallel, recompute, item, fused=expects_fused(config.model.layers)),
         tokens=load.full_tokens,
@@ -139,12 +150,12 @@ def _activations(config, shape, load: Load, stage: int, recompute: str) -> Activ
     )
 
 
-def _activations_by_recompute(config, shape, load: Load, stage: int) -> dict[str, float]:
+def _activations_by_recompute(config: RunConfig, shape: ModelShape, load: Load, stage: int) -> dict[str, float]:
     return {mode: _activations(config, shape, load, stage, mode).total for mode in RECOMPUTE}
 
 
 def _generation(
-    config, world_size: int, shape, load: Load, engine: EngineBytes | None, hardware: Hardware
+    config: RunConfig, world_size: int, shape: ModelShape, load: Load, engine: EngineBytes | None, hardware: Hardware
 ) -> GenerationTime | None:
     if engine is None or engine.kv_cache <= 0:
         return None
@@ -161,7 +172,9 @@ def _generation(
     )
 
 
-def _round_time(config, shape, hardware, step: StepTime, generation: GenerationTime | None) -> RoundTime:
+def _round_time(
+    config: RunConfig, shape: ModelShape, hardware: Hardware, step: StepTime, generation: GenerationTime | None
+) -> RoundTime:
     """Weights go from rank 0 into vLLM; those of other pipeline stages are sent to rank 0 first."""
     bytes_moved = 2 * total_parameters(shape) * (2 - 1 / config.parallel.pipeline)
     passes = 2 if config.objective.kl_coefficient else 1

@@ -35,10 +35,10 @@ def best_layouts(
     best: dict[ParallelConfig, Plan] = {}
     for parallel in layouts(config, shape, world_size, hardware):
         for candidate in _variants(config, parallel):
-            found = plan(candidate, world_size, hardware, sequence=sequence, shape=shape)
+            candidate_plan = plan(candidate, world_size, hardware, sequence=sequence, shape=shape)
             known = best.get(parallel)
-            if _has_room(found) and (known is None or found.round.training < known.round.training):
-                best[parallel] = found
+            if _has_room(candidate_plan) and (known is None or candidate_plan.round.training < known.round.training):
+                best[parallel] = candidate_plan
     return sorted(best.values(), key=_preference)[:count]
 
 
@@ -52,21 +52,21 @@ def best_engines(
     if not config.rollout.beside_trainer:
         return []
     shape, gpus = model_shape(config.model.path), min(hardware.gpus_per_node, world_size)
-    found = []
+    plans = []
     for size in _powers_of_two(gpus):
         if gpus % size == 0 and split_problem(shape, size) is None:
             rollout = replace(config.rollout, engines=gpus // size, tensor_parallel=size)
-            found.append(plan(replace(config, rollout=rollout), world_size, hardware, sequence=sequence, shape=shape))
-    return sorted(filter(_has_room, found), key=lambda each: each.round.rollouts)[:count]
+            plans.append(plan(replace(config, rollout=rollout), world_size, hardware, sequence=sequence, shape=shape))
+    return sorted(filter(_has_room, plans), key=lambda each: each.round.rollouts)[:count]
 
 
-def _has_room(found: Plan) -> bool:
-    return found.fits and found.fullest.spare >= MARGIN_GIB * GIB
+def _has_room(candidate: Plan) -> bool:
+    return candidate.fits and candidate.fullest.spare >= MARGIN_GIB * GIB
 
 
-def _preference(found: Plan) -> float:
+def _preference(candidate: Plan) -> float:
     """Training time, where every doubling of the processes that share a model counts as 2% slower: smaller products."""
-    return found.round.training * (1 + 0.02 * math.log2(found.config.parallel.model_size))
+    return candidate.round.training * (1 + 0.02 * math.log2(candidate.config.parallel.model_size))
 
 
 def layouts(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hardware) -> Iterator[ParallelConfig]:

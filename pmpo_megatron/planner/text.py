@@ -23,36 +23,36 @@ def layout_text(config: RunConfig, world_size: int) -> str:
     )
 
 
-def plan_lines(found: Plan) -> list[str]:
-    size = total_parameters(found.shape) / 1e9
+def plan_lines(plan: Plan) -> list[str]:
+    size = total_parameters(plan.shape) / 1e9
     lines = [
-        f"plan: {found.config.model.path} ({size:.2f} billion parameters) on {found.world_size} x {found.hardware.name}",
-        f"layout: {layout_text(found.config, found.world_size)}",
-        *memory_table(found),
-        _recompute_line(found),
+        f"plan: {plan.config.model.path} ({size:.2f} billion parameters) on {plan.world_size} x {plan.hardware.name}",
+        f"layout: {layout_text(plan.config, plan.world_size)}",
+        *memory_table(plan),
+        _recompute_line(plan),
     ]
-    lines += _engine_lines(found) + [_checkpoint_line(found), _communication_line(found), *_time_lines(found)]
-    lines += [f"note: {note}" for note in found.notes] + [f"problem: {problem}" for problem in found.problems]
-    return [*lines, _limit_line(found), _verdict(found)]
+    lines += _engine_lines(plan) + [_checkpoint_line(plan), _communication_line(plan), *_time_lines(plan)]
+    lines += [f"note: {note}" for note in plan.notes] + [f"problem: {problem}" for problem in plan.problems]
+    return [*lines, _limit_line(plan), _verdict(plan)]
 
 
-def memory_table(found: Plan) -> list[str]:
+def memory_table(plan: Plan) -> list[str]:
     rows = [["GiB on the fullest GPU of", *COLUMNS]]
-    rows += [[gpu.name, *gpu.row()] for gpu in _without_repetition(found)]
+    rows += [[gpu.name, *gpu.row()] for gpu in _without_repetition(plan)]
     return _table(rows)
 
 
-def _recompute_line(found: Plan) -> str:
-    parts = ", ".join(f"{mode} {amount / GIB:.1f}" for mode, amount in found.recompute.items())
+def _recompute_line(plan: Plan) -> str:
+    parts = ", ".join(f"{mode} {amount / GIB:.1f}" for mode, amount in plan.recompute.items())
     return f"activations and log-probs on the fullest GPU, GiB, by model.recompute: {parts}"
 
 
-def _without_repetition(found: Plan) -> list[GpuMemory]:
+def _without_repetition(plan: Plan) -> list[GpuMemory]:
     """First and last stage and the fullest between them: middle stages differ in micro-batches in flight only."""
-    last = found.gpus[-1].stage
-    middle = [gpu for gpu in found.gpus if 0 < gpu.stage < last and not gpu.engine]
+    last = plan.gpus[-1].stage
+    middle = [gpu for gpu in plan.gpus if 0 < gpu.stage < last and not gpu.engine]
     shown = max(middle, key=lambda gpu: gpu.total, default=None)
-    return [gpu for gpu in found.gpus if gpu.stage in (0, last) or gpu.engine or gpu is shown]
+    return [gpu for gpu in plan.gpus if gpu.stage in (0, last) or gpu.engine or gpu is shown]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -66,28 +66,28 @@ def engines_text(count: int) -> str:
     return "vLLM" if count == 1 else f"{count} vLLMs"
 
 
-def _engine_lines(found: Plan) -> list[str]:
-    engine, rollout = found.engine, found.config.rollout
+def _engine_lines(plan: Plan) -> list[str]:
+    engine, rollout = plan.engine, plan.config.rollout
     if engine is None:
         nodes = len(rollout.hosts)
         return [f"rollouts: from {nodes} node{'s' * (nodes > 1)} of their own" if nodes else "rollouts: recorded ones"]
     last = rollout.engines * rollout.tensor_parallel - 1
-    nodes = engine_nodes(rollout, found.world_size, found.hardware)
+    nodes = engine_nodes(rollout, plan.world_size, plan.hardware)
     node = "the first node" if nodes == 1 else f"each of {nodes} nodes"
     where = f"GPUs 0-{last} of {node}, on each" if last else f"GPU 0 of {node}"
     lines = [
         f"{engines_text(rollout.engines)} on {where}: weights {engine.weights / GIB:.1f} GiB, forward pass "
         f"{engine.forward / GIB:.1f}, KV cache {max(engine.kv_cache, 0) / GIB:.1f} = {engine.kv_tokens} tokens, "
-        f"{engine.kv_tokens // found.load.longest} requests of the greatest length"
+        f"{engine.kv_tokens // plan.load.longest} requests of the greatest length"
     ]
-    if found.generation is not None:
-        running, speed = nodes * rollout.engines * found.generation.running, found.generation.tokens_per_s
+    if plan.generation is not None:
+        running, speed = nodes * rollout.engines * plan.generation.running, plan.generation.tokens_per_s
         lines.append(f"rollouts: {running} requests at once, {speed:.0f} response tokens/s")
     return lines
 
 
-def _checkpoint_line(found: Plan) -> str:
-    needed = found.checkpoint
+def _checkpoint_line(plan: Plan) -> str:
+    needed = plan.checkpoint
     return (
         f"checkpoints: of the fullest node's memory {needed.saving / GIB:.0f} GiB while one is saved, "
         f"{needed.loading / GIB:.0f} while one is loaded; of a GPU's none while one is saved, {needed.gpu / GIB:.1f} while one "
@@ -95,19 +95,19 @@ def _checkpoint_line(found: Plan) -> str:
     )
 
 
-def _communication_line(found: Plan) -> str:
-    volume = found.step.communication
+def _communication_line(plan: Plan) -> str:
+    volume = plan.step.communication
     parts = [("tensor", volume.tensor), ("context", volume.context), ("pipeline", volume.pipeline), ("data", volume.data)]
     sent = ", ".join(f"{name} {amount / GIB:.1f}" for name, amount in parts)
     return f"sent by each GPU in an optimizer step, GiB: {sent}"
 
 
-def _time_lines(found: Plan) -> list[str]:
-    step, whole, steps = found.step, found.round, found.config.batch.steps_per_round
+def _time_lines(plan: Plan) -> list[str]:
+    step, whole, steps = plan.step, plan.round, plan.config.batch.steps_per_round
     waiting = step.communication.model_seconds + step.communication.data_seconds
     return [
-        f"optimizer step: {step.seconds:.1f} s for {found.load.trajectories} trajectories of {found.load.mean:.0f} tokens "
-        f"(assumed) in {found.load.work.micro_batches} micro-batches per data-parallel rank; "
+        f"optimizer step: {step.seconds:.1f} s for {plan.load.trajectories} trajectories of {plan.load.mean:.0f} tokens "
+        f"(assumed) in {plan.load.work.micro_batches} micro-batches per data-parallel rank; "
         f"{100 * waiting / step.seconds:.0f}% waiting for links, {100 * step.bubble / step.seconds:.0f}% idle in the pipeline",
         f"round: {whole.seconds:.0f} s = rollouts {whole.rollouts:.0f}{' beside' if whole.overlapped else ' +'} log-probs "
         f"{whole.scoring:.0f} + {steps} steps {whole.steps:.0f} + weights into vLLM {whole.weights:.0f}"
@@ -115,20 +115,20 @@ def _time_lines(found: Plan) -> list[str]:
     ]
 
 
-def _limit_line(found: Plan) -> str:
-    whole, fullest = found.round, found.fullest
+def _limit_line(plan: Plan) -> str:
+    whole, fullest = plan.round, plan.fullest
     phases = {
         "rollouts": whole.rollouts,
         "log-probs and optimizer steps": whole.training,
         "moving weights into vLLM": whole.weights,
     }
-    slowest = max(phases, key=phases.get)
+    slowest = max(phases, key=phases.__getitem__)
     share = 100 * phases[slowest] / max(whole.seconds, 1e-9)
     return f"limits: memory by {fullest.largest()} on {fullest.name}; time by {slowest} ({min(share, 100):.0f}% of a round)"
 
 
-def _verdict(found: Plan) -> str:
-    spare = found.fullest.spare / GIB
-    if found.fits:
+def _verdict(plan: Plan) -> str:
+    spare = plan.fullest.spare / GIB
+    if plan.fits:
         return f"fits, with {spare:.1f} GiB to spare on the fullest GPU"
-    return f"does not fit: {len(found.problems)} problem{'s' * (len(found.problems) > 1)}"
+    return f"does not fit: {len(plan.problems)} problem{'s' * (len(plan.problems) > 1)}"

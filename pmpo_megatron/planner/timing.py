@@ -100,11 +100,11 @@ class TrainingCost:
         flops = layers * (3 * (rest + mlp) + again) + 4 * head
         micro = work.tokens * flops / self._rate + self._head_gradient_seconds(work)
         forward = work.tokens * (layers * (rest + mlp) + head) / self._rate
-        found = self.communication(work)
+        sent = self.communication(work)
         idle = (self.parallel.pipeline - 1) / ((self.parallel.virtual_pipeline or 1) * work.micro_batches)
         compute = work.micro_batches * micro
-        scoring = (work.micro_batches * forward + found.model_seconds / 3) * (1 + idle)
-        return StepTime(compute, (compute + found.model_seconds) * idle, found, scoring)
+        scoring = (work.micro_batches * forward + sent.model_seconds / 3) * (1 + idle)
+        return StepTime(compute, (compute + sent.model_seconds) * idle, sent, scoring)
 
     def communication(self, work: Work) -> Communication:
         """What one rank sends.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pmpo_megatron.errors import ConfigError, PmpoError
@@ -63,7 +63,8 @@ class CodeReward:
             wall_s=config.wall_s, cpu_s=math.ceil(config.wall_s), memory=config.memory_mib * MIB, processes=config.processes
         )
         self._make = lambda: Sandbox(limits, isolated=config.isolation == "bubblewrap")
-        self._programs, self._tests = self._make(), None
+        self._programs = self._make()
+        self._tests: Sandbox | None = None
 
     def close(self) -> None:
         for sandbox in (self._programs, self._tests):
@@ -80,6 +81,7 @@ class CodeReward:
         program = last_program(response)
         if program is None:
             return 0.0
+        checks: dict[type, Callable[[str, list[Any]], bool]]
         checks = {ScriptTest: self._script, CallTest: self._calls, Assertions: self._assertions}
         kinds = [kind for kind in checks if any(isinstance(test, kind) for test in tests)]
         return float(all(checks[kind](program, [test for test in tests if isinstance(test, kind)]) for kind in kinds))

@@ -56,6 +56,7 @@ def read_tests(metadata: Mapping[str, Any]) -> list[ScriptTest | CallTest | Asse
     Raises:
         ValueError: the row has none, or not in one of these layouts.
     """
+    found: list[ScriptTest | CallTest | Assertions]
     tests = metadata.get("tests")
     if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
         tests = json.loads(tests)
@@ -93,8 +94,9 @@ def same_value(value: object, expected: object) -> bool:
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(value, float) or isinstance(expected, float):
-        numbers = isinstance(value, (int, float)) and isinstance(expected, (int, float))
-        return numbers and math.isclose(value, expected, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        if not isinstance(value, (int, float)) or not isinstance(expected, (int, float)):
+            return False
+        return math.isclose(value, expected, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     return type(value) is type(expected) and value == expected
 
 

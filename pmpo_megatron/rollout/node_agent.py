@@ -14,9 +14,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 
 from pmpo_megatron.errors import RolloutError
@@ -46,9 +46,10 @@ class NodeAgent:
     def __init__(self, host: str | None = None, port: int = 0, key: bytes | None = None, *, logs: Path | None = None) -> None:
         host = address_toward(os.environ.get("MASTER_ADDR", "127.0.0.1")) if host is None else host
         self._listener = socket.create_server((host, port), backlog=64)
-        self.address = NodeAddress(*self._listener.getsockname(), secrets.token_bytes(32) if key is None else key)
-        self._temporary = temporary_directory("pmpo-vllm-") if logs is None else None
-        self._logs = logs or Path(self._temporary.name)
+        host, port = self._listener.getsockname()
+        self.address = NodeAddress(host, port, secrets.token_bytes(32) if key is None else key)
+        self._parts = ExitStack()
+        self._logs = logs or Path(self._parts.enter_context(temporary_directory("pmpo-vllm-")))
         self._logs.mkdir(parents=True, exist_ok=True)
         self._joined: list[_Joined] = []
         threading.Thread(target=self._accept, daemon=True, name="node-agent").start()
@@ -65,8 +66,7 @@ class NodeAgent:
         self._listener.close()
         for joined in self._joined:
             joined.end()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        self._parts.close()
 
     def _accept(self) -> None:
         for number, caller in enumerate(self._callers()):
@@ -119,8 +119,8 @@ class _Joined:
         with self._caller, Connection(os.dup(self._caller.fileno())) as connection:
             try:
                 self._prove(connection)
-                self.process = LocalProcess(connection.recv(), self._log_path, {ELSEWHERE: "1"})
-                self._pass_on(connection, self.process.open())
+                process = self.process = LocalProcess(connection.recv(), self._log_path, {ELSEWHERE: "1"})
+                self._pass_on(process, connection, process.open())
             except AuthenticationError as error:
                 logger.warning("a caller that is not of this run was refused: %s", error)
             except RolloutError as error:
@@ -145,20 +145,29 @@ class _Joined:
             limit.cancel()
             limit.join()  # it may be at work, and the connection is about to be closed
 
-    def _pass_on(self, connection: Connection, theirs: Connection) -> None:
-        while True:
-            for ready in wait([connection, theirs]):
-                if ready is connection:
-                    message = connection.recv()
-                    if message[0] == "interrupt":
-                        self.process.interrupt()
-                    else:
-                        with suppress(BrokenPipeError):  # it has ended, as its end of the pipe will say
-                            theirs.send(message)
-                    continue
-                try:
-                    message = theirs.recv_bytes()
-                except (EOFError, ConnectionResetError):
-                    connection.send(("ended", (self.process.why_dead(), self.process.log_tail())))
-                    return
-                connection.send_bytes(message)
+    def _pass_on(self, process: LocalProcess, connection: Connection, theirs: Connection) -> None:
+        """What the vLLM says; what it is told goes through a thread of its own, so that neither waits for the other."""
+        inward = threading.Thread(target=self._pass_in, args=(process, connection, theirs), daemon=True, name="node-agent-in")
+        inward.start()
+        try:
+            while True:
+                connection.send_bytes(theirs.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            connection.send(("ended", (process.why_dead(), process.log_tail())))
+        finally:
+            with suppress(OSError):
+                self._caller.shutdown(socket.SHUT_RDWR)
+            inward.join()
+
+    @staticmethod
+    def _pass_in(process: LocalProcess, connection: Connection, theirs: Connection) -> None:
+        try:
+            while True:
+                message = connection.recv()
+                if message[0] == "interrupt":
+                    process.interrupt()
+                else:
+                    with suppress(BrokenPipeError):  # it has ended, as its end of the pipe will say
+                        theirs.send(message)
+        except (EOFError, OSError):
+            process.interrupt()  # rank 0 is gone

@@ -46,7 +46,7 @@ def read_key(path: str) -> bytes:
 
 def own_nodes(config: RolloutConfig) -> list[NodeAddress]:
     """The addresses of ``config.hosts``; raises ConfigError where there is no key for them."""
-    key = read_key(config.key_file) if config.hosts else b""
+    key = read_key(config.key_file) if config.key_file is not None else b""
     return [NodeAddress(host, int(port), key) for host, _, port in (each.rpartition(":") for each in config.hosts)]
 
 

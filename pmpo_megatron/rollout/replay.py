@@ -59,6 +59,7 @@ class ReplayEngine:
     hosts: tuple[str, ...] = ()
 
     def __init__(self, config: RolloutConfig, **_: Any) -> None:
+        assert config.replay_from is not None, "RolloutConfig asks for it"
         self.path, self.version = Path(config.replay_from), 0
         self.on_restart: Callable[[Any], None] | None = None
         self._rounds: dict[int, dict[int, list[list[Rollout]]]] = defaultdict(lambda: defaultdict(list))

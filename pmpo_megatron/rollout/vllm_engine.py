@@ -12,7 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pmpo_megatron.parallel.processes import temporary_directory
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.remote_process import NodeAddress, RemoteProcess
 from pmpo_megatron.rollout.vllm_jobs import Job, Part, divide, job_number, missing_parts, request_parameters
-from pmpo_megatron.rollout.vllm_process import EngineDied, LocalProcess, VLLMProcess
+from pmpo_megatron.rollout.vllm_process import LocalProcess, VLLMProcess
 from pmpo_megatron.rollout.vllm_settings import Launch, engine_settings
 from pmpo_megatron.types import Prompt, RolloutGroup
 
@@ -58,19 +59,20 @@ class VLLMEngine:
         self._jobs: dict[int, Job] = {}
         self._waiting: deque[Part] = deque()
         self._restarts = 0  # since the last update, or since there was nothing to do
-        self._temporary = temporary_directory("pmpo-vllm-") if logs is None else None
-        logs = logs or Path(self._temporary.name)
+        self._parts = ExitStack()
+        logs = logs or Path(self._parts.enter_context(temporary_directory("pmpo-vllm-")))
         logs.mkdir(parents=True, exist_ok=True)
         settings = engine_settings(config, model_path=model_path, device=device, worker_extension=worker_extension)
         if in_flight:
             settings["async_scheduling"] = False  # else vLLM 0.32 labels the step that is under way with the next version
         launches = [Launch(settings, device, config.threads, number, config.engines) for number in range(config.engines)]
-        common = dict(stall_s=config.stall_s)
-        here = [LocalProcess(each, logs / f"engine-{each.number}.log", **common) for each in launches if config.nodes != "own"]
-        self._processes: list[VLLMProcess] = [*here, *(RemoteProcess(each, n, **common) for n in nodes for each in launches)]
+        stall_s = config.stall_s
+        here = [LocalProcess(each, logs / f"engine-{each.number}.log", stall_s=stall_s) for each in launches]
+        there = [RemoteProcess(each, node, stall_s=stall_s) for node in nodes for each in launches]
+        self._processes: list[VLLMProcess] = [*(here if config.nodes != "own" else ()), *there]
         self.hosts = tuple(dict.fromkeys(process.host for process in self._processes))
         self._events: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
-        self._died: queue.SimpleQueue[tuple[VLLMProcess, EngineDied] | None] = queue.SimpleQueue()
+        self._died: queue.SimpleQueue[tuple[VLLMProcess, Exception] | None] = queue.SimpleQueue()
         for process in self._processes:
             process.on_finished = lambda process, responses: self._events.put((process, responses, None))
             process.on_ended = lambda process, error: self._events.put((process, [], error))
@@ -100,7 +102,7 @@ class VLLMEngine:
             jobs = [Job(prompt, sampling, round_index) for prompt in prompts]
             for job in jobs:
                 self._jobs[job.number] = job
-                job.future.add_done_callback(lambda _, job=job: self._cancel(job))
+                job.future.add_done_callback(partial(self._cancel, job))
             parts = [(job, range(sampling.samples_per_prompt)) for job in jobs]
             if divided and not self._updating and all(process.fresh for process in self._processes):
                 for process, share in zip(self._processes, divide(parts, len(self._processes)), strict=True):
@@ -159,8 +161,7 @@ class VLLMEngine:
         self._events.put(None)
         self._died.put(None)
         self._fail(RolloutError("the engine was closed"))
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        self._parts.close()
 
     @property
     def process_ids(self) -> list[int]:
@@ -196,7 +197,7 @@ class VLLMEngine:
         room = {process: self.config.max_num_seqs - len(process.requests) for process in self._processes if process.fresh}
         shares: dict[VLLMProcess, list[Part]] = {process: [] for process in room}
         while self._waiting and room and max(room.values()) > 0:
-            process = max(room, key=room.get)
+            process = max(room, key=room.__getitem__)
             shares[process].append(self._waiting.popleft())
             room[process] -= len(shares[process][-1][1])
         for process, share in shares.items():
@@ -208,7 +209,7 @@ class VLLMEngine:
         process.requests.clear()
         self._waiting.extendleft(reversed(parts))
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, job: Job, _: object) -> None:
         """A future that is done needs nothing; one that was cancelled, nobody."""
         if not job.future.cancelled():
             return
@@ -240,7 +241,7 @@ class VLLMEngine:
                 raise
 
     def _ended(self, process: VLLMProcess, error: Exception) -> None:
-        if not isinstance(error, EngineDied):
+        if isinstance(error, RolloutError):
             self._fail(error)
             return
         logger.warning("%s; starting it again, %d responses are missing", error, len(process.requests))
@@ -258,7 +259,7 @@ class VLLMEngine:
             except RolloutError as error:
                 self._fail(error)
 
-    def _replace(self, died: Sequence[tuple[VLLMProcess, EngineDied]]) -> None:
+    def _replace(self, died: Sequence[tuple[VLLMProcess, Exception]]) -> None:
         with self._life:
             stopped = [process for process, _ in died if not process.running]  # `revive` may have been here
             if not stopped or self._closed:

@@ -22,7 +22,8 @@ class Job:
 
     def __init__(self, prompt: Prompt, sampling: SamplingConfig, round_index: int) -> None:
         self.prompt, self.sampling, self.round_index = prompt, sampling, round_index
-        self.number, self.future = next(_numbers), Future()
+        self.number = next(_numbers)
+        self.future: Future[RolloutGroup] = Future()
         self._rollouts: dict[int, Rollout] = {}
 
     def requests(self, samples: Iterable[int]) -> tuple[np.ndarray, list[tuple[str, int]]]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,7 +78,7 @@ class VLLMProcess(ABC):
         self._connection: Connection | None = None
         self._sending = threading.Lock()
         self._reader: threading.Thread | None = None
-        self._calls: dict[int, Future] = {}
+        self._calls: dict[int, Future[list[Any]]] = {}
         self._numbers, self._asked = itertools.count(), 0.0
         self.requests: set[str] = set()
         self.fresh = self.running = self.given_up = False
@@ -94,12 +95,12 @@ class VLLMProcess(ABC):
         _starting.add(self)
         try:
             self._ending = False
-            self._connection = self.open(timeout_s)
+            connection = self._connection = self.open(timeout_s)
             if self.given_up:
                 raise EngineDied("the start was given up")
-            if not self._connection.poll(timeout_s):
+            if not connection.poll(timeout_s):
                 raise EngineDied(f"no sign of life for {timeout_s:g} s")
-            self._receive()  # "ready"
+            self._receive(connection)  # "ready"
         except (EngineDied, RolloutError, OSError) as error:
             log = self.log_tail()
             self.kill()
@@ -107,7 +108,7 @@ class VLLMProcess(ABC):
         finally:
             _starting.discard(self)
         self.running = True
-        self._reader = threading.Thread(target=self._read, daemon=True, name="vllm-reader")
+        self._reader = threading.Thread(target=self._read, args=(connection,), daemon=True, name="vllm-reader")
         self._reader.start()
 
     def send(self, kind: str, content: Any) -> None:
@@ -117,9 +118,10 @@ class VLLMProcess(ABC):
             with contextlib.suppress(OSError), self._sending:
                 connection.send((kind, content))
 
-    def call(self, method: str, arguments: tuple) -> Future:
+    def call(self, method: str, arguments: tuple) -> Future[list[Any]]:
         """What ``method`` of the workers returns: a list with one value for each; or RolloutError."""
-        number, future = next(self._numbers), Future()
+        future: Future[list[Any]] = Future()
+        number = next(self._numbers)
         if not self.running:
             future.set_exception(RolloutError("the rollout engine does not run"))
             return future
@@ -140,12 +142,12 @@ class VLLMProcess(ABC):
             self._asked = time.monotonic()
         return what
 
-    def _read(self) -> None:
+    def _read(self, connection: Connection) -> None:
         heard = time.monotonic()
         try:
             while True:
-                if self._connection.poll(POLL_S):
-                    self._receive()
+                if connection.poll(POLL_S):
+                    self._receive(connection)
                     heard = time.monotonic()
                 elif (self.requests or self._calls) and time.monotonic() - max(heard, self._asked) > self.stall_s:
                     raise EngineDied(f"the rollout engine gave no sign of life for {self.stall_s:g} s")
@@ -163,7 +165,7 @@ class VLLMProcess(ABC):
             if (future := self._calls.pop(number, None)) is not None:
                 future.set_exception(error)
 
-    def _receive(self) -> None:
+    def _receive(self, connection: Connection) -> None:
         """Takes one message.
 
         Raises:
@@ -171,10 +173,10 @@ class VLLMProcess(ABC):
             RolloutError: vLLM raised an exception; with its traceback.
         """
         try:
-            kind, content = self._connection.recv()
+            kind, content = connection.recv()
         except (EOFError, OSError):
             raise EngineDied(self.why_dead()) from None
-        if kind == "finished":
+        if kind == "finished" and self.on_finished is not None:
             self.on_finished(self, content)
         elif kind == "ended":
             self._end = content
@@ -238,10 +240,12 @@ class LocalProcess(VLLMProcess):
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pmpo_megatron.rollout.vllm_preload"])
         self._log_path, self._environment = log_path, launch.environment() | (environment or {})
-        self._process, self._log_start = None, 0
+        self._process: ForkServerProcess | None = None
+        self._log_start = 0
 
     @property
     def process_id(self) -> int:
+        assert self._process is not None and self._process.pid is not None, "it was started"
         return self._process.pid
 
     @property
@@ -261,6 +265,7 @@ class LocalProcess(VLLMProcess):
         return connection
 
     def why_dead(self) -> str:
+        assert self._process is not None, "it was started"
         self._process.join(timeout=5)
         code = self._process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"

@@ -10,7 +10,7 @@ import torch
 
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout.config import RolloutConfig
-from pmpo_megatron.units import GIB
+from pmpo_megatron.units import GIB, resolve_dtype
 
 DEFAULT_CPU_KV_CACHE_GIB = 0.5
 
@@ -49,7 +49,7 @@ def engine_settings(config: RolloutConfig, *, model_path: str, device: str, work
     """Arguments of vLLM's LLM. Log-probs are those of the distribution that was sampled from (processed)."""
     settings = dict(
         model=model_path,
-        dtype=config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else "bfloat16",
+        dtype=resolve_dtype(config.dtype, device),
         tensor_parallel_size=config.tensor_parallel,
         max_num_seqs=config.max_num_seqs,
         logprobs_mode="processed_logprobs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.checkpoint.store import CheckpointStore
 from pmpo_megatron.config import to_plain
-from pmpo_megatron.data.prompts import PromptSet, load_prompts
+from pmpo_megatron.data.prompts import DataConfig, PromptSet, load_prompts
 from pmpo_megatron.data.sampler import make_sampler
 from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.hf.shape import read_shape
@@ -39,14 +40,18 @@ logger = logging.getLogger(__name__)
 WORKER_EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
 
 
-def run(config: RunConfig, stop: StopRequest) -> int:
-    """Runs ``config`` on the processes that torchrun started; returns the exit code. Collective."""
+def run(config: RunConfig, stop: StopRequest, prompts: Mapping[str, PromptSet]) -> int:
+    """Runs ``config`` on the processes that torchrun started; returns the exit code. Collective.
+
+    Args:
+        prompts: on rank 0 those that `checks.check_run` has read.
+    """
     state = initialize(config.parallel, device=config.run.device, seed=config.run.seed)
     logger.info("%s", state.describe())
     try:
         with ExitStack() as parts:
             stop.close = functools.partial(_interrupt, parts)
-            trainer = build_trainer(config, state, stop, parts)
+            trainer = build_trainer(config, state, stop, parts, prompts)
             stop.started()
             finished = trainer.run()
             if trainer.log is not None:
@@ -65,9 +70,11 @@ def _interrupt(parts: ExitStack) -> None:
     parts.close()
 
 
-def build_trainer(config: RunConfig, state: ParallelState, stop: StopRequest, parts: ExitStack) -> Trainer:
+def build_trainer(
+    config: RunConfig, state: ParallelState, stop: StopRequest, parts: ExitStack, prompts: Mapping[str, PromptSet]
+) -> Trainer:
     """Everything that a run consists of, at the point that its newest checkpoint holds; ``parts`` closes what was opened."""
-    data = _load_data(config) if state.is_main else None  # before anything slow: what is wrong with it is said in seconds
+    data = _load_data(config, prompts) if state.is_main else None  # before anything slow: what is wrong is said in seconds
     nodes = _other_nodes(config, state, parts)
     starting = _start_engine(config, state, parts, nodes) if state.is_main else None
     if state.device.type == "cuda":
@@ -149,16 +156,21 @@ def _end_engine(future: Future[RolloutEngine]) -> None:
         future.result().close()
 
 
-def _load_data(config: RunConfig) -> tuple[PromptSet, PromptSet | None]:
-    """The prompts to train on, and those held out."""
-    tokenizer, vocab_size = load_tokenizer(config.model.path), read_shape(config.model.path).vocab_size
-    train, held_out = load_prompts(config.data, tokenizer, vocab_size=vocab_size), None
-    if config.evaluation.data is not None:
-        held_out = load_prompts(config.evaluation.data, tokenizer, vocab_size=vocab_size)
-    for prompts in filter(None, (train, held_out)):
+def _load_data(config: RunConfig, known: Mapping[str, PromptSet]) -> tuple[PromptSet, PromptSet | None]:
+    """The prompts to train on, and those held out; what is not ``known`` is read."""
+
+    def load(section: str, data: DataConfig) -> PromptSet:
+        if section not in known:
+            tokenizer, vocab_size = load_tokenizer(config.model.path), read_shape(config.model.path).vocab_size
+            prompts = load_prompts(data, tokenizer, vocab_size=vocab_size)
+        else:
+            prompts = known[section]
         if prompts.too_long:
             logger.warning("%d of %d prompts are too long and left out", prompts.too_long, prompts.too_long + len(prompts))
-    return train, held_out
+        return prompts
+
+    held_out = config.evaluation.data
+    return load("data", config.data), None if held_out is None else load("evaluation.data", held_out)
 
 
 def _main_parts(
@@ -173,11 +185,15 @@ def _main_parts(
     if progress.sampler:
         sampler.restore(progress.sampler)
     scorer = RewardScorer(config.rewards, max_tokens=config.sampling.max_tokens, functions=config.reward_functions())
-    make = Collector
+    make: Callable[..., Collector] = Collector
     if config.round.mode == "in_flight":
-        per_round = config.versions_per_round
-        draws = dict(drawn=progress.drawn, open=progress.open)
-        make = partial(StreamCollector, rounds=config.run.rounds, versions_per_round=per_round, **draws)
+        make = partial(
+            StreamCollector,
+            rounds=config.run.rounds,
+            versions_per_round=config.versions_per_round,
+            drawn=progress.drawn,
+            open=progress.open,
+        )
     collector = make(
         prompts=prompts,
         sampler=sampler,

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import torch
 
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.space import checkpoint_bytes, describe_bytes
-from pmpo_megatron.data.prompts import DataConfig, check_rows, load_prompts
+from pmpo_megatron.data.prompts import DataConfig, PromptSet, check_rows, load_prompts
 from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.errors import ConfigError, MappingError, PmpoError
 from pmpo_megatron.hf.known_models import model_shape
@@ -31,8 +32,22 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> list[str]:
-    """Checks files, layout, batch arithmetic and lengths; returns lines that describe the run.
+@dataclass(frozen=True)
+class CheckedRun:
+    """What is known of a run whose configuration is right.
+
+    Attributes:
+        lines: that describe it.
+        prompts: what was read, by the section of the configuration that names it: ``data``, ``evaluation.data``. A Hugging
+            Face data set is not opened, and a dry run without the model has no tokenizer.
+    """
+
+    lines: list[str]
+    prompts: dict[str, PromptSet]
+
+
+def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> CheckedRun:
+    """Checks files, layout, batch arithmetic and lengths.
 
     Args:
         dry_run: a published model need not be there; its name is enough.
@@ -55,9 +70,10 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
         _describe_batch(config),
     ]
     tokenizer = load_tokenizer(config.model.path) if not dry_run or _has_weights(config.model.path) else None
+    prompts: dict[str, PromptSet] = {}
     for name, data in (("data", config.data), ("evaluation.data", config.evaluation.data)):
-        for source, part in data.parts().items() if data is not None else ():
-            lines.append(_check_data(f"{name}.sources.{source}" if source else name, part, tokenizer, shape))
+        if data is not None:
+            lines.append(_check_data(name, data, tokenizer, shape, prompts))
     if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
     _in_section("rollout", lambda: own_nodes(config.rollout))
@@ -70,7 +86,7 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> l
         raise ConfigError("checkpoint.keep_best", "needs evaluation.data: the best are those of the highest held-out accuracy")
     if not dry_run:
         _check_space(config, shape)
-    return lines
+    return CheckedRun(lines, prompts)
 
 
 def _check_model(path: str, *, dry_run: bool) -> tuple[ModelShape, str]:
@@ -171,24 +187,26 @@ def _check_objective(config: RunConfig) -> None:
         logger.warning("round.mode %s without objective.importance: older rollouts are not corrected for", config.round.mode)
 
 
-def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: ModelShape) -> str:
-    """One line about one source; what is on this machine is read as the run will read it."""
-    assert data.source is not None  # one source
-    path = Path(data.source)
-    if data.source != "arithmetic" and path.suffix not in (".jsonl", ".json", ".parquet") and not path.exists():
-        return f"{name}: {data.source} [{data.split}], a Hugging Face data set: not opened before the start"
+def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: ModelShape, prompts: dict[str, PromptSet]) -> str:
+    """One line about the sources; what is on this machine is read, into ``prompts``."""
+    sources = {str(part.source): part.split for part in data.parts().values()}
+    for source, split in sources.items():
+        path = Path(source)
+        if source != "arithmetic" and path.suffix not in (".jsonl", ".json", ".parquet") and not path.exists():
+            return f"{name}: {source} [{split}], a Hugging Face data set: not opened before the start"
+    text = f"{name}: {', '.join(sources)}"
     try:
         if tokenizer is None:
-            return f"{name}: {data.source}, {check_rows(data)} problems; not tokenised, because the model is not here"
-        prompts = load_prompts(data, tokenizer, vocab_size=shape.vocab_size)
+            return f"{text}, {check_rows(data)} problems; not tokenised, because the model is not here"
+        read = prompts[name] = load_prompts(data, tokenizer, vocab_size=shape.vocab_size)
     except ConfigError as error:
         if not error.field.startswith("data."):
             raise
         raise ConfigError(f"{name}.{error.field.removeprefix('data.')}", error.problem) from None
     except PmpoError as error:
         raise ConfigError(f"{name}.source", str(error)) from None
-    left_out = f", {prompts.too_long} longer ones left out" if prompts.too_long else ""
-    return f"{name}: {data.source}, {len(prompts)} problems{left_out}"
+    left_out = f", {read.too_long} longer ones left out" if read.too_long else ""
+    return f"{text}, {len(read)} problems{left_out}"
 
 
 def _describe_model(config: RunConfig, shape: ModelShape) -> str:

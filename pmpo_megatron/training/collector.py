@@ -30,7 +30,6 @@ class RoundBatch:
 
     samples: tuple[Sample, ...]  # group after group
     table: TrajectoryTable  # of the samples
-    rewards: np.ndarray  # float64, one for each sample
     versions: np.ndarray  # int32, one for each sample: the oldest that made one of its tokens
     metrics: dict[str, float | Metric]
     sampler_state: dict[str, Any]  # after this round's prompts: what a checkpoint of the finished round holds
@@ -105,8 +104,7 @@ class Collector:
         rollouts = [rollout for group in groups for rollout in group.group.rollouts]
         return RoundBatch(
             samples=tuple(samples),
-            table=TrajectoryTable.of(samples),
-            rewards=np.array([reward for group in groups for reward in group.rewards]),
+            table=TrajectoryTable.of(samples, [reward for group in groups for reward in group.rewards]),
             versions=np.array([rollout.policy_version for rollout in rollouts]),
             metrics=describe_groups(groups) | reward_metrics(groups) | counted,
             sampler_state=self.sampler.state(),

@@ -24,6 +24,7 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {
         "objective/p": Distribution(arrays["p"]),
         "objective/ess_fraction": Mean.of(arrays["ess"] / np.maximum(arrays["length"], 1)),
+        "objective/ess_target": Mean.of(arrays["target_ess"] / np.maximum(arrays["length"], 1)),
         "objective/clip_fraction": Mean.of(arrays["clip_fraction"]),
         "objective/loss": Mean.of([result.loss for result in results]),
         "policy/entropy": Mean.of([result.entropy for result in results], [result.num_tokens for result in results]),
@@ -31,6 +32,7 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, Metric]:
     }
     if applied:
         metrics["policy/grad_norm"] = Mean.of([result.grad_norm for result in applied])
+        metrics["policy/grad_norm_max"] = Maximum(max(result.grad_norm for result in applied))
         metrics["policy/learning_rate"] = Mean.of([result.learning_rate for result in applied])
     measured = [result for result in results if result.kl is not None]
     if measured:
@@ -46,7 +48,7 @@ def trajectory_arrays(results: Sequence[StepResult]) -> dict[str, np.ndarray]:
 def trajectory_record(results: Sequence[StepResult], rewards: np.ndarray) -> dict[str, np.ndarray]:
     """What the report plots of each trajectory; ``rewards`` are those of the round's samples, by their number."""
     arrays = trajectory_arrays(results)
-    chosen = {name: arrays[name] for name in ("p", "ess", "clip_fraction", "length")}
+    chosen = {name: arrays[name] for name in ("p", "ess", "target_ess", "clip_fraction", "length")}
     return chosen | {"reward": rewards[arrays["sample_id"]]}
 
 

@@ -117,9 +117,12 @@ class EvaluationConfig(Section):
     max_problems: int = setting(256, "at most this many of each source, the first ones", minimum=1)
     samples: int = setting(1, "responses to each problem", minimum=1, maximum=65536)
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy", minimum=0.0, maximum=1000.0)
+    greedy: bool = setting(False, "beside the sampled responses also a greedy one: eval/greedy_accuracy_mean")
 
     def validate(self) -> None:
         check_temperature(self.temperature)
+        if self.greedy and self.temperature == 0:
+            raise ConfigError("greedy", "has no effect with temperature 0, where every response is greedy")
 
 
 @dataclass(frozen=True, kw_only=True)

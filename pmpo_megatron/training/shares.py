@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pmpo_megatron.data.packing import flat_sizes, flatten, pack, unflatten
-from pmpo_megatron.data.split import Split, split_into_steps, split_step, step_weights
+from pmpo_megatron.data.split import Split, split_into_steps, split_step, statistics_of_groups, step_weights
 from pmpo_megatron.model.micro_batch import MicroBatch, prepare
 from pmpo_megatron.parallel.scatter import scatter_to_replicas
 from pmpo_megatron.parallel.shards import sequence_multiple
@@ -45,10 +45,16 @@ def share_round(
         max_length=config.sampling.max_tokens,
         mask_truncated=config.batch.mask_truncated,
     )
+    statistics = statistics_of_groups(table)
     mine = share_samples(samples, table, splits, state)
 
     def make(members: Integers) -> MicroBatch:
-        packed = pack([mine[i] for i in members.tolist()], weights_N[members], sequence_multiple=multiple)
+        packed = pack(
+            [mine[i] for i in members.tolist()],
+            weights_N[members],
+            sequence_multiple=multiple,
+            group_statistics={name: values_N[members] for name, values_N in statistics.items()},
+        )
         return prepare(packed, state)
 
     return [[make(members) for members in split[state.dp_rank]] for split in splits]
@@ -65,5 +71,9 @@ def share_samples(
         [(token_size, np.int32), (log_prob_size, np.float32)],
         state,
     )
-    mine = unflatten(*received, members_of[state.dp_rank], table) if received else samples
+    if state.is_main:
+        mine = samples
+    else:
+        token_ids, log_probs = received
+        mine = unflatten(token_ids, log_probs, members_of[state.dp_rank], table)
     return {sample.sample_id: sample for sample in mine}

@@ -76,7 +76,7 @@ class StreamCollector(Collector):
             still_open = tuple((draw.number, draw.prompt_index) for draw in self._open.values())
             counted["rollout/groups_generated"] = wanted + counted["rollout/uninformative"] + counted["rollout/stale_finished"]
             batch = self._batch(
-                [draw.scored for draw in ready], counted, started, drawn=self._drawn, open=still_open
+                [draw.scored for draw in ready if draw.scored is not None], counted, started, drawn=self._drawn, open=still_open
             )  # before more are drawn
             self._fill(round_index + 1)
             return batch

@@ -29,6 +29,7 @@ from pmpo_megatron.training.round_metrics import measure_mismatch, step_metrics,
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.training.shares import share_round
 from pmpo_megatron.training.sources import objective_metrics
+from pmpo_megatron.training.token_examples import token_examples
 from pmpo_megatron.types import TrajectoryTable
 
 logger = logging.getLogger(__name__)
@@ -141,8 +142,9 @@ class Trainer:
                 self.push_weights()
         if self.progress.policy_version == trained:
             self.progress.policy_version += 1
+        tokens = self.token_examples(scored[-1], results[-1], batch, table)
         self.progress.round += 1
-        self.record(batch, results, mismatch, trained)
+        self.record(batch, results, mismatch, tokens, trained)
         self.store.poll()
         if self.store.due(self.progress.round):
             self.save()
@@ -222,7 +224,22 @@ class Trainer:
         if self.log is not None:
             self.progress.accuracy[str(done)] = self.log.log(done, found)["eval/accuracy_mean"]
 
-    def record(self, batch: RoundBatch | None, results: list[StepResult], mismatch: dict[str, Metric], trained: int) -> None:
+    def token_examples(
+        self, step: list[ScoredMicroBatch], result: StepResult, batch: RoundBatch | None, table: TrajectoryTable
+    ) -> list[dict[str, Any]]:
+        """Some trajectories of the round's last step token by token, on rank 0."""
+        decode = None if self.collector is None else self.collector.prompts.decode
+        done = self.progress.round
+        return token_examples(self.policy, step, result, batch, table, self.config, round_index=done, decode=decode)
+
+    def record(
+        self,
+        batch: RoundBatch | None,
+        results: list[StepResult],
+        mismatch: dict[str, Metric],
+        tokens: list[dict[str, Any]],
+        trained: int,
+    ) -> None:
         """Where the finished round leaves the sampler, and its metrics, on rank 0; ``trained``: the version it began with."""
         times = self.timer.take()
         if batch is None or self.log is None:
@@ -232,8 +249,8 @@ class Trainer:
         metrics["throughput/tokens_per_s"] = int(batch.table.lengths_N.sum()) / times["time/total_s"]
         staleness = trained - batch.versions
         metrics |= {"rollout/staleness": Mean.of(staleness), "rollout/staleness_max": Maximum(float(staleness.max()))}
-        record = trajectory_record(results, batch.rewards)
-        self.log.log(self.progress.round, metrics, trajectories=record, rollouts=batch.examples)
+        record = trajectory_record(results, batch.table.rewards_N)
+        self.log.log(self.progress.round, metrics, trajectories=record, rollouts=batch.examples, tokens=tokens)
 
     def save(self, *, required: bool = False) -> None:
         """Everything that the run needs to go on exactly from here."""

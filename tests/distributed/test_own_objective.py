@@ -7,6 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from pmpo_megatron.algo.objective import ObjectiveConfig, evaluate_objective
 from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError
 from tests.distributed.harness import run_ranks
+from tests.tiny_models import save_tiny_model
 from tests.unit.algo.test_objective import make_batch
 
 PAGE = (Path(__file__).parents[2] / "docs/adding_a_rule.md").read_text()
@@ -69,6 +71,36 @@ def evaluate_own(directory):
     return results
 
 
+def train_with_apmpo(directory, model):
+    """{number of a trajectory: p} of an optimizer step on two groups, whose trajectories lie with either replica."""
+    from pmpo_megatron.model.optimizer import OptimizerConfig
+    from pmpo_megatron.model.policy import ModelConfig, Policy
+    from pmpo_megatron.model.step import optimizer_step, score
+    from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
+    from pmpo_megatron.training.run_config import RunConfig
+    from pmpo_megatron.training.shares import share_round
+    from pmpo_megatron.types import Sample, TrajectoryTable
+
+    sys.path.insert(0, directory)
+    objective = objective_of("Apmpo")
+    batch = {"prompts_per_round": 2, "steps_per_round": 1}
+    config = build(RunConfig, {"model": {"path": model}, "data": {"source": "arithmetic"}, "batch": batch})
+    state = initialize(ParallelConfig(), device="cpu")
+    policy = Policy.build(ModelConfig(path=model), OptimizerConfig(), ParallelConfig(), state)
+    ids, samples = np.arange(1, 9, dtype=np.int32), []
+    for group_id, group in enumerate(REWARDS):
+        for value in compute_advantages([group], objective.group_advantage)[0]:
+            number = len(samples)
+            samples.append(
+                Sample(number, group_id, ids[:3], ids[: 3 + number], np.full(3 + number, -5, np.float32), False, value)
+            )
+    table = TrajectoryTable.of(samples, [reward for group in REWARDS for reward in group])
+    [batches] = share_round(samples, table, config, state, round_index=0)
+    result = optimizer_step(policy, score(policy, batches, temperature=1.0), objective=objective, progress=0.0, temperature=1.0)
+    shut_down()
+    return dict(zip(result.trajectories["sample_id"].tolist(), result.trajectories["p"].tolist(), strict=True))
+
+
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
     [code] = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -114,6 +146,13 @@ def test_they_equal_their_plain_form_on_one_and_two_processes(directory):
         for parts in ([single], ranks):
             total = sum(results[rule][3] for results in parts)
             assert (total - gradient).abs().max() < 1e-9
+
+
+def test_statistics_of_groups_reach_a_rule_in_an_optimizer_step(directory, tmp_path):
+    model = save_tiny_model("qwen2", tmp_path / "model")
+    means = [statistics.mean(group) for group in REWARDS for _ in group]
+    for orders in run_ranks(2, "tests.distributed.test_own_objective:train_with_apmpo", directory, str(model)):
+        assert [orders[i] for i in range(len(means))] == pytest.approx([math.exp(-0.8 * mean) for mean in means], abs=1e-12)
 
 
 def test_missing_statistics_and_bad_parameters_are_named(directory):

@@ -27,7 +27,7 @@ def stand_by_and_share(counts):
         made = make_samples(count)
         numbers = np.arange(count)
         split = [[numbers[0::4], numbers[1::4]], [numbers[2::4], numbers[3::4]]]
-        mine = share_samples(made if state.is_main else (), TrajectoryTable.of(made), [split], state)
+        mine = share_samples(made if state.is_main else (), TrajectoryTable.of(made, [0.0] * count), [split], state)
         found["members"].append(np.concatenate(split[state.dp_rank]).tolist())
         found["samples"].append({number: vars(sample) for number, sample in mine.items()})
     shut_down()

@@ -45,8 +45,11 @@ class TestStep:
     def test_results_are_the_same_on_every_rank(self, runs, name):
         one, other = runs[name][0]["twice"][0][0][1], runs[name][-1]["twice"][0][0][1]
         assert (one.loss, one.grad_norm, one.entropy, one.num_tokens) == (
-            other.loss, other.grad_norm, other.entropy, other.num_tokens,
-        )  # fmt: skip
+            other.loss,
+            other.grad_norm,
+            other.entropy,
+            other.num_tokens,
+        )
         assert sorted(one.trajectories["sample_id"]) == list(range(100, 106))
         assert all((one.trajectories[key] == other.trajectories[key]).all() for key in one.trajectories)
 
@@ -55,7 +58,10 @@ class TestStep:
             (overflow, kept), (poisoned, kept_too), (after, updates) = rank["broken"]
             assert not overflow.applied and kept and "NaN or inf in the gradient of decoder." in overflow.problem
             assert not poisoned.applied and kept_too
-            assert "NaN or inf in the log-probs of trajectories [100, 101, " in poisoned.problem
+            assert (
+                "NaN or inf in the log-probs, or an overflow of weight x advantage, of trajectories [100, 101, "
+                in poisoned.problem
+            )
             assert after.applied and after.problem is None and updates == 1, "and the next step is an ordinary one"
 
     def test_calls_that_cannot_work_are_refused(self, runs, name):

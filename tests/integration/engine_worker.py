@@ -88,6 +88,15 @@ def answers(engine) -> list[tuple[list[int], np.ndarray]]:
     return [(group.rollouts[0].token_ids.tolist(), group.rollouts[0].log_probs) for group in groups]
 
 
+def answers_of_all(engine) -> list[tuple[list[int], np.ndarray]]:
+    """As `answers`, when every vLLM has been started again that died: the others answer without waiting for it."""
+    deadline = time.monotonic() + 250
+    while not all(process.fresh for process in engine._processes):
+        assert time.monotonic() < deadline, "a vLLM was not started again"
+        time.sleep(0.05)
+    return answers(engine)
+
+
 def export(bridge: WeightBridge, path: str, target: Path) -> None:
     """The policy as a Hugging Face checkpoint. Collective."""
     main = bridge.policy.state.is_main
@@ -163,7 +172,8 @@ def update_nodes(path: str, bridge_settings: dict, directory: str) -> dict | Non
         barrier(state, "the exported checkpoint")
         if agent is not None:
             os.kill(agent.process_ids[-1], signal.SIGKILL)
-        found["restarted"] = stand_by.run(lambda: answers(engine))
+        found["meanwhile"] = stand_by.run(lambda: answers(engine))
+        found["restarted"] = stand_by.run(lambda: answers_of_all(engine))
         if agent is not None:
             killer = threading.Timer(0.02, os.kill, (agent.process_ids[-1], signal.SIGKILL))
             killer.start()

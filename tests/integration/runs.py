@@ -31,6 +31,7 @@ SMALL = [
     "evaluation.data={source: arithmetic, split: test, problems: 8, max_prompt_tokens: 16}",
     "evaluation.every_rounds=2",
     "monitor.progress=line",
+    "monitor.token_examples=24",  # as many as an optimizer step has, at most
 ]
 
 
@@ -80,6 +81,12 @@ def metrics(directory: Path) -> list[dict]:
         {k: v for k, v in row.items() if not k.startswith(("time", "throughput")) and not k.endswith("/seconds")}
         for row in rows
     ]
+
+
+def token_examples(directory: Path, *, step: int) -> dict[int, dict]:
+    """The trajectories that round ``step`` recorded token by token, by their number."""
+    rows = [json.loads(line) for line in (directory / "tokens.jsonl").read_text().splitlines()]
+    return {row["sample_id"]: row for row in rows if row["step"] == step}
 
 
 def last_round(directory: Path) -> int:

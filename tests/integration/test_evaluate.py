@@ -42,12 +42,12 @@ def place(tmp_path_factory):
 
 
 def arguments(place: Path) -> list[str]:
-    return [
-        str(place / "model"), "--data-dir", str(place), "--benchmarks", "AMC", str(place / "mine.jsonl"),
-        "--out", str(place / "out"), "--template", "plain", "--samples", str(SAMPLES), "--temperature", "1",
-        "--max-tokens", "60", "--reward", "tests.integration.rewards:letters", "--chunk", "2", "--workers", "1",
-        "--rollout", "threads=1", "kv_cache_gib=0.1", "max_num_seqs=8",
-    ]  # fmt: skip
+    options = (
+        f"--data-dir {place} --benchmarks AMC {place}/mine.jsonl --out {place}/out --template plain --samples {SAMPLES}"
+        " --temperature 1 --max-tokens 60 --reward tests.integration.rewards:letters --chunk 2 --workers 1"
+        " --rollout threads=1 kv_cache_gib=0.1 max_num_seqs=8"
+    )
+    return [str(place / "model"), *options.split()]
 
 
 def start(place: Path) -> subprocess.Popen:

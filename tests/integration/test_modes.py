@@ -29,7 +29,7 @@ def trained(directory) -> Counter:
 
 
 def engines(process) -> list[int]:
-    """The vLLMs of the run, by what only they have in their environment's process names."""
+    """The vLLMs of the run: what is forked from the fork server that has vLLM imported has its command line."""
     found = []
     for child in os.listdir("/proc"):
         if child.isdigit():
@@ -40,7 +40,7 @@ def engines(process) -> list[int]:
                     command = file.read()
             except OSError:
                 continue
-            if int(fields[2]) == process.pid and "forkserver" in command:
+            if int(fields[2]) == process.pid and "vllm_preload" in command:
                 found.append(int(child))
     return sorted(found)[1:]  # the first is the fork server
 

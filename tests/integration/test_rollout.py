@@ -16,6 +16,7 @@ from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.replay import RecordingEngine, ReplayEngine
 from pmpo_megatron.types import Prompt
 from tests.integration.engine_worker import engine_for, prompts, save_model
+from tests.integration.runs import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,7 @@ class TestSeveralEngines:
             killer.start()
             found = flat(engine.generate(prompts(), many, round_index=0))
             killer.join()
+            wait_until(lambda: restarts, timeout=250, what="the restart")  # the other answers without waiting for it
             assert restarts == [engine] and engine.process_ids[0] == first and engine.process_ids[1] != second
             assert [row[:2] for row in found] == [row[:2] for row in expected]
         finally:

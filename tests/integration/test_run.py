@@ -5,6 +5,7 @@ import random
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from tests.integration.engine_worker import save_model
 
 KILLS = 10
 ROUNDS = 12
-LONGER = [f"run.rounds={ROUNDS}", "evaluation.every_rounds=5"]
+LONGER = [f"run.rounds={ROUNDS}", "evaluation.every_rounds=5", "evaluation.temperature=1.0", "evaluation.greedy=true"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,9 @@ class TestOneProcess:
         directory, _, text = recorded
         rounds = [row for row in runs.metrics(directory) if "reward/mean" in row]
         assert [row["step"] for row in rounds] == list(range(1, ROUNDS + 1))
-        assert [row["step"] for row in runs.metrics(directory) if "eval/accuracy_mean" in row] == [0, 5, 10, 12]
+        evaluations = [row for row in runs.metrics(directory) if "eval/accuracy_mean" in row]
+        assert [row["step"] for row in evaluations] == [0, 5, 10, 12]
+        assert any(row["eval/greedy_accuracy_mean"] != row["eval/accuracy_mean"] for row in evaluations)
         assert all(row["mismatch/mean_abs"] < 1e-4 and row["mismatch/max_abs"] < 1e-3 for row in rounds)
         assert all(row["policy/skipped_steps"] == 0 and row["rollout/staleness"] == 0 for row in rounds)
         assert any(0 < row["objective/p_mean"] < 1 for row in rounds), "some trajectories are clipped"
@@ -136,7 +139,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_two_processes(name, model, tmp_path):
+def test_two_processes(name, model, recorded, tmp_path):
     """Every layout trains with rollouts from vLLM, and the engine's weights are the trainer's in every round."""
     directory = tmp_path / "run"
     text = runs.train(model, directory, *LAYOUTS[name], "run.rounds=3", processes=2)
@@ -148,3 +151,25 @@ def test_two_processes(name, model, tmp_path):
     assert all(row["mismatch/mean_abs"] < 1e-4 for row in rounds if not row["rollout/staleness"])
     if "reference" in name:
         assert rounds[0]["policy/kl_reference"] >= 0 and rounds[-1]["policy/kl_reference"] > 1e-4
+    assert "tokens.html" in (directory / "report.html").read_text() and (directory / "tokens.html").exists()
+    check_token_examples(runs.token_examples(directory, step=1))
+    if name in ("tp2", "cp2"):  # the first round of these is that of one process
+        assert_same_tokens(runs.token_examples(directory, step=1), runs.token_examples(recorded[0], step=1))
+
+
+def check_token_examples(examples):
+    """Weights against the formula: exp(p * x) of clipped log-ratios, over its mean; 0 where the clip binds."""
+    assert len(examples) > 1
+    for example in examples.values():
+        ratio, bound = np.array(example["log_ratio"]), 0.4
+        x = np.minimum(ratio, bound) if example["advantage"] > 0 else np.maximum(ratio, -bound)
+        weight = np.exp(example["p"] * x) / np.exp(example["p"] * x).mean()
+        np.testing.assert_allclose(example["weight"], np.where(x == ratio, weight, 0), atol=1e-3)
+        assert len(example["tokens"]) == len(ratio) and np.abs(ratio).max() > 1e-3
+
+
+def assert_same_tokens(one, other):
+    assert one.keys() == other.keys()
+    for sample_id, example in one.items():
+        assert example["tokens"] == other[sample_id]["tokens"] and example["prompt"] == other[sample_id]["prompt"]
+        np.testing.assert_allclose(example["log_ratio"], other[sample_id]["log_ratio"], atol=1e-2)

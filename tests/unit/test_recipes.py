@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pmpo_megatron.config import apply_overrides, build, read_yaml, to_plain
+from pmpo_megatron.config import apply_overrides, build, read_yaml
+from pmpo_megatron.monitor.study import read_study
 from pmpo_megatron.planner import HARDWARE, plan
 from pmpo_megatron.planner.text import plan_lines
 from pmpo_megatron.training.run_config import RunConfig
@@ -41,7 +42,7 @@ def run_script(arguments, **environment):
     return subprocess.run(command, env=kept | environment, cwd=ROOT, capture_output=True, text=True, timeout=250)
 
 
-@pytest.mark.parametrize("name", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/*.yaml")))
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/config*.yaml")))
 def test_every_examples_configuration_is_valid(name):
     load(name)
 
@@ -260,54 +261,18 @@ def test_slurm_says_why_there_can_be_no_rollout_nodes(job):
     assert done.returncode == 2 and "ROLLOUT_NODES=3 leaves no node to train" in done.stderr
 
 
-ENVIRONMENT = """
-PROJECT_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-fail() { echo "error: $*" >&2; exit 1; }
-prepare_environment() { PYTHON="$PROJECT_ROOT/python"; }
-"""  # stands in for tools/environment.sh: an interpreter that notes what it is asked
+STUDIES = sorted(path.parent for path in EXAMPLES.glob("*/study.yaml"))
 
 
-def compared(tmp_path, *arguments):
-    """The configurations that examples/ablation/run.sh trains, by directory, and the last command, which compares them."""
-    for name, text in (
-        ("examples/ablation/run.sh", (EXAMPLES / "ablation/run.sh").read_text()),
-        ("tools/environment.sh", ENVIRONMENT),
-        ("python", '#!/bin/sh\necho "$@" >>"$(dirname "$0")/asked"\n'),
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    (tmp_path / "python").chmod(0o755)
-    command = ["bash", str(tmp_path / "examples/ablation/run.sh"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    make_model, *trained, compare = (tmp_path / "asked").read_text().splitlines()
-    assert make_model.startswith("tools/make_tiny_model.py")
-    found = {}
-    for line in trained:
-        overrides = line.split("--config examples/quickstart/config.yaml ")[1].split()
-        config = build(RunConfig, apply_overrides(read_yaml(EXAMPLES / "quickstart/config.yaml"), overrides))
-        found[config.run.directory] = config
-    return found, compare
-
-
-def test_the_comparison_gives_all_variants_the_same_budget_and_differs_in_the_objective_alone(tmp_path):
-    found, compare = compared(tmp_path)
-    variants = ("pmpo", "pmpo-linear", "grpo", "dr_grpo", "dapo", "gmpo", "gspo", "holder")
-    assert set(found) == {f"runs/ablation/{variant}/seed-{seed}" for variant in variants for seed in (1, 2, 3)}
-    assert compare == "tools/compare_runs.py runs/ablation --reference pmpo"
-    own = {"objective", "run", "sampling"}
-    shared = [{name: part for name, part in to_plain(config).items() if name not in own} for config in found.values()]
-    assert all(each == shared[0] for each in shared)
-    assert len({config.objective for config in found.values()}) == len(variants)
-    linear = found["runs/ablation/pmpo-linear/seed-2"]
-    assert (linear.objective.rule, linear.run.seed, linear.sampling.seed, linear.run.rounds) == ("linear", 2, 2, 25)
-    assert linear.optimizer.decay_steps == linear.run.rounds * linear.batch.steps_per_round
-
-
-def test_the_comparison_takes_variants_of_ones_own(tmp_path):
-    variants = "p-is-1:objective.rule=fixed,objective.p=1 gmpo"
-    found, compare = compared(tmp_path, "--variants", variants, "--seeds", "1", "--out", "here", "optimizer.learning_rate=1e-5")
-    first, second = found["here/p-is-1/seed-1"], found["here/gmpo/seed-1"]
-    assert (first.objective.rule, first.objective.p, first.objective.eps_low_log) == ("fixed", 1.0, 0.4)
-    assert second.objective.p == 0.0 and first.optimizer.learning_rate == second.optimizer.learning_rate == 1e-5
-    assert compare == "tools/compare_runs.py here --reference p-is-1"
+@pytest.mark.parametrize("directory", STUDIES, ids=lambda path: path.name)
+def test_the_variants_of_a_study_have_the_same_budget_and_differ_in_what_the_axes_say(directory):
+    study, base = read_study(directory / "study.yaml"), read_yaml(EXAMPLES / "quickstart/config.yaml")
+    built = {
+        levels: build(RunConfig, apply_overrides(base, [*study.settings, *overrides]))
+        for levels, overrides in study.variants().items()
+    }
+    assert study.config == "examples/quickstart/config.yaml" and len(set(map(repr, built.values()))) == len(built)
+    budget = {(c.batch.prompts_per_round, c.sampling, c.data, c.evaluation, c.optimizer.decay_steps) for c in built.values()}
+    assert len(budget) == 1, "equal numbers of trajectories"
+    assert all(study.reference_of(levels) in built for levels in built)
+    assert "common/study.sh" in (directory / "run.sh").read_text()

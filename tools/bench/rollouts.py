@@ -41,7 +41,7 @@ TURN_S = 0.02  # of a slowed engine
 
 def engine_seconds(process: psutil.Process) -> float:
     """Processor time of the vLLMs below ``process``: the children of its fork server."""
-    servers = [child for child in process.children(recursive=True) if "forkserver" in " ".join(child.cmdline())]
+    servers = [child for child in process.children(recursive=True) if "vllm_preload" in " ".join(child.cmdline())]
     below = {engine.pid: engine for server in servers for engine in server.children(recursive=True)}
     return sum(sum(engine.cpu_times()[:2]) for engine in below.values())
 

@@ -75,10 +75,13 @@ def work(options: argparse.Namespace) -> None:
             "model": {"path": "unused"},
             "data": {"source": "arithmetic"},
             "sampling": {"max_tokens": options.tokens, "samples_per_prompt": GROUP},
-            "batch": {"prompts_per_round": max(1, options.trajectories // GROUP), "steps_per_round": 1,
-                      "max_tokens_per_micro_batch": 2 * options.tokens},
+            "batch": {
+                "prompts_per_round": max(1, options.trajectories // GROUP),
+                "steps_per_round": 1,
+                "max_tokens_per_micro_batch": 2 * options.tokens,
+            },
         },
-    )  # fmt: skip
+    )
     state = initialize(ParallelConfig(), device="cpu")
     before = memory("VmRSS")
     samples = make_samples(options) if state.is_main else ()
@@ -87,7 +90,7 @@ def work(options: argparse.Namespace) -> None:
         barrier(state, "the start")
         before, started = memory("VmRSS"), time.perf_counter()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        table = broadcast_object(TrajectoryTable.of(samples) if state.is_main else None, state)
+        table = broadcast_object(TrajectoryTable.of(samples, [0.0] * len(samples)) if state.is_main else None, state)
         steps = share_round(samples, table, config, state, round_index=repeat)
         barrier(state, "the end")
         found["seconds"].append(time.perf_counter() - started)

@@ -106,7 +106,9 @@ class Sandbox:
         self._buffer, self._ready, self.starts = b"", False, self.starts + 1
         seccomp = filter_file() if self.isolated else None
         user = sandbox_user() if os.geteuid() == 0 and self.isolated else 0
-        command = bubblewrap(seccomp, user) if self.isolated else [sys.executable, str(INSIDE / "zygote.py"), "plain", "0"]
+        command = (
+            bubblewrap(seccomp, user) if seccomp is not None else [sys.executable, str(INSIDE / "zygote.py"), "plain", "0"]
+        )
         environment = {"PATH": "/usr/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         environment |= {
             "PYTHONPATH": sysconfig.get_path("purelib"),
@@ -121,17 +123,19 @@ class Sandbox:
         finally:
             if seccomp is not None:
                 os.close(seccomp)
+        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
+        assert stdin is not None and stdout is not None and stderr is not None  # all three are pipes
+        self._stdin, self._stdout, self._stderr = stdin, stdout, stderr
         self._deadline = time.monotonic() + START_TIMEOUT_S
 
     def _end(self) -> None:
-        process = self._process
-        process.stdin.close()  # process 1 ends with it, and the namespace with process 1
-        process.kill()
-        process.wait()
-        while process.stdout.read(1 << 16):  # until the last process inside has let go of it
+        self._stdin.close()  # process 1 ends with it, and the namespace with process 1
+        self._process.kill()
+        self._process.wait()
+        while self._stdout.read(1 << 16):  # until the last process inside has let go of it
             pass
-        process.stdout.close()
-        process.stderr.close()
+        self._stdout.close()
+        self._stderr.close()
 
     def restart(self) -> None:
         self._end()
@@ -146,7 +150,7 @@ class Sandbox:
         while not self._ready:
             if (message := self._line()) is None:
                 self._process.kill()
-                said = self._process.stderr.read().decode(errors="replace").strip()
+                said = self._stderr.read().decode(errors="replace").strip()
                 raise PmpoError(f"the sandbox does not start: {said or 'no answer'}")
             self._ready = "ready" in message
 
@@ -164,7 +168,7 @@ class Sandbox:
     def send(self, message: dict) -> None:
         data = memoryview(json.dumps(message).encode() + b"\n")
         while data:
-            data = data[self._process.stdin.write(data) :]
+            data = data[self._stdin.write(data) :]
 
     def _receive(self) -> str | Outcome:
         """A line of the program's, or how it ended."""
@@ -181,9 +185,9 @@ class Sandbox:
     def _line(self) -> dict | None:
         """The next message of the sandbox; None if it has ended, or does not answer in time."""
         while b"\n" not in self._buffer:
-            if not select.select([self._process.stdout], [], [], max(0.0, self._deadline - time.monotonic()))[0]:
+            if not select.select([self._stdout], [], [], max(0.0, self._deadline - time.monotonic()))[0]:
                 return None
-            data = self._process.stdout.read(1 << 16)
+            data = self._stdout.read(1 << 16)
             if not data:
                 return None
             self._buffer += data
@@ -195,7 +199,8 @@ class Talk:
     """A program that answers line by line. `outcome` is None while it runs."""
 
     def __init__(self, sandbox: Sandbox, job: dict) -> None:
-        self.sandbox, self.outcome = sandbox, None
+        self.sandbox = sandbox
+        self.outcome: Outcome | None = None
         sandbox._give(job)
 
     def __enter__(self) -> Talk:

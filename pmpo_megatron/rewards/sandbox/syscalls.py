@@ -63,8 +63,8 @@ def filter_program(machine: str | None = None) -> bytes:
         (LOAD, 0, 0, NUMBER), (JUMP_AT_LEAST, 0, 1, X32), (RETURN, 0, 0, KILL),
     ]  # fmt: skip
     for numbers in REFUSED.values():
-        if numbers[column] is not None:
-            code += [(JUMP_EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, REFUSE)]
+        if (number := numbers[column]) is not None:
+            code += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE)]
     for number in ALLOWED_COMMON:
         code += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
     code += [(JUMP_AT_LEAST, 0, 1, FIRST_COMMON), (RETURN, 0, 0, ABSENT)]

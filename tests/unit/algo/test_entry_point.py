@@ -72,9 +72,13 @@ def test_no_synchronisation_and_memory_of_vectors(name):
 )
 def test_arguments_that_would_be_broadcast_or_rounded_are_refused(change, words):
     arguments = dict(
-        log_probs_T=torch.zeros(5), old_log_probs_T=torch.zeros(5), trajectory_T=torch.zeros(5, dtype=torch.long),
-        advantages_N=torch.ones(2), weights_N=torch.ones(2), config=PRESETS["holder"],
-    )  # fmt: skip
+        log_probs_T=torch.zeros(5),
+        old_log_probs_T=torch.zeros(5),
+        trajectory_T=torch.zeros(5, dtype=torch.long),
+        advantages_N=torch.ones(2),
+        weights_N=torch.ones(2),
+        config=PRESETS["holder"],
+    )
     with pytest.raises(ConfigError, match=words):
         evaluate_objective(**(arguments | change))
 

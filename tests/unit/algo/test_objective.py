@@ -156,9 +156,14 @@ def test_finite_at_the_extremes(name, dtype):
             for sign in (1.0, -1.0):
                 log_probs = torch.full((length,), value, dtype=dtype, requires_grad=True)
                 out = evaluate_objective(
-                    log_probs, torch.zeros(length, dtype=dtype), torch.zeros(length, dtype=torch.long),
-                    torch.tensor([sign]), torch.ones(1), CONFIGS[name], progress=0.7,
-                )  # fmt: skip
+                    log_probs,
+                    torch.zeros(length, dtype=dtype),
+                    torch.zeros(length, dtype=torch.long),
+                    torch.tensor([sign]),
+                    torch.ones(1),
+                    CONFIGS[name],
+                    progress=0.7,
+                )
                 for number in (out.loss, out.p_N, out.ess_N, out.power_mean_N, gradient(out.surrogate, log_probs)):
                     assert number.isfinite().all()
                 assert abs(out.ess_N[0] / length - 1) < 1e-9
@@ -188,9 +193,14 @@ def test_no_trajectories_and_no_tokens_still_join_the_one_collective():
     for tokens, trajectories in ((0, 0), (0, 3), (5, 0)):
         log_probs = torch.randn(tokens, requires_grad=True)
         out = evaluate_objective(
-            log_probs, torch.zeros(tokens), torch.full((tokens,), -1), torch.ones(trajectories), torch.ones(trajectories),
-            PRESETS["pmpo"], sum_over_shards=count,
-        )  # fmt: skip
+            log_probs,
+            torch.zeros(tokens),
+            torch.full((tokens,), -1),
+            torch.ones(trajectories),
+            torch.ones(trajectories),
+            PRESETS["pmpo"],
+            sum_over_shards=count,
+        )
         assert out.loss == 0 and out.surrogate == 0 and len(out.p_N) == trajectories
         out.surrogate.backward()
     assert len(calls) == 3

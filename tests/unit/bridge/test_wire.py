@@ -15,6 +15,7 @@ from pmpo_megatron.bridge.buckets import ALIGNMENT, bucket_bytes, covered, piece
 from pmpo_megatron.bridge.channel import Receiver, Sender
 from pmpo_megatron.bridge.config import choose_transport
 from pmpo_megatron.bridge.fingerprint import FACTOR, fingerprint, weighted_sum
+from pmpo_megatron.bridge.source import round_matrix
 from pmpo_megatron.errors import ConfigError, RolloutError, WeightSyncError
 from pmpo_megatron.rollout.engine import HERE
 
@@ -189,6 +190,19 @@ def test_shared_memory_has_no_name_once_every_worker_has_mapped_it(tmp_path):
     worker.join(timeout=20)
     assert worker.error is None and worker.received == list(range(5))
     sender.close()
+
+
+@pytest.mark.parametrize("rounding, mantissa", [("bf16", 7), ("fp8", 3)])
+def test_matrices_are_rounded_to_the_nearest_value_that_the_format_holds(rounding, mantissa):
+    matrix = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    found, scale = round_matrix(matrix, rounding), 448 / matrix.abs().max() if rounding == "fp8" else 1.0
+    step = 2.0 ** (torch.floor(torch.log2(matrix.abs() * scale)).clamp(min=-6) - mantissa)  # e4m3's least normal is 2^-6
+    assert ((found - matrix).abs() * scale <= 0.5001 * step).all() and found.dtype == matrix.dtype
+    steps = (found * scale / step)[matrix.abs() * scale >= 2**-6]
+    assert ((steps - steps.round()).abs() < 1e-3).all(), "on the format's grid"
+    assert not torch.equal(found, matrix) and torch.equal(round_matrix(found, rounding), found)
+    assert torch.equal(round_matrix(matrix, "none"), matrix) and torch.equal(round_matrix(matrix[0], rounding), matrix[0])
+    assert torch.equal(round_matrix(torch.zeros(2, 2), rounding), torch.zeros(2, 2))
 
 
 def join_and_hang(description: dict) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pmpo_megatron.config import build
-from pmpo_megatron.data.arithmetic import is_held_out, make_problems
+from pmpo_megatron.data.arithmetic import Memory, Problem, is_held_out, make_problems, solve
 from pmpo_megatron.data.packing import flat_sizes, flatten, pack, unflatten
 from pmpo_megatron.data.prompts import DataConfig, load_prompts, render
 from pmpo_megatron.data.sampler import PromptSampler
@@ -48,7 +48,7 @@ def some_samples(groups=1):
 
 
 def split_of(given, **settings):
-    return split_step(np.arange(len(given)), TrajectoryTable.of(given), **settings)
+    return split_step(np.arange(len(given)), TrajectoryTable.of(given, [0.0] * len(given)), **settings)
 
 
 @pytest.mark.parametrize("dp, multiple, micro_batch_multiple", [(1, 1, 1), (2, 4, 1), (4, 8, 2)])
@@ -98,7 +98,7 @@ def test_a_trajectory_that_does_not_fit_is_named():
 
 def test_steps_take_whole_groups_in_an_order_of_seed_and_round():
     given = some_samples(groups=6)
-    table = TrajectoryTable.of(given)
+    table = TrajectoryTable.of(given, [0.0] * len(given))
     split = lambda seed, number: split_into_steps(table, steps=3, seed=seed, round_index=number)  # noqa: E731
     groups = [[given[i].group_id for i in members] for members in split(1, 0)]
     assert sorted(i for members in split(1, 0) for i in members.tolist()) == list(range(37))
@@ -110,7 +110,7 @@ def test_steps_take_whole_groups_in_an_order_of_seed_and_round():
 @pytest.mark.parametrize("mask", [False, True])
 def test_weights_are_those_of_each_step(mask):
     given = some_samples(groups=6)
-    table = TrajectoryTable.of(given)
+    table = TrajectoryTable.of(given, [0.0] * len(given))
     steps = split_into_steps(table, steps=3, seed=1, round_index=0)
     found = step_weights(steps, table, kind="length", max_length=60, mask_truncated=mask)
     for members in steps:
@@ -123,7 +123,7 @@ def test_weights_are_those_of_each_step(mask):
 @pytest.mark.parametrize("members", [[], [5], [36, 0, 12]])
 def test_samples_come_back_from_the_arrays_that_are_sent(members):
     given = some_samples(groups=6)
-    table, chosen = TrajectoryTable.of(given), np.array(members, dtype=np.int64)
+    table, chosen = TrajectoryTable.of(given, [0.0] * len(given)), np.array(members, dtype=np.int64)
     token_ids, log_probs = flatten([given[i] for i in members])
     assert (token_ids.dtype, log_probs.dtype) == (np.int32, np.float32)
     assert (len(token_ids), len(log_probs)) == flat_sizes(chosen, table)
@@ -149,6 +149,36 @@ def test_arithmetic_is_right_and_held_out_problems_never_train():
     assert not {p.text for p in train} & {p.text for p in test}
     assert all(is_held_out(p.text) for p in test) and {p.level for p in train} == {1, 2, 3}
     assert make_problems(20, seed=1) == train[:20] and make_problems(20, seed=2) != train[:20]
+
+
+def test_chains_are_worked_out_step_by_step_and_held_apart():
+    levels = (4, 6, 8)
+    train, test = make_problems(300, levels=levels, seed=3), make_problems(150, levels=levels, seed=3, held_out=True)
+    for problem in train + test:
+        assert eval(problem.text[:-1]) == int(problem.answer)  # noqa: S307  our own text
+        solution = solve(problem)
+        assert solution.endswith(f" \\boxed{{{problem.answer}}}") and solution.count("(") == problem.level
+        for step in solution.partition(" ")[0].split("(")[1:]:  # e.g. 7+5=12,1+2+1=4)42-11=
+            columns, _, rest = step.partition(")")
+            assert all(eval(left) == int(right) for left, right in (c.split("=") for c in columns.split(",")))  # noqa: S307
+            assert eval(rest.rstrip("=")) == int(problem.answer)  # noqa: S307
+    assert not {p.text for p in train} & {p.text for p in test} and {p.level for p in train} == set(levels)
+    assert all(80 < len(solve(p)) < 260 for p in train)
+    assert solve(Problem("17+25-11=", "31", 4)) == "(7+5=12,1+2+1=4)42-11=(2-1=1,4-1=3)31 \\boxed{31}"
+
+
+def test_a_bad_memory_mistakes_the_same_facts_for_the_same_results_at_rates_of_their_own():
+    memory, generator = Memory(largest_rate=0.9, skew=8.0), np.random.default_rng(0)
+    facts = [(f"{a}+{b}", a + b) for a in range(10) for b in range(10)]
+    rates = []
+    for fact, result in facts:
+        recalled = [memory.recall(fact, result, generator) for _ in range(200)]
+        wrong = {value for value in recalled if value != result}
+        assert len(wrong) <= 1 and all(value // 10 == result // 10 and 0 <= value < 20 for value in wrong)
+        rates.append(np.mean([value != result for value in recalled]))
+    assert np.mean(rates) == pytest.approx(0.9 / 9, abs=0.05), "0.9 times the mean of u ** 8"
+    assert max(rates) > 0.5 and np.median(rates) < 0.05
+    assert all(Memory().recall(fact, result, generator) == result for fact, result in facts)
 
 
 def test_prompts_from_json_lines(tmp_path):
@@ -227,6 +257,6 @@ def test_templates():
     )
     with pytest.raises(ConfigError, match="no chat template"):
         load_prompts(DataConfig(source="arithmetic", template="chat"), make_tokenizer())
-    for bad in (dict(template="nothing"), dict(system_prompt="x"), dict(split="dev"), dict(levels=(4,))):
+    for bad in (dict(template="nothing"), dict(system_prompt="x"), dict(split="dev"), dict(levels=(9,))):
         with pytest.raises(ConfigError):
             DataConfig(source="arithmetic", **bad)

@@ -1,25 +1,35 @@
-"""Comparisons of variants over seeds: intervals and tests against textbook formulas, and no verdict where none is due."""
-
-import json
+"""Statistics of studies: intervals and tests against textbook formulas, and no verdict where none is due."""
 
 import numpy as np
 import pytest
 
+from pmpo_megatron.config import build
 from pmpo_megatron.errors import DataError
-from pmpo_megatron.monitor.comparison import compare, interval_of_mean, read_variants, write_comparison
+from pmpo_megatron.monitor.comparison import compare, interval_of_mean, verdict_sentences, write_comparison
+from pmpo_megatron.monitor.study import GREEDY, REWARD, SAMPLED, StudyConfig, Variant
 
 T_975_2 = 4.302652729911275  # Student's t, 2 degrees of freedom, from a table
 
 
-def write_runs(root, finals: dict[str, list[float]]) -> None:
-    for name, values in finals.items():
-        for seed, value in enumerate(values, 1):
-            directory = root / name / f"seed-{seed}"
-            directory.mkdir(parents=True)
-            rows = [
-                {"step": s, "time": float(s), "eval/accuracy_mean": value * s / 10, "reward/mean": 0.1 * s} for s in (0, 5, 10)
-            ]
-            (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def study(names, **changes):
+    axes = {"objective": {name: [f"objective.preset={name}"] for name in names}}
+    values = dict(title="T", config="c.yaml", rounds=10, axes=axes, reference=["pmpo"]) | changes
+    return build(StudyConfig, values)
+
+
+def variants(finals: dict[str, list[float]]) -> list[Variant]:
+    """Runs of seeds 1, 2, ... whose accuracy grows to the given one."""
+    rounds = (0, 5, 10)
+    return [
+        Variant(
+            (name,),
+            {
+                seed: {metric: {n: value * n / 10 for n in rounds} for metric in (GREEDY, SAMPLED, REWARD)}
+                for seed, value in enumerate(values, 1)
+            },
+        )
+        for name, values in finals.items()
+    ]
 
 
 def test_interval_of_the_mean_is_students():
@@ -30,51 +40,41 @@ def test_interval_of_the_mean_is_students():
     assert np.isnan(interval_of_mean(values[:1])[1]).all()
 
 
-def test_welch_and_holm():
-    """Statistic and degrees of freedom by hand; the t distribution's tail by numerical integration."""
-    base, one, two = np.array([0.5, 0.6, 0.7]), np.array([0.9, 0.8, 1.0]), np.array([0.55, 0.65, 0.6])
-    found = {v.name: v for v in compare({"a": base, "b": one, "c": two}, "a")}
+def test_paired_t_and_holm():
+    """Differences by seed; with 2 degrees of freedom the t distribution has the closed form 1 - t / sqrt(2 + t^2)."""
+    base = {1: 0.5, 2: 0.6, 3: 0.7}
+    one, two = {1: 0.9, 2: 0.8, 3: 1.0, 4: 9.0}, {3: 0.72, 2: 0.65, 1: 0.58}
+    found = {verdict.name: verdict for verdict in compare([("b", one, "a", base), ("c", two, "a", base)])}
     raw = {}
     for name, other in (("b", one), ("c", two)):
-        va, vb = base.var(ddof=1) / 3, other.var(ddof=1) / 3
-        t, freedom = abs(other.mean() - base.mean()) / np.sqrt(va + vb), (va + vb) ** 2 / (va**2 / 2 + vb**2 / 2)
-        x = np.linspace(0, t, 200_001)
-        density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-        u = np.linspace(-np.pi / 2, np.pi / 2, 400_001)  # x = sqrt(freedom) tan u maps the whole line to an interval
-        whole = np.sqrt(freedom) * np.trapezoid(np.cos(u) ** (freedom - 1), u)
-        raw[name] = 1 - 2 * np.trapezoid(density, x) / whole
-    assert found["b"].p_value == pytest.approx(min(1, 2 * raw["b"]), abs=1e-6)
-    assert found["c"].p_value == pytest.approx(max(2 * raw["b"], raw["c"]), abs=1e-6)
-    assert found["b"].differs and not found["c"].differs
+        difference = np.array([other[seed] - base[seed] for seed in (1, 2, 3)])
+        t = difference.mean() / (difference.std(ddof=1) / np.sqrt(3))
+        raw[name] = 1 - abs(t) / np.sqrt(2 + t**2)
+        assert found[name].difference == pytest.approx(difference.mean()) and found[name].seeds == 3
+    first, second = sorted(raw, key=raw.get)
+    assert found[first].p_value == pytest.approx(2 * raw[first], rel=1e-6)
+    assert found[second].p_value == pytest.approx(max(2 * raw[first], raw[second]), rel=1e-6)
 
 
 def test_report_says_what_differs_and_what_does_not(tmp_path):
-    write_runs(tmp_path, {"pmpo": [0.90, 0.91, 0.92], "worse": [0.50, 0.51, 0.49], "same": [0.89, 0.93, 0.91]})
-    sentences = write_comparison(tmp_path, tmp_path / "r.html", reference="pmpo", title="T")
-    assert any(s.startswith("worse: worse than pmpo in final accuracy (-0.410") for s in sentences)
-    assert any(s.startswith("same: not told apart from pmpo in final accuracy by 3 seeds") for s in sentences)
+    finals = {"pmpo": [0.90, 0.91, 0.92], "worse": [0.50, 0.51, 0.53], "same": [0.89, 0.93, 0.91]}
+    found = write_comparison(study(finals), variants(finals), tmp_path / "r.html")
+    assert any(s.startswith("worse: worse than pmpo in final greedy accuracy (-0.397") for s in found)
+    assert any(s.startswith("same: not told apart from pmpo in final greedy accuracy by 3 seeds") for s in found)
     page = (tmp_path / "r.html").read_text()
-    assert "0.910 ± 0.025" in page and page.count("<svg ") == 2 and "not told apart" in page
+    assert "0.910 ± 0.025" in page and page.count("<svg ") == 3 and "not told apart" in page and "0 of 3" in page
 
 
-def test_unequal_seeds_are_counted_for_each_comparison(tmp_path):
-    write_runs(tmp_path, {"pmpo": [0.90, 0.91, 0.92], "same": [0.89, 0.93], "single": [0.1]})
-    sentences = write_comparison(tmp_path, tmp_path / "r.html", reference="pmpo", title="T")
-    assert any(s.startswith("same: not told apart from pmpo in final accuracy by 2 seeds") for s in sentences)
-    assert sentences[-1] == "single: one seed, nothing can be said about it."
-    assert "3 variants, 1 to 3 seeds, equal budget" in (tmp_path / "r.html").read_text()
-
-
-def test_one_seed_gives_no_verdict(tmp_path):
-    write_runs(tmp_path, {"pmpo": [0.9], "other": [0.1]})
-    assert write_comparison(tmp_path, tmp_path / "r.html", reference="pmpo", title="T") == [
-        "One seed each: nothing can be said about differences."
+def test_only_seeds_in_common_are_compared(tmp_path):
+    finals = {"pmpo": [0.90, 0.91, 0.92], "same": [0.89, 0.93], "single": [0.1]}
+    found = verdict_sentences(study(finals), variants(finals))
+    assert any(s.startswith("same: not told apart from pmpo in final greedy accuracy by 2 seeds") for s in found)
+    assert not any("single" in s for s in found)
+    assert verdict_sentences(study(finals), variants({"pmpo": [0.9], "same": [0.1]})) == [
+        "No variant shares two seeds with its reference: nothing can be said about differences."
     ]
 
 
-def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(DataError, match="holds no <variant>/seed-<n>"):
-        read_variants(tmp_path)
-    write_runs(tmp_path, {"grpo": [0.9]})
-    with pytest.raises(DataError, match="has no variant 'pmpo'; it has grpo"):
-        write_comparison(tmp_path, tmp_path / "r.html", reference="pmpo", title="T")
+def test_nothing_finished_is_said(tmp_path):
+    with pytest.raises(DataError, match="no run is finished yet"):
+        write_comparison(study(["pmpo"]), [], tmp_path / "r.html")

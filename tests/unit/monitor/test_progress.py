@@ -19,8 +19,11 @@ from pmpo_megatron.monitor.progress import (
 NUMBERS = {
     "reward/mean": 0.53125,
     "objective/p_mean": 0.824,
-    "objective/p_std": 0.101,
-    "objective/ess_fraction": 0.91,
+    "objective/p_q05": 0.31,
+    "objective/p_q50": 0.9,
+    "objective/p_q95": 1.0,
+    "objective/ess_fraction": 0.912,
+    "objective/ess_target": 0.95,
     "objective/clip_fraction": 0.031,
     "rollout/length_mean": 43.4,
     "policy/grad_norm": 0.5217,
@@ -47,8 +50,8 @@ def test_line_shows_every_quantity_and_the_time_left(capsys):
     progress.show(3, NUMBERS)
     line = capsys.readouterr().out
     assert line == (
-        "round 3/10  reward 0.531  p 0.82±0.10  ESS 0.91  clip 3.1%  len 43  |g| 0.522  mismatch 1.3e-05  "
-        "tok/s 12.3k  time 12.3s  (rollout 7.0s, train 4.2s)  ETA 3m30s\n"
+        "round 3/10  reward 0.531  p 5/50/95% 0.31/0.90/1.00  ESS 0.912  target 0.950  clip 3.1%  len 43  |g| 0.522  "
+        "mismatch 1.3e-05  tok/s 12.3k  time 12.3s  (rollout 7.0s, train 4.2s)  ETA 3m30s\n"
     )
 
 

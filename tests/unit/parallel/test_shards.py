@@ -50,9 +50,14 @@ def test_order_of_one_rank_is_the_identity():
 
 @pytest.mark.parametrize(
     "layout, multiple",
-    [({}, 1), ({"context": 2}, 4), ({"tensor": 2}, 1), ({"tensor": 2, "sequence_parallel": True}, 2),
-     ({"tensor": 4, "sequence_parallel": True, "context": 2}, 16)],
-)  # fmt: skip
+    [
+        ({}, 1),
+        ({"context": 2}, 4),
+        ({"tensor": 2}, 1),
+        ({"tensor": 2, "sequence_parallel": True}, 2),
+        ({"tensor": 4, "sequence_parallel": True, "context": 2}, 16),
+    ],
+)
 def test_sequence_multiple(layout, multiple):
     assert sequence_multiple(ParallelConfig(**layout)) == multiple
 

@@ -14,6 +14,8 @@ import signal
 import sys
 import threading
 import types
+from collections.abc import Callable
+from typing import Any, TextIO
 
 PR_SET_DUMPABLE = 4
 MAX_OPEN_FILES = 64
@@ -48,13 +50,14 @@ def encode(value: object) -> object:
     raise TypeError(f"a {type(value).__name__} is no plain data")
 
 
-def decode(value: object) -> object:
+def decode(value: Any) -> Any:
     """What `encode` was given. ValueError, TypeError or RecursionError for what it never makes."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
+    makers: dict[str, Callable[[Any], Any]]
     makers = {"tuple": tuple, "set": set, "dict": dict, "bytes": bytes, "complex": lambda parts: complex(*parts)}
     if kind not in makers or not isinstance(content, list):
         raise ValueError(f"{kind} is no kind of plain data")
@@ -122,7 +125,7 @@ def run_script(job: dict) -> int:
     return code & 255
 
 
-def claim_pipes() -> tuple[object, int]:
+def claim_pipes() -> tuple[TextIO, int]:
     """Private ends of the pipes; what a program reads is empty, and what it prints goes nowhere."""
     source, sink = os.fdopen(os.dup(0), "r", encoding="utf-8", errors="surrogatepass"), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
@@ -156,8 +159,8 @@ def run_tests(job: dict) -> int:
     """Tests in a sandbox without the program: its functions are stand-ins that ask the outside, and get plain data."""
     source, sink = claim_pipes()
 
-    def stand_in(name: str):
-        def call(*arguments, **named):
+    def stand_in(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
             send(sink, {"call": [name, encode(list(arguments)), encode(named)]})
             answer = json.loads(source.readline())
             if "value" in answer:

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import deque
 
-from program import MODULES, PR_SET_DUMPABLE, become, send  # type: ignore[import-not-found]  # its neighbour, inside
+from program import MODULES, PR_SET_DUMPABLE, become, send  # its neighbour, inside
 
 WATCH_MS = 50  # how often memory and files of a running program are looked at
 MAX_FILES = 10_000  # in /tmp

@@ -1,0 +1,113 @@
+"""The pictures of a study: curves with confidence bands, heat maps over two axes, and ESS against p. SVG text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pmpo_megatron.monitor.study import GREEDY, REWARD, SAMPLED, StudyConfig, Variant
+from pmpo_megatron.monitor.style import NUM_SERIES, color, figure, to_svg
+
+CURVES = (
+    (GREEDY, "Held-out accuracy, greedy", "accuracy"),
+    (SAMPLED, "Held-out accuracy, sampled", "accuracy"),
+    (REWARD, "Reward in training", "reward"),
+    ("objective/p_mean", "p, mean over trajectories", "p"),
+    ("objective/ess_fraction", "Effective sample size", "ESS / tokens"),
+    ("objective/clip_fraction", "Clipped tokens", "clipped / tokens"),
+    ("policy/grad_norm", "Gradient norm", "norm"),
+    ("policy/entropy", "Entropy", "nats / token"),
+)
+
+
+def curve_pictures(study: StudyConfig, variants: Sequence[Variant], interval: Callable) -> list[str]:
+    """Every curve for each set of variants that are compared with each other, where they are few enough to tell apart."""
+    pictures = []
+    for reference in dict.fromkeys(study.reference_of(variant.levels) for variant in variants):
+        compared = [variant for variant in variants if study.reference_of(variant.levels) == reference]
+        if len(compared) > NUM_SERIES:
+            continue
+        for metric, heading, label in CURVES:
+            name = f"{metric}-{'-'.join(reference)}".replace("/", "-")
+            pictures += _curves(compared, metric, f"{heading} ({'/'.join(reference)} and others)", label, name, interval)
+    return pictures
+
+
+def _curves(variants: Sequence[Variant], metric: str, heading: str, label: str, name: str, interval: Callable) -> list[str]:
+    with figure() as (drawn, axes):
+        for index, variant in enumerate(variants):
+            rounds, values = variant.curves(metric)
+            if not values.size:
+                continue
+            mean, half = interval(values)
+            axes.plot(rounds, mean, color=color(index), label=variant.name)
+            if np.isfinite(half).all():
+                axes.fill_between(rounds, mean - half, mean + half, color=color(index), alpha=0.15, linewidth=0)
+        if not axes.lines:
+            return []
+        axes.set_title(heading)
+        axes.set_ylabel(label)
+        axes.set_xlabel("round")
+        drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        return [to_svg(drawn, name)]
+
+
+def heat_maps(study: StudyConfig, variants: Sequence[Variant], quantities: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Mean over seeds of each quantity, and the share of collapsed runs, over the study's two axes."""
+    if not study.heat_map:
+        return []
+    names = list(study.axes)
+    row, column = (names.index(axis) for axis in study.heat_map)
+    others = [index for index in range(len(names)) if index not in (row, column)]
+    pictures = []
+    for fixed in dict.fromkeys(tuple(variant.levels[i] for i in others) for variant in variants):
+        shown = [variant for variant in variants if tuple(variant.levels[i] for i in others) == fixed]
+        where = ", ".join(f"{names[i]} {level}" for i, level in zip(others, fixed, strict=True))
+        cells: dict[str, list[dict[int, float]]] = {
+            title: [v.by_seed(metric, reduce) for v in shown] for title, metric, reduce in quantities
+        }
+        cells["share of collapsed runs"] = [{seed: float(bad) for seed, bad in v.collapsed().items()} for v in shown]
+        for title, values in cells.items():
+            of_runs = {(v.levels[row], v.levels[column]): x for v, x in zip(shown, values, strict=True) if x}
+            means = {levels: float(np.mean([*x.values()])) for levels, x in of_runs.items()}
+            heading = title.capitalize() + (f" ({where})" if where else "")
+            pictures.append(_heat_map(study, means, heading, f"heat-{title}-{'-'.join(fixed)}".replace(" ", "-")))
+    return pictures
+
+
+def _heat_map(study: StudyConfig, means: dict[tuple[str, str], float], heading: str, name: str) -> str:
+    rows, columns = ([*map(str, study.axes[axis])] for axis in study.heat_map)
+    table = np.array([[means.get((r, c), np.nan) for c in columns] for r in rows], dtype=np.float64)
+    with figure() as (drawn, axes):
+        mesh = axes.pcolormesh(np.ma.masked_invalid(table), cmap="cividis", edgecolors="none")
+        low, high = mesh.get_clim()
+        for (i, j), value in np.ndenumerate(table):
+            if np.isfinite(value):
+                dark = high > low and (value - low) / (high - low) < 0.5
+                axes.text(j + 0.5, i + 0.5, f"{value:.3f}", ha="center", va="center", color="#ffffff" if dark else "#000000")
+        axes.grid(False)
+        axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+        axes.set_ylabel(study.heat_map[0])
+        axes.set_xlabel(study.heat_map[1])
+        axes.set_title(heading)
+        return to_svg(drawn, name)
+
+
+def ess_against_p(variants: Sequence[Variant]) -> list[str]:
+    """One point for each run: mean ESS / tokens against mean p, which is an inverse temperature: a larger one concentrates."""
+    with figure() as (drawn, axes):
+        for index, variant in enumerate(variants):
+            p, ess = (variant.by_seed(f"objective/{name}", "mean") for name in ("p_mean", "ess_fraction"))
+            seeds = sorted(p.keys() & ess.keys())
+            points = [p[s] for s in seeds], [ess[s] for s in seeds]
+            axes.plot(*points, "o", label=variant.name, markersize=5, alpha=0.7, mec="none", color=color(index))
+        if not any(np.size(line.get_xdata()) for line in axes.lines):
+            return []
+        axes.set_title("ESS against p, means over each run")
+        axes.set_xlabel("p")
+        axes.set_ylabel("ESS / tokens")
+        if len(variants) <= NUM_SERIES:
+            drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        return [to_svg(drawn, "ess-p")]

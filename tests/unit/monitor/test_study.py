@@ -1,0 +1,90 @@
+"""Studies: their definition, their raw results through kills and from another machine, and what counts as collapse."""
+
+import json
+
+import pytest
+
+from pmpo_megatron.config import build
+from pmpo_megatron.errors import ConfigError, DataError
+from pmpo_megatron.monitor.comparison import write_comparison
+from pmpo_megatron.monitor.read import read_run
+from pmpo_megatron.monitor.study import GREEDY, REWARD, Results, StudyConfig, has_collapsed, pick
+
+AXES = {"rule": {"ess": ["objective.preset=pmpo"], "p-1": ["objective.p=1"]}, "drift": {"4": ["a.b=4"], "16": ["a.b=16"]}}
+VALUES = dict(title="T", config="c.yaml", rounds=4, axes=AXES, reference=["ess", "*"], heat_map=["rule", "drift"])
+
+
+def finished(directory, scale=1.0):
+    directory.mkdir(parents=True)
+    rows = [{"step": 0, GREEDY: 0.1}] + [{"step": n, REWARD: scale * n, GREEDY: scale * n} for n in (1, 2, 3, 4)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_run(directory)
+
+
+def test_variants_and_what_each_is_compared_with():
+    study = build(StudyConfig, VALUES)
+    assert study.variants()["p-1", "16"] == ["objective.p=1", "a.b=16"] and len(study.variants()) == 4
+    assert study.reference_of(("p-1", "16")) == ("ess", "16")
+    assert pick(study.variants(), ["p-1/4"]) == [("p-1", "4")] and len(pick(study.variants(), ["p-1", "4"])) == 3
+    with pytest.raises(ConfigError, match="'gmpo' is no level; the variants are ess/4, ess/16, p-1/4"):
+        pick(study.variants(), ["gmpo"])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"reference": ["ess"]}, r"reference: \['ess'\]: must name a level"),
+        ({"reference": ["p-2", "*"]}, "reference"),
+        ({"heat_map": ["rule", "x"]}, "heat_map.*must be two of rule, drift"),
+        ({"axes": {"rule": {"a/b": []}, "drift": {"4": []}}}, "'a/b' names a directory"),
+        ({"axes": {"rule": {"ess": "x=1"}}}, "ess: must be a list of overrides"),
+        ({"rounds": 0}, "rounds"),
+    ],
+)
+def test_what_is_wrong_in_a_study_is_named(change, words):
+    with pytest.raises(ConfigError, match=words):
+        build(StudyConfig, VALUES | change)
+
+
+def test_results_go_on_from_the_file_alone(tmp_path):
+    study, path = build(StudyConfig, VALUES), tmp_path / "out" / "results.csv"
+    key = study.key(AXES["rule"]["ess"], "text")
+    Results(path, study).add(("ess", "4"), 1, key, finished(tmp_path / "a"))
+    again = Results(path, study)
+    assert again.find(("ess", "4"), 1, key) and not again.find(("ess", "4"), 2, key) and not again.find(("ess", "16"), 1, key)
+    again.add(("p-1", "4"), 1, key, finished(tmp_path / "b", scale=0.5))
+    ess, other = Results(path, study).variants()
+    assert ess.name == "ess/4" and ess.by_seed(GREEDY, "last") == {1: 4.0} and other.by_seed(REWARD, "mean") == {1: 1.25}
+    rounds, values = ess.curves(GREEDY)
+    assert rounds.tolist() == [0, 1, 2, 3, 4] and values.tolist() == [[0.1, 1.0, 2.0, 3.0, 4.0]]
+    write_comparison(study, [ess, other], tmp_path / "r.html")
+    assert "Final greedy accuracy" in (tmp_path / "r.html").read_text(), "heat maps with empty cells"
+
+
+def test_results_of_other_settings_are_never_mixed(tmp_path):
+    study, path = build(StudyConfig, VALUES), tmp_path / "results.csv"
+    keys = {study.key(["x=1"], "text"), study.key(["x=2"], "text"), study.key(["x=1"], "other")}
+    assert len(keys | {build(StudyConfig, VALUES | {"rounds": 5}).key(["x=1"], "text")}) == 4
+    Results(path, study).add(("ess", "4"), 1, "before", finished(tmp_path / "a"))
+    with pytest.raises(DataError, match="ess/4, seed 1, was measured with other settings"):
+        Results(path, study).find(("ess", "4"), 1, "now")
+    with pytest.raises(DataError, match="is it of another study"):
+        Results(path, build(StudyConfig, VALUES | {"axes": {"other": {"a": []}}, "reference": ["a"], "heat_map": []}))
+    path.write_text(path.read_text().replace(",0.1,", ",x,"))
+    with pytest.raises(DataError, match=r"results.csv:2: could not convert"):
+        Results(path, study).variants()
+
+
+@pytest.mark.parametrize(
+    "rewards, collapsed",
+    [
+        ([0.3, 0.4, 0.5, 0.6, 0.6], False),
+        ([0.3, 0.5, 0.6, 0.6, 0.3, 0.2, 0.2], True),
+        ([0.3, 0.3, 0.3, 0.05, 0.04, 0.03], True),
+        ([0.3, 0.6, 0.1, 0.5, 0.3], False),
+        ([0.3, float("nan"), 0.4], True),
+        ([0.5], False),
+    ],
+)
+def test_collapse(rewards, collapsed):
+    assert has_collapsed(rewards) is collapsed
