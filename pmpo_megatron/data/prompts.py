@@ -167,6 +167,8 @@ def _load_source(prompts: list[Prompt], source: str, config: DataConfig, tokeniz
             too_long += 1
             continue
         metadata = {name: value for name, value in row.items() if name not in (config.problem_field, config.answer_field)}
+        if source:
+            metadata.setdefault("source", source)
         ids = to_token_ids(token_ids)
         prompts.append(Prompt(len(prompts), ids, problem, answers, metadata, source, config.rewards))
     if len(prompts) == before:

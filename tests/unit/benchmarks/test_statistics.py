@@ -42,6 +42,11 @@ def test_pass_at_1_is_the_accuracy():
     assert pass_at_k(scores, 2).value == pytest.approx((5 / 6 + 0 + 1) / 3)
 
 
+def test_accuracy_counts_correct_responses_whatever_numbers_a_reward_of_ones_own_gives():
+    scores = [[3.0, -2.0, 0.5, 0.4], [-7.0, 0.0, 100.0, -0.1]]
+    assert accuracy(scores).value == pytest.approx((2 / 4 + 1 / 4) / 2) and pass_at_k(scores, 1) == accuracy(scores)
+
+
 def test_error_of_one_response_per_problem_is_the_binomial_one():
     scores = [[1.0]] * 21 + [[0.0]] * 9
     assert accuracy(scores).value == 0.7
