@@ -45,7 +45,8 @@ def to_token_ids(values: Sequence[int]) -> TokenIds:
 class Prompt:
     """One problem, tokenised once. ``answers`` are the accepted answers; ``index`` is its number among all prompts.
 
-    ``metadata`` holds the further fields of its row, for rewards.
+    ``metadata`` holds the further fields of its row, for rewards; ``source`` is the name of its source, '' where there is one
+    alone; ``rewards`` are functions and weights that score it, None for those of the run.
     """
 
     index: int
@@ -53,6 +54,8 @@ class Prompt:
     text: str
     answers: tuple[str, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    rewards: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from pmpo_megatron.config import apply_overrides, build, to_plain
 from pmpo_megatron.data.prompts import DataConfig, load_prompts
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.rewards import RewardConfig, RewardScorer
-from pmpo_megatron.rewards.functions import check_functions
+from pmpo_megatron.rewards.functions import CODE, check_functions
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.remote_process import own_nodes
@@ -39,6 +39,7 @@ class EvaluationPlan:
     benchmarks: tuple[Benchmark, ...]
     data: DataConfig  # template and fields; the source is each benchmark's own
     sampling: SamplingConfig
+    reward: str  # scores the benchmarks that have none of their own
     rewards: RewardConfig
     rollout: RolloutConfig
     ks: tuple[int, ...]
@@ -64,8 +65,8 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
         max_prompt_tokens=ANY_LENGTH,
     )
     rollout = _rollout_config(options)
-    rewards = RewardConfig(functions={options.reward: 1.0}, workers=options.workers)
-    check_functions(rewards.functions, rewards.code)
+    benchmarks = tuple(find_benchmarks(options.benchmarks, options.data_dir))
+    rewards = _reward_config(options, benchmarks)
     ks = tuple(sorted(options.pass_k)) if options.pass_k else default_ks(options.samples)
     if ks and not 1 <= ks[0] <= ks[-1] <= options.samples:
         raise ConfigError("--pass-k", f"{list(ks)}: must lie between 1 and --samples, which is {options.samples}")
@@ -75,9 +76,10 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
         raise ConfigError("--chunk", f"{chunk} must be at least 1")
     return EvaluationPlan(
         out=options.out,
-        benchmarks=tuple(find_benchmarks(options.benchmarks, options.data_dir)),
+        benchmarks=benchmarks,
         data=data,
         sampling=sampling,
+        reward=options.reward,
         rewards=rewards,
         rollout=rollout,
         ks=ks,
@@ -99,6 +101,17 @@ def _sampling_config(options: argparse.Namespace) -> SamplingConfig:
         stop=tuple(options.stop),
         seed=options.seed,
     )
+
+
+def _reward_config(options: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> RewardConfig:
+    """How responses are scored: ``functions`` has all that the benchmarks need, each alone for its own problems."""
+    functions = {benchmark.reward or options.reward: 1.0 for benchmark in benchmarks}
+    try:
+        rewards = build(RewardConfig, apply_overrides({"functions": functions, "workers": options.workers}, options.rewards))
+    except ConfigError as error:
+        raise error.within("--rewards") from None
+    check_functions(rewards.functions, rewards.code)
+    return rewards
 
 
 def _rollout_config(options: argparse.Namespace) -> RolloutConfig:
@@ -125,7 +138,7 @@ def _device(choice: str) -> str:
 def settings_of(model: Model, plan: EvaluationPlan) -> dict[str, Any]:
     """What the responses and their scores depend on, plain values: an evaluation goes on only with the same."""
     settings = {"weights": weights_digest(model.path), "template": plan.data.template, "system_prompt": plan.data.system_prompt}
-    settings |= to_plain(plan.sampling) | {"reward": next(iter(plan.rewards.functions))}
+    settings |= to_plain(plan.sampling) | {"reward": plan.reward}
     return settings | {"dtype": plan.rollout.dtype, "max_model_len": plan.rollout.max_model_len}
 
 
@@ -150,8 +163,10 @@ def _make_tasks(model: Model, plan: EvaluationPlan, directory: Path, parts: Exit
     tasks = []
     for benchmark in plan.benchmarks:
         data = replace(plan.data, source=str(problem_file(benchmark, plan.out / "problems")))
-        if benchmark.file is None:
-            data = replace(data, problem_field="problem", answer_field="answer")
+        data = replace(data, rewards={benchmark.reward or plan.reward: 1.0})
+        if benchmark.file is None or benchmark.read is not None:
+            answer_field = None if benchmark.reward == CODE else "answer"
+            data = replace(data, problem_field="problem", answer_field=answer_field)
         prompts = load_prompts(data, tokenizer).prompts
         records = BenchmarkRecords(directory / f"{benchmark.stem}.jsonl", prompts, samples=plan.sampling.samples_per_prompt)
         parts.callback(records.close)

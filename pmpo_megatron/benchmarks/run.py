@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pmpo_megatron.benchmarks.records import TOO_LONG, BenchmarkRecords, Record, Response
 from pmpo_megatron.benchmarks.sources import Benchmark
-from pmpo_megatron.benchmarks.statistics import mean_score
+from pmpo_megatron.benchmarks.statistics import accuracy
 from pmpo_megatron.monitor.progress import Pace, format_count, format_seconds
 from pmpo_megatron.rewards import RewardScorer, ScoredGroup, score_groups
 from pmpo_megatron.rollout.config import SamplingConfig
@@ -52,7 +52,7 @@ class Progress:
         now = time.monotonic()
         records, left = task.records.records, self._pace.seconds_left
         parts = [f"{task.benchmark.name} {len(records)}/{len(task.prompts)} problems"]
-        parts.append(f"accuracy {mean_score([record.scores for record in records]).percent()}")
+        parts.append(f"accuracy {accuracy([record.scores for record in records]).percent()}")
         parts.append(f"{format_count(tokens / max(now - self._last, 1e-9))} tok/s")
         if left is not None and self._done < self._total:
             parts.append(f"{format_seconds(left)} left")

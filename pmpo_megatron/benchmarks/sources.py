@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from pmpo_megatron.benchmarks.formats import human_eval, live_code_bench, mbpp, multiple_choice
 from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.errors import ConfigError, DataError
 
@@ -21,7 +22,8 @@ class Benchmark:
     """A set of problems with accepted answers.
 
     ``file`` is used where it exists, else ``dataset``. ``answer_after`` is a mark in the data set's answer field: the
-    answer is what follows its last occurrence.
+    answer is what follows its last occurrence. ``read`` makes a row of our own of a published one, in a file or a data set;
+    ``reward`` scores it, None for that of the command.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Benchmark:
     answer_field: str = "answer"
     answer_after: str | None = None
     file: Path | None = None
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    reward: str | None = None
 
 
 # The first five are the benchmarks of the PMPO paper, in its order; lkevinzc/math-eval has them with its numbers of problems.
@@ -43,6 +47,15 @@ BENCHMARKS = (
     Benchmark("Minerva", "minerva", "lkevinzc/math-eval", split="minerva"),
     Benchmark("OlympiadBench", "olympiadbench", "lkevinzc/math-eval", split="olympiad_bench"),
     Benchmark("GSM8K", "gsm8k", "openai/gsm8k", subset="main", problem_field="question", answer_after="####"),
+    Benchmark("HumanEval+", "humanevalplus", "evalplus/humanevalplus", read=human_eval, reward="code"),
+    Benchmark("MBPP+", "mbppplus", "evalplus/mbppplus", read=mbpp, reward="code"),
+    Benchmark("LiveCodeBench", "livecodebench", read=live_code_bench, reward="code"),
+    Benchmark("ARC", "arc", "allenai/ai2_arc", subset="ARC-Challenge", read=multiple_choice, reward="choice"),
+    Benchmark(
+        "CommonsenseQA", "commonsenseqa", "tau/commonsense_qa", split="validation", read=multiple_choice, reward="choice"
+    ),
+    Benchmark("HellaSwag", "hellaswag", "Rowan/hellaswag", split="validation", read=multiple_choice, reward="choice"),
+    Benchmark("MMLU-Pro", "mmlupro", "TIGER-Lab/MMLU-Pro", read=multiple_choice, reward="choice"),
 )
 PAPER = tuple(benchmark.name for benchmark in BENCHMARKS[:5])
 
@@ -78,21 +91,26 @@ def _find(name: str, data_dir: Path | None) -> Benchmark:
     files = [data_dir / f"{benchmark.stem}{suffix}" for suffix in FILES] if data_dir is not None else []
     for file in files:
         if file.is_file():
-            return Benchmark(benchmark.name, benchmark.stem, file=file)
+            return Benchmark(benchmark.name, benchmark.stem, file=file, read=benchmark.read, reward=benchmark.reward)
+    if benchmark.dataset is None:
+        named = f"{benchmark.name} is no data set that could be fetched: put its file, as {benchmark.stem}.jsonl"
+        raise ConfigError("--data-dir", f"{named}, into a directory and name it")
     return benchmark
 
 
 def problem_file(benchmark: Benchmark, cache: Path) -> Path:
-    """The benchmark's file; where it has none, its data set is fetched once and written into ``cache``.
+    """The benchmark's file; where it has none, its data set is fetched once and written into ``cache``, as are its rows
+    of another format.
 
     Raises:
         DataError: the data set cannot be fetched, or a row lacks a field.
     """
-    if benchmark.file is not None:
+    if benchmark.file is not None and benchmark.read is None:
         return benchmark.file
     path = cache / f"{benchmark.stem}.jsonl"
-    if not path.is_file():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in _fetch(benchmark)]
+    if benchmark.file is not None or not path.is_file():
+        rows = _fetch(benchmark) if benchmark.file is None else _read_file(benchmark, benchmark.file)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, "".join(lines))
     return path
@@ -113,8 +131,19 @@ def _fetch(benchmark: Benchmark) -> list[dict[str, Any]]:
     return [_cleaned(benchmark, row, f"{where}: row {number}") for number, row in enumerate(rows, 1)]
 
 
+def _read_file(benchmark: Benchmark, file: Path) -> list[dict[str, Any]]:
+    from pmpo_megatron.data.prompts import DataConfig, read_rows  # takes seconds: the command's options are read before
+
+    return [_cleaned(benchmark, row, where) for where, row in read_rows(DataConfig(source=str(file)))]
+
+
 def _cleaned(benchmark: Benchmark, row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The row as our own files have it: fields ``problem`` and ``answer``."""
+    """The row as our own files have it: fields ``problem`` and ``answer``, or what its reward needs."""
+    if benchmark.read is not None:
+        try:
+            return benchmark.read(row)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise DataError(f"{where}: no row of {benchmark.name}: {error!r}; it has {', '.join(row)}") from None
     for name in (benchmark.problem_field, benchmark.answer_field):
         if row.get(name) is None:
             raise DataError(f"{where}: no field {name!r}; it has {', '.join(row)}")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CORRECT = 0.5  # a response with this score or more counts as correct
+from pmpo_megatron.rewards.scorer import CORRECT
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, math.sqrt(squares / (count - 1) / count))
 
 
-def mean_score(scores: Sequence[Sequence[float]]) -> Estimate:
-    """avg@n: the mean score of each problem's n responses, over problems. With one response each it is pass@1."""
-    return estimate([math.fsum(each) / len(each) for each in scores])
+def accuracy(scores: Sequence[Sequence[float]]) -> Estimate:
+    """avg@n: the share of correct ones among each problem's n responses, over problems; equal to pass@1."""
+    return estimate([sum(score >= CORRECT for score in each) / len(each) for each in scores])
 
 
 def pass_at_k(scores: Sequence[Sequence[float]], k: int) -> Estimate:

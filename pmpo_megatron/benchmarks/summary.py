@@ -11,7 +11,7 @@ from typing import Any
 from pmpo_megatron.benchmarks.models import Model
 from pmpo_megatron.benchmarks.records import SUMMARY, TOO_LONG, Record
 from pmpo_megatron.benchmarks.sources import BENCHMARKS
-from pmpo_megatron.benchmarks.statistics import Estimate, average, mean_score, pass_at_k
+from pmpo_megatron.benchmarks.statistics import Estimate, accuracy, average, pass_at_k
 from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.errors import DataError
 
@@ -28,7 +28,7 @@ def describe_benchmark(records: Sequence[Record], ks: Sequence[int]) -> dict[str
     reasons = [response.finish_reason for response in responses]
     return {
         "problems": len(records),
-        "accuracy": _pair(mean_score(scores)),
+        "accuracy": _pair(accuracy(scores)),
         "pass_at_k": {str(k): _pair(pass_at_k(scores, k)) for k in ks},
         "mean_tokens": sum(response.tokens for response in responses) / len(responses),
         "truncated_fraction": reasons.count("length") / len(reasons),

@@ -65,8 +65,9 @@ def _add_problem_options(group: Any) -> None:
     add("--problem-field", default="problem", help="field of the files (default: %(default)s)")
     add(
         "--answer-field",
+        type=lambda text: None if text == "null" else text,
         default="answer",
-        help="field of the files: an answer, or a list of accepted ones (default: %(default)s)",
+        help="field of the files: an answer, or a list of accepted ones; null: rows have tests (default: %(default)s)",
     )
     add("--max-problems", type=int, metavar="N", help="only the first N of every benchmark")
     add(
@@ -87,10 +88,17 @@ def _add_sampling_options(group: Any) -> None:
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--pass-k", type=int, nargs="+", metavar="K", help="show pass@K (default: powers of two up to --samples)")
     add(
+        "--rewards",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="fields of the rewards section of a run's configuration, e.g. timeout_s=60 code.wall_s=20",
+    )
+    add(
         "--reward",
         default="math",
-        help="math, exact, or package.module:function (response, answers) -> [0, 1]; "
-        "at least 0.5 is correct (default: %(default)s)",
+        help="of benchmarks without one of their own: math, exact, choice, code, or package.module:function "
+        "(response, answers[, metadata]) -> float; at least 0.5 is correct (default: %(default)s)",
     )
 
 

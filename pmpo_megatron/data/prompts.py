@@ -6,17 +6,19 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmpo_megatron.config import Section, setting
+from pmpo_megatron.config import Section, build, setting, to_plain
 from pmpo_megatron.data.arithmetic import LEVELS, make_problems
+from pmpo_megatron.data.tokenizer import encode
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.types import Prompt, to_token_ids
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+SOURCE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 BOXED = "Please reason step by step, and put your final answer within \\boxed{{}}."
 TEMPLATES = {
     "plain": "{problem}",
@@ -31,7 +33,14 @@ TEMPLATES = {
 class DataConfig(Section):
     """Where problems come from and how they become prompts."""
 
-    source: str = setting(help="a .jsonl or .parquet file, a Hugging Face data set (name or directory), or 'arithmetic'")
+    source: str | None = setting(
+        None, "a .jsonl or .parquet file, a Hugging Face data set (name or directory), or 'arithmetic'; needed without sources"
+    )
+    sources: dict[str, dict] = setting(
+        {}, "several sources instead: for each name the fields of this section that it has of its own"
+    )
+    weight: float = setting(1.0, "of one among several sources: its prompts are weight / (sum of weights) of all", above=0.0)
+    rewards: dict[str, float] | None = setting(None, "weight of each reward function here; null: rewards.functions")
     split: str = setting("train", "Hugging Face data set: its split; arithmetic: train or test, which never overlap")
     subset: str | None = setting(None, "Hugging Face data set: its configuration, where it has several")
     problem_field: str = setting("problem", "field that holds the problem")
@@ -49,7 +58,30 @@ class DataConfig(Section):
     )
     seed: int = setting(0, "arithmetic: seed of the problems", minimum=0)
 
+    def parts(self) -> dict[str, DataConfig]:
+        """Every source by its name; where there is one alone it is called ''."""
+        if not self.sources:
+            return {"": self}
+        shared = {name: value for name, value in to_plain(self).items() if name not in ("source", "sources")}
+        found = {}
+        for name, values in self.sources.items():
+            if not SOURCE_NAME.fullmatch(name):
+                raise ConfigError("sources", f"{name!r}: a name has letters, digits, points, - and _, for metrics bear it")
+            if once := sorted({"sources", "max_prompt_tokens"} & values.keys()):
+                raise ConfigError(f"sources.{name}", f"{once[0]} stands beside sources, once for all of them")
+            try:
+                found[name] = build(DataConfig, shared | values)
+            except ConfigError as error:
+                raise error.within(f"sources.{name}") from None
+        return found
+
     def validate(self) -> None:
+        if (self.source is None) != bool(self.sources):
+            raise ConfigError("source", "is required, or sources; not both: a file, a data set, or 'arithmetic'")
+        if self.rewards == {}:
+            raise ConfigError("rewards", "is empty: name a function, or null for those of rewards.functions")
+        if self.sources:
+            self.parts()
         if self.template not in TEMPLATES and self.template != "chat" and "{problem}" not in self.template:
             raise ConfigError(
                 "template", f"{self.template!r} is not one of {', '.join(TEMPLATES)}, chat, and has no {{problem}}"
@@ -65,10 +97,14 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """All prompts of a source, how many problems were left out because they were too long, and a token as text."""
+    """All prompts, source after source, how many problems were left out because they were too long, and a token as text.
+
+    ``weights`` are those of the sources, by name.
+    """
 
     prompts: tuple[Prompt, ...]
     too_long: int
+    weights: Mapping[str, float]
     decode: Callable[[int], str] = str
 
     def __len__(self) -> int:
@@ -78,37 +114,26 @@ class PromptSet:
         return self.prompts[index]
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of the checkpoint directory ``path``.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # the library raises whatever the files lead to
-        raise ConfigError("model.path", f"{path}: its tokenizer cannot be read: {error}") from None
-
-
 def check_rows(config: DataConfig) -> int:
-    """Reads all problems of ``config.source`` as `load_prompts` does, without a tokenizer; how many there are.
+    """Reads all problems as `load_prompts` does, without a tokenizer; how many there are.
 
     Raises:
         DataError, ConfigError: as `load_prompts`.
     """
-    count = 0
-    for where, row in read_rows(config):
-        _fields(config, where, row)
-        count += 1
-    if not count:
-        raise ConfigError("data.source", f"{config.source}: holds no problem")
-    return count
+    total = 0
+    for part in config.parts().values():
+        count = 0
+        for where, row in read_rows(part):
+            _fields(part, where, row)
+            count += 1
+        if not count:
+            raise ConfigError("data.source", f"{part.source}: holds no problem")
+        total += count
+    return total
 
 
 def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None = None) -> PromptSet:
-    """Reads, formats and tokenises all problems of ``config.source``.
+    """Reads, formats and tokenises all problems of the source, or of all sources.
 
     Args:
         tokenizer: of transformers.
@@ -120,11 +145,19 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None =
         ConfigError: no problem is short enough, or the tokenizer is another model's.
     """
     prompts: list[Prompt] = []
-    too_long = 0
+    too_long, parts = 0, config.parts()
+    for name, part in parts.items():
+        too_long += _load_source(prompts, name, part, tokenizer, vocab_size)
+    return PromptSet(tuple(prompts), too_long, {name: part.weight for name, part in parts.items()}, tokenizer.decode)
+
+
+def _load_source(prompts: list[Prompt], source: str, config: DataConfig, tokenizer: Any, vocab_size: int | None) -> int:
+    """Adds those of one source to ``prompts``; how many were too long."""
+    too_long, before = 0, len(prompts)
     for where, row in read_rows(config):
         problem, answers = _fields(config, where, row)
         text, special = render(config, problem, tokenizer)
-        token_ids = _encode(tokenizer, text, special, where)
+        token_ids = encode(tokenizer, text, special, where)
         if vocab_size is not None and max(token_ids) >= vocab_size:
             raise ConfigError(
                 "model.path",
@@ -134,22 +167,13 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, vocab_size: int | None =
             too_long += 1
             continue
         metadata = {name: value for name, value in row.items() if name not in (config.problem_field, config.answer_field)}
-        prompts.append(Prompt(len(prompts), to_token_ids(token_ids), problem, answers, metadata))
-    if not prompts:
+        if source:
+            metadata.setdefault("source", source)
+        ids = to_token_ids(token_ids)
+        prompts.append(Prompt(len(prompts), ids, problem, answers, metadata, source, config.rewards))
+    if len(prompts) == before:
         raise ConfigError("data.source", f"{config.source}: no prompt is left ({too_long} too long)")
-    return PromptSet(tuple(prompts), too_long, tokenizer.decode)
-
-
-def _encode(tokenizer: Any, text: str, special: bool, where: str) -> list[int]:
-    """The tokens of a prompt: at least one of its own, beside those that the tokenizer puts around any text."""
-    try:
-        token_ids: list[int] = tokenizer.encode(text, add_special_tokens=special)
-        own = token_ids if len(token_ids) > 4 else tokenizer.encode(text, add_special_tokens=False)
-    except Exception as error:  # the library raises whatever its files lead to
-        raise DataError(f"{where}: the tokenizer fails on the prompt {text[:80]!r}: {error!r}") from None
-    if not own:
-        raise DataError(f"{where}: the tokenizer gives no token for the prompt {text[:80]!r}: does it know these characters?")
-    return token_ids
+    return too_long
 
 
 def render(config: DataConfig, problem: str, tokenizer: Any) -> tuple[str, bool]:
@@ -183,6 +207,7 @@ def _source(config: DataConfig) -> Iterable[tuple[str, dict[str, Any]]]:
             (f"arithmetic {i}", {config.answer_field or "answer": p.answer, config.problem_field: p.text, "level": p.level})
             for i, p in enumerate(problems)
         )
+    assert config.source is not None  # one source
     path = Path(config.source)
     if path.suffix in (".jsonl", ".json"):
         return _json_lines(path)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Runs = Sequence[RunRecord]
 MAX_POINTS = 1500  # of a scatter plot, over all runs
+STYLES = ("-", ":", "--", "-.")
 WINDOW = 0.05  # of a run's steps: width of the moving mean
 
 
@@ -26,7 +27,7 @@ def reward(runs: Runs) -> str | None:
             steps, values = run.series("reward/mean")
             axes.plot(steps, values, color=color(index), alpha=0.25, linewidth=1)
             axes.plot(steps, moving_mean(values), color=color(index), label=f"{run.label}: training")
-            for style, name in zip("-:", held_out(run), strict=False):
+            for style, name in zip(STYLES, held_out(run), strict=False):
                 steps, values = run.series(name)
                 label = f"{run.label}: held-out {name.removeprefix('eval/').removesuffix('_mean')}"
                 axes.plot(
@@ -175,6 +176,22 @@ def line(name: str, title: str, ylabel: str, *, log: bool = False) -> Callable[[
     return plot
 
 
+def by_source(quantity: str, title: str, ylabel: str) -> Callable[[Runs], str | None]:
+    """A plot of ``source/<name>/<quantity>`` over the steps, a line for each source."""
+
+    def plot(runs: Runs) -> str | None:
+        with figure() as (drawn, axes):
+            for index, run in enumerate(runs):
+                for number, name in enumerate(run.names("source/", f"/{quantity}")):
+                    steps, values = run.series(name)
+                    shade = {"color": color(number)} if len(runs) == 1 else {"color": color(index), "ls": STYLES[number % 4]}
+                    source = name.removeprefix("source/").removesuffix(f"/{quantity}")
+                    axes.plot(steps, moving_mean(values), label=source if len(runs) == 1 else f"{run.label}: {source}", **shade)
+            return _finish(drawn, axes, runs, title=title, name=f"source-{quantity}", ylabel=ylabel, always_legend=True)
+
+    return plot
+
+
 def moving_mean(values: np.ndarray) -> np.ndarray:
     """Centred moving mean over `WINDOW` of the values; ends use what is there; NaN counts nowhere."""
     half = max(1, round(len(values) * WINDOW)) // 2
@@ -223,6 +240,12 @@ def _finish(
 PLOTS: dict[str, tuple[Callable[[Runs], str | None], ...]] = {
     "Learning": (reward,),
     "Power-mean order": (exponent, exponent_map, ess_against_clipping, exponent_against_length),
+    "By source": (
+        by_source("p_mean", "Mean p of each source (moving mean)", "p"),
+        by_source("reward_mean", "Mean reward of each source (moving mean)", "reward"),
+        by_source("ess_fraction", "Effective sample size of each source (moving mean)", "ESS / tokens"),
+        by_source("clip_fraction", "Clipped tokens of each source (moving mean)", "clipped / tokens"),
+    ),
     "Objective": (
         ess_against_target,
         line("objective/clip_fraction", "Clipped tokens", "clipped / tokens"),

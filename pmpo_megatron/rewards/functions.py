@@ -1,10 +1,14 @@
-"""Reward functions: (response, accepted answers[, metadata]) -> any finite float. They run in workers (`RewardPool`)."""
+"""Reward functions, run by workers (`RewardPool`): (response, accepted answers[, metadata]) -> any finite float.
+
+One whose first parameter is called ``responses`` scores a group: (responses to one prompt, answers[, metadata]) -> list.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +19,16 @@ from pmpo_megatron.rewards.config import CodeConfig
 from pmpo_megatron.rewards.equality import same_answer
 from pmpo_megatron.rewards.extraction import boxed_answers, extract_answer
 
-RewardFunction = Callable[[str, Sequence[str], Mapping[str, Any]], float]
+RewardFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a function is to be called: with the row's metadata, with a whole group's responses, or awaited."""
+
+    metadata: bool
+    group: bool = False
+    asynchronous: bool = False
 
 
 def math(response: str, answers: Sequence[str], *, evaluated: bool = True) -> float:
@@ -42,19 +55,37 @@ CODE = "code"  # made with its settings, in each worker
 BUILT_IN: dict[str, Callable[..., float]] = {"math": math, "boxed": boxed, "exact": exact, "choice": choice}
 
 
-def check_functions(names: Iterable[str], code: CodeConfig) -> bool:
+def check_functions(names: Iterable[str], code: CodeConfig) -> dict[str, Kind]:
     """Checks that every function exists and can be called, and for `code` that its sandbox works here.
 
     Returns:
-        Whether one of them takes the row's metadata.
+        How each is to be called.
 
     Raises:
         ConfigError: a function is missing or of another signature, or there is no sandbox.
     """
-    wanted = [name == CODE or _takes_metadata(name, _find(name)) for name in names]
-    if CODE in names:
+    kinds = {name: kind_of(name) for name in names}
+    if CODE in kinds:
         check_sandbox(code)
-    return any(wanted)
+    return kinds
+
+
+def kind_of(name: str) -> Kind:
+    """How the function ``name`` is to be called.
+
+    Raises:
+        ConfigError: it is missing or of another signature.
+    """
+    if name == CODE:
+        return Kind(metadata=True)
+    function = _find(name)
+    metadata = _takes_metadata(name, function)
+    try:
+        group = next(iter(inspect.signature(function).parameters)) == "responses"
+    except ValueError:
+        group = False  # written in C, without a signature that could be read
+    asynchronous = any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
+    return Kind(metadata, group, asynchronous)
 
 
 def make_function(name: str, *, evaluated: bool, code: CodeConfig) -> RewardFunction:
@@ -104,6 +135,6 @@ def _takes_metadata(name: str, function: Callable[..., float]) -> bool:
     try:
         signature.bind(*arguments, {})
     except TypeError as error:
-        wanted = "a function of (response, answers) or (response, answers, metadata)"
+        wanted = "a function of (response, answers) or (response, answers, metadata), or of responses in its place"
         raise ConfigError("rewards.functions", f"{name!r} must be {wanted}: {error}") from None
     return True

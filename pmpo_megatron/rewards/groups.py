@@ -11,10 +11,11 @@ from pmpo_megatron.types import RolloutGroup
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group of responses with the reward of each."""
+    """A group of responses with the reward of each, and whether each is correct: by its first function alone."""
 
     group: RolloutGroup
     rewards: tuple[float, ...]
+    correct: tuple[bool, ...]
 
     @property
     def informative(self) -> bool:
@@ -24,6 +25,4 @@ class ScoredGroup:
 
 def score_groups(groups: Sequence[RolloutGroup], scorer: RewardScorer) -> list[ScoredGroup]:
     """Every response of ``groups`` scored, in one call so that the workers share the work evenly."""
-    rollouts = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-    scores = iter(scorer.score_rollouts(rollouts))
-    return [ScoredGroup(group, tuple(next(scores) for _ in group.rollouts)) for group in groups]
+    return [ScoredGroup(group, *scores) for group, scores in zip(groups, scorer.score(groups), strict=True)]

@@ -11,47 +11,52 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import selectors
-import signal
-import struct
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pmpo_megatron.config import to_plain
 from pmpo_megatron.errors import ConfigError, PmpoError
+from pmpo_megatron.rewards.calls import time_limit
 from pmpo_megatron.rewards.config import LONGEST_TIMEOUT_S, CodeConfig
-from pmpo_megatron.rewards.functions import check_functions
+from pmpo_megatron.rewards.functions import Kind, check_functions
+from pmpo_megatron.rewards.process import Answer, Score, WorkerProcess
+from pmpo_megatron.rewards.stats import FunctionStats, PoolStats
 from pmpo_megatron.units import GIB
 
 logger = logging.getLogger(__name__)
 
-HEADER = struct.Struct("<Q")  # bytes of the message that follows
-START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
 MAX_FAILED_STARTS = 3
 MAX_KINDS_OF_ERROR = 20
-LARGEST_MESSAGE = 1 << 20  # bytes: scores, and an error's first 500 characters for each function
 NOT_FINITE = "a score that is not finite, taken for 0"
 Answers = str | Sequence[str]
-Item = tuple[str, list[str], Mapping[str, Any]]
 
 
-@dataclass
-class PoolStats:
-    """Counts since the pool was made. ``errors`` are exceptions inside a reward function, by text."""
+@dataclass(frozen=True)
+class Request:
+    """Responses to one prompt that are to be scored.
 
-    scored: int = 0
-    timeouts: int = 0
-    crashes: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
+    ``answers`` is an accepted answer, or a list of which any one is accepted; ``metadata`` the further fields of the data
+    row, for functions that take them; ``functions`` those of the pool that score it, None for all.
+    """
+
+    responses: Sequence[str]
+    answers: Answers
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    functions: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker does at a time: ``calls`` of one function, each scoring the responses at its place in the results."""
+
+    function: str
+    calls: list[tuple[str | Sequence[str], list[str], Mapping[str, Any]]]
+    places: list[tuple[int, slice]]  # (number of the request, which of its responses)
 
 
 class RewardPool:
@@ -60,10 +65,12 @@ class RewardPool:
     Args:
         functions: ``math``, ``boxed``, ``exact``, ``choice``, ``code``, or a plug-in's ``package.module:name``; one or several.
         workers: processes.
-        timeout: seconds that one response may take; then its worker is killed, and it scores 0.
+        timeout: seconds that a function may take for one response, or one group; then its worker is killed, and it scores 0.
         memory_gib: address space of a worker; a response that needs more scores 0.
         evaluated: ``math`` refuses an expression that is still to be evaluated, unless the accepted answer is one.
         code: how ``code`` runs programs.
+        concurrency: calls of one asynchronous function that are under way at once.
+        attempts: how often an asynchronous call is made that fails or takes longer than ``timeout``.
 
     Raises:
         ConfigError: a function does not exist, a number is out of range, or ``code`` has no sandbox here.
@@ -78,6 +85,8 @@ class RewardPool:
         memory_gib: float = 4.0,
         evaluated: bool = True,
         code: CodeConfig = CodeConfig(),  # noqa: B008  frozen
+        concurrency: int = 32,
+        attempts: int = 3,
     ) -> None:
         self.functions = [functions] if isinstance(functions, str) else list(functions)
         if not self.functions:
@@ -86,11 +95,15 @@ class RewardPool:
             raise ConfigError("rewards", f"workers {workers}, timeout {timeout} and memory_gib {memory_gib} must be above 0")
         if timeout > LONGEST_TIMEOUT_S:
             raise ConfigError("rewards", f"timeout {timeout} must be at most {LONGEST_TIMEOUT_S:g} s")
-        self._takes_metadata = check_functions(self.functions, code)
-        self.timeout, self.stats = timeout, PoolStats()
+        if concurrency < 1 or attempts < 1:
+            raise ConfigError("rewards", f"concurrency {concurrency} and attempts {attempts} must be at least 1")
+        self._kinds = check_functions(self.functions, code)
+        self.timeout, self.concurrency, self.attempts = timeout, concurrency, attempts
+        self.stats = PoolStats({name: FunctionStats() for name in self.functions})
         self._turn = threading.RLock()
-        settings = json.dumps({"evaluated": evaluated, "code": to_plain(code)})
-        self._workers = [_Worker(self.functions, int(memory_gib * GIB), timeout, settings) for _ in range(workers)]
+        settings = {"functions": self.functions, "memory_bytes": int(memory_gib * GIB), "timeout": timeout}
+        settings |= {"evaluated": evaluated, "code": to_plain(code), "concurrency": concurrency, "attempts": attempts}
+        self._workers = [WorkerProcess([json.dumps(settings)]) for _ in range(workers)]
 
     def __enter__(self) -> RewardPool:
         return self
@@ -108,91 +121,129 @@ class RewardPool:
     def score(
         self, responses: Sequence[str], answers: Sequence[Answers], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> list[float]:
-        """A score for each response, in order, by the first function; arguments as `score_all`."""
-        return [scores[0] for scores in self.score_all(responses, answers, metadata)]
-
-    def score_all(
-        self, responses: Sequence[str], answers: Sequence[Answers], metadata: Sequence[Mapping[str, Any]] | None = None
-    ) -> list[list[float]]:
-        """Every function's score of each response, in order.
-
-        Args:
-            responses: texts.
-            answers: for each response an accepted answer, or a list of which any one is accepted.
-            metadata: for each response the further fields of its data row, for functions that take them.
+        """A score for each response, in order, by the first function; each response has answers and metadata of its own.
 
         Raises:
+            As `score_requests`.
             ValueError: the lists differ in length.
+        """
+        metadata = metadata or [{}] * len(responses)
+        if not len(responses) == len(answers) == len(metadata):
+            raise ValueError(f"{len(responses)} responses but {len(answers)} answers and metadata of {len(metadata)}")
+        first = self.functions[:1]
+        rows = zip(responses, answers, metadata, strict=True)
+        return [scores[first[0]][0] for scores in self.score_requests([Request([r], a, m, first) for r, a, m in rows])]
+
+    def score_requests(self, requests: Sequence[Request]) -> list[dict[str, list[float]]]:
+        """For each request, in order, the scores of its responses by each of its functions.
+
+        Raises:
             TypeError: a response or an answer is not text.
             PmpoError: workers do not start, or the pool is closed.
         """
-        items = _items(responses, answers, (metadata if self._takes_metadata else None) or [{}] * len(responses))
+        jobs = _make_jobs(requests, self._kinds)
+        results = [{name: [0.0] * len(r.responses) for name in r.functions or self.functions} for r in requests]
         with self._turn:
             if not self._workers:
                 raise PmpoError("this RewardPool is closed")
             try:
-                results = self._run(items)
+                self._run(jobs, results)
             except BaseException:
                 # Interrupted: what a worker still sends would be taken for the score of an item of the next call.
                 for worker in self._workers:
-                    if worker.item is not None:
+                    if worker.job is not None:
                         worker.restart()
                 raise
-            self.stats.scored += len(items)
+            self.stats.scored += sum(len(request.responses) for request in requests)
         return results
 
-    def _run(self, items: list[Item]) -> list[list[float]]:
-        results: list[list[float]] = [[0.0] * len(self.functions) for _ in items]
-        waiting = deque(range(len(items)))
+    def _run(self, jobs: Sequence[_Job], results: list[dict[str, list[float]]]) -> None:
+        waiting = deque(range(len(jobs)))
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 selector.register(worker.results, selectors.EVENT_READ, worker)
-            while waiting or any(worker.item is not None for worker in self._workers):
+            while waiting or any(worker.job is not None for worker in self._workers):
                 for worker in self._workers:
-                    if worker.ready and worker.item is None and waiting and worker.process.poll() is None:
-                        self._give(worker, waiting.popleft(), items)
+                    if worker.ready and worker.job is None and waiting and worker.process.poll() is None:
+                        self._give(worker, waiting.popleft(), jobs)
                 for key, _ in selector.select(timeout=self._until_next_deadline()):
-                    self._receive(key.data, results, selector)
+                    self._receive(key.data, jobs, results, selector)
                 for worker in self._workers:
                     if time.monotonic() > worker.deadline:
-                        self._replace(worker, selector, timed_out=True)
-        return results
+                        self._replace(worker, jobs, selector, timed_out=True)
 
     def _until_next_deadline(self) -> float:
         return max(0.0, min(min(worker.deadline for worker in self._workers) - time.monotonic(), 1.0))
 
-    def _give(self, worker: _Worker, index: int, items: Sequence[Item]) -> None:
-        worker.item, worker.deadline = index, time.monotonic() + self.timeout
-        if not worker.send(items[index]):
+    def _give(self, worker: WorkerProcess, number: int, jobs: Sequence[_Job]) -> None:
+        job, limit = jobs[number], self.timeout
+        if self._kinds[job.function].asynchronous:
+            limit = time_limit(len(job.calls), self.timeout, self.concurrency, self.attempts)
+        worker.begin(number, limit)
+        if not worker.send([self.functions.index(job.function), job.calls]):
             worker.deadline = 0.0  # it does not read: stopped from outside, or a plug-in's thread has hold of it
 
-    def _receive(self, worker: _Worker, results: list[list[float]], selector: selectors.BaseSelector) -> None:
+    def _receive(
+        self,
+        worker: WorkerProcess,
+        jobs: Sequence[_Job],
+        results: list[dict[str, list[float]]],
+        selector: selectors.BaseSelector,
+    ) -> None:
         try:
-            message = worker.receive(len(self.functions))
+            message = worker.receive(0 if worker.job is None else len(jobs[worker.job].calls))
         except EOFError:
-            self._replace(worker, selector, timed_out=False)
+            self._replace(worker, jobs, selector, timed_out=False)
             return
         if message == "ready":
             worker.ready, worker.failed_starts, worker.deadline = True, 0, float("inf")
-        elif message is not None and worker.item is not None:
-            results[worker.item] = [self._clean(score) for score in message]
-            worker.item, worker.deadline = None, float("inf")
+        elif isinstance(message, Answer) and worker.job is not None:
+            self._take(message, jobs[worker.job], results)
+            worker.job, worker.deadline = None, float("inf")
 
-    def _clean(self, score: float | str) -> float:
-        error = score if isinstance(score, str) else None if math.isfinite(score) else NOT_FINITE
-        if error is not None:
-            if error not in self.stats.errors and len(self.stats.errors) >= MAX_KINDS_OF_ERROR:
-                error = "other errors"
-            if error not in self.stats.errors:
-                logger.warning("a reward function of %s: %s (said once, counted)", ", ".join(self.functions), error)
-            self.stats.errors[error] = self.stats.errors.get(error, 0) + 1
-        return score if error is None and not isinstance(score, str) else 0.0
+    def _take(self, answer: Answer, job: _Job, results: list[dict[str, list[float]]]) -> None:
+        stats = self.stats.functions[job.function]
+        stats.calls += len(job.calls)
+        stats.seconds += answer.seconds
+        stats.retries += answer.retries
+        stats.timeouts += answer.timeouts
+        for (number, members), scores in zip(job.places, answer.scores, strict=True):
+            given = results[number][job.function]
+            given[members] = self._clean(scores, job.function, len(given[members]))
 
-    def _replace(self, worker: _Worker, selector: selectors.BaseSelector, *, timed_out: bool) -> None:
-        """Kills ``worker`` and starts another in its place; the item that it held keeps its 0."""
-        if worker.ready:
-            self.stats.timeouts += timed_out
-            self.stats.crashes += not timed_out
+    def _clean(self, scores: Score, function: str, count: int) -> list[float]:
+        """``count`` scores; zeros for an error, and for each that is not finite."""
+        if isinstance(scores, str):
+            self._count_error(scores, function)
+            return [0.0] * count
+        values = scores if isinstance(scores, list) else [scores]
+        if len(values) != count:
+            self._count_error(f"{len(values)} scores for {count} responses", function)
+            return [0.0] * count
+        for value in values:
+            if not math.isfinite(value):
+                self._count_error(NOT_FINITE, function)
+        return [value if math.isfinite(value) else 0.0 for value in values]
+
+    def _count_error(self, error: str, function: str) -> None:
+        errors = self.stats.functions[function].errors
+        if error not in errors and len(errors) >= MAX_KINDS_OF_ERROR:
+            error = "other errors"
+        if error not in errors:
+            logger.warning("reward function %s: %s (said once, counted)", function, error)
+        errors[error] = errors.get(error, 0) + 1
+
+    def _replace(
+        self, worker: WorkerProcess, jobs: Sequence[_Job], selector: selectors.BaseSelector, *, timed_out: bool
+    ) -> None:
+        """Kills ``worker`` and starts another in its place; what it was to score keeps its 0."""
+        if worker.ready and worker.job is not None:
+            job = jobs[worker.job]
+            stats = self.stats.functions[job.function]
+            stats.calls += len(job.calls)
+            stats.seconds += time.monotonic() - worker.began
+            stats.timeouts += timed_out
+            stats.crashes += not timed_out
         selector.unregister(worker.results)
         worker.restart()
         if worker.failed_starts > MAX_FAILED_STARTS:
@@ -200,106 +251,39 @@ class RewardPool:
         selector.register(worker.results, selectors.EVENT_READ, worker)
 
 
-def _items(responses: Sequence[str], answers: Sequence[Answers], metadata: Sequence[Mapping[str, Any]]) -> list[Item]:
-    """Responses with their lists of accepted answers; an answer of another type would be wrong without a word."""
-    if not len(responses) == len(answers) == len(metadata):
-        raise ValueError(f"{len(responses)} responses but {len(answers)} answers and metadata of {len(metadata)}")
-    rows: Iterable[tuple[str, Any, Mapping[str, Any]]] = zip(responses, answers, metadata, strict=True)
-    items: list[Item] = [(r, list(a) if isinstance(a, (list, tuple)) else [a], dict(m)) for r, a, m in rows]
-    for index, (response, accepted, _) in enumerate(items):
-        for kind, text in (("response", response), *(("answer", answer) for answer in accepted)):
+def _make_jobs(requests: Sequence[Request], kinds: Mapping[str, Kind]) -> list[_Job]:
+    """Asynchronous functions first, each with all its calls in one job, so that one process keeps to its concurrency."""
+    together: dict[str, _Job] = {}
+    single: list[_Job] = []
+    for number, request in enumerate(requests):
+        answers = _checked_answers(number, request)
+        for name in request.functions or kinds:
+            metadata = dict(request.metadata) if kinds[name].metadata else {}
+            for responses, members in _calls(request.responses, group=kinds[name].group):
+                call, place = (responses, answers, metadata), (number, members)
+                if kinds[name].asynchronous:
+                    job = together.setdefault(name, _Job(name, [], []))
+                    job.calls.append(call)
+                    job.places.append(place)
+                else:
+                    single.append(_Job(name, [call], [place]))
+    return [*together.values(), *single]
+
+
+def _calls(responses: Sequence[str], *, group: bool) -> Iterator[tuple[str | Sequence[str], slice]]:
+    """What a function is called with, and which of the responses it scores."""
+    if group:
+        yield list(responses), slice(0, len(responses))
+        return
+    for place, response in enumerate(responses):
+        yield response, slice(place, place + 1)
+
+
+def _checked_answers(number: int, request: Request) -> list[str]:
+    """The list of accepted answers; a text of another type would be scored wrongly without a word."""
+    answers = list(request.answers) if isinstance(request.answers, (list, tuple)) else [request.answers]
+    for kind, texts in (("response", request.responses), ("answer", answers)):
+        for text in texts:
             if not isinstance(text, str):
-                raise TypeError(f"{kind} {index} is not text but {type(text).__name__}: {text!r:.80}")
-    return items
-
-
-class _Worker:
-    """One process, what it works on, and until when."""
-
-    def __init__(self, functions: list[str], memory_bytes: int, timeout: float, settings: str) -> None:
-        self.timeout = timeout
-        arguments = [",".join(functions), str(memory_bytes), str(timeout), settings]
-        self.command = [sys.executable, "-m", "pmpo_megatron.rewards.worker", *arguments]
-        self.failed_starts = 0
-        self._start()
-
-    def _start(self) -> None:
-        # The package may be imported from a checkout that is not installed, and plug-ins from the caller's own path.
-        paths = [str(Path(__file__).parents[2]), *filter(None, sys.path), os.getcwd()]
-        env = dict(os.environ, PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)), OMP_NUM_THREADS="1", PYTHONHASHSEED="0")
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, bufsize=0, start_new_session=True
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None  # both are pipes
-        self.requests, self.results = self.process.stdin, self.process.stdout
-        for pipe in (self.requests, self.results):
-            os.set_blocking(pipe.fileno(), False)
-        self.ready = False
-        self.item: int | None = None
-        self.deadline = time.monotonic() + START_TIMEOUT_S
-        self._buffer = b""
-
-    def restart(self) -> None:
-        if not self.ready:
-            self.failed_starts += 1
-        self.kill()
-        self._start()
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # it leads its own session: what a plug-in started goes with it
-        self.process.wait()
-        self.requests.close()
-        self.results.close()
-
-    def send(self, item: object) -> bool:
-        """Hands ``item`` over; False if the worker did not take all of it within its time-out."""
-        data = json.dumps(item, default=str).encode()  # Parquet has dates and decimals
-        view = memoryview(HEADER.pack(len(data)) + data)
-        try:
-            while view:
-                written = self.requests.write(view)
-                view = view[written or 0 :]
-                if written is None and not self._wait_for_room():
-                    return False
-        except BrokenPipeError:
-            pass  # it died: the closed output says so at once
-        return True
-
-    def _wait_for_room(self) -> bool:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.requests, selectors.EVENT_WRITE)
-            return bool(selector.select(timeout=max(0.0, self.deadline - time.monotonic())))
-
-    def receive(self, count: int) -> list[float | str] | str | None:
-        """The next message: "ready", or ``count`` scores or errors; None until it is complete.
-
-        Raises:
-            EOFError: the process is gone, or sends what is no message: its function has written to the pipe itself.
-        """
-        data = self.results.read(1 << 16)
-        if data == b"":
-            raise EOFError
-        self._buffer += data or b""
-        if len(self._buffer) < HEADER.size:
-            return None
-        size = HEADER.unpack_from(self._buffer)[0]
-        if size > LARGEST_MESSAGE:
-            raise EOFError
-        if len(self._buffer) < HEADER.size + size:
-            return None
-        message, self._buffer = self._buffer[HEADER.size : HEADER.size + size], self._buffer[HEADER.size + size :]
-        try:
-            return _checked(json.loads(message), count, working=self.item is not None)
-        except (ValueError, RecursionError):
-            raise EOFError from None
-
-
-def _checked(message: object, count: int, *, working: bool) -> list[float | str] | str:
-    """``message`` if a worker may send it now; else ValueError."""
-    if message == "ready" and not working:
-        return message
-    scores = message if isinstance(message, list) and working else []
-    if len(scores) != count or any(type(score) not in (int, float, str) for score in scores):
-        raise ValueError
-    return scores
+                raise TypeError(f"{kind} {number} is not text but {type(text).__name__}: {text!r:.80}")
+    return answers

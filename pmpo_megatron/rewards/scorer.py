@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pmpo_megatron.rewards.config import RewardConfig
-from pmpo_megatron.rewards.pool import RewardPool
+from pmpo_megatron.rewards.pool import Request, RewardPool
 
 if TYPE_CHECKING:
-    from pmpo_megatron.types import Prompt, Rollout
+    from pmpo_megatron.types import RolloutGroup
+
+logger = logging.getLogger(__name__)
+CORRECT = 0.5  # a response to which the first of its functions gives this or more is correct
+Scores = tuple[tuple[float, ...], tuple[bool, ...]]  # of a group: rewards, and which responses are correct
 
 
 class RewardScorer:
@@ -17,26 +22,35 @@ class RewardScorer:
 
     Args:
         max_tokens: the limit on response tokens, where the overlong penalty is largest.
+        functions: all that may score a prompt, where prompts name functions of their own; else those of ``config``.
     """
 
-    def __init__(self, config: RewardConfig, *, max_tokens: int) -> None:
+    def __init__(self, config: RewardConfig, *, max_tokens: int, functions: Sequence[str] | None = None) -> None:
         self.config, self.max_tokens = config, max_tokens
         limits = dict(timeout=config.timeout_s, memory_gib=config.memory_gib)
+        limits |= dict(concurrency=config.concurrency, attempts=config.attempts)
         self.pool = RewardPool(
-            list(config.functions), workers=config.workers, evaluated=config.evaluated, code=config.code, **limits
+            functions or list(config.functions), workers=config.workers, evaluated=config.evaluated, code=config.code, **limits
         )
 
-    def score_rollouts(self, rollouts: Sequence[tuple[Prompt, Rollout]]) -> list[float]:
-        """The reward of each rollout, in order."""
-        prompts = [prompt for prompt, _ in rollouts]
-        scores = self.pool.score_all(
-            [rollout.text for _, rollout in rollouts], [p.answers for p in prompts], [p.metadata for p in prompts]
-        )
-        weights = list(self.config.functions.values())
-        return [
-            sum(w * s for w, s in zip(weights, each, strict=True)) - self.overlong_penalty(len(rollout.token_ids))
-            for each, (_, rollout) in zip(scores, rollouts, strict=True)
+    def score(self, groups: Sequence[RolloutGroup]) -> list[Scores]:
+        """Rewards of each group's rollouts, and which of them are correct by the first function alone; in order."""
+        requests = [
+            Request([r.text for r in g.rollouts], g.prompt.answers, g.prompt.metadata, list(self._weights(g))) for g in groups
         ]
+        return [self._weighted(group, s) for group, s in zip(groups, self.pool.score_requests(requests), strict=True)]
+
+    def _weights(self, group: RolloutGroup) -> Mapping[str, float]:
+        return group.prompt.rewards or self.config.functions
+
+    def _weighted(self, group: RolloutGroup, scores: Mapping[str, Sequence[float]]) -> Scores:
+        weights = self._weights(group)
+        rewards = tuple(
+            sum(weight * scores[name][place] for name, weight in weights.items())
+            - self.overlong_penalty(len(rollout.token_ids))
+            for place, rollout in enumerate(group.rollouts)
+        )
+        return rewards, tuple(score >= CORRECT for score in scores[next(iter(weights))])
 
     def overlong_penalty(self, length: int) -> float:
         """DAPO's soft penalty (2503.14476, eq. 13): 0 up to max_tokens - overlong_tokens, then linear to the largest."""
@@ -46,4 +60,8 @@ class RewardScorer:
         return self.config.overlong_penalty * min(max(over / self.config.overlong_tokens, 0.0), 1.0)
 
     def close(self) -> None:
+        """Ends the workers, and says what each function has cost."""
         self.pool.close()
+        for name, stats in self.pool.stats.functions.items():
+            if stats.calls:
+                logger.info("reward %s: %s", name, stats.describe())

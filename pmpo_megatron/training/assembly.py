@@ -13,8 +13,9 @@ from pathlib import Path
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.checkpoint.store import CheckpointStore
 from pmpo_megatron.config import to_plain
-from pmpo_megatron.data.prompts import DataConfig, PromptSet, load_prompts, load_tokenizer
-from pmpo_megatron.data.sampler import PromptSampler
+from pmpo_megatron.data.prompts import DataConfig, PromptSet, load_prompts
+from pmpo_megatron.data.sampler import make_sampler
+from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.hf.shape import read_shape
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.monitor import RunLog, write_report
@@ -180,10 +181,10 @@ def _main_parts(
     parts: ExitStack,
 ) -> tuple[Collector, Evaluator | None, RunLog]:
     prompts, held_out = data
-    sampler = PromptSampler(len(prompts), config.run.seed)
+    sampler = make_sampler(prompts.prompts, prompts.weights, config.run.seed)
     if progress.sampler:
         sampler.restore(progress.sampler)
-    scorer = RewardScorer(config.rewards, max_tokens=config.sampling.max_tokens)
+    scorer = RewardScorer(config.rewards, max_tokens=config.sampling.max_tokens, functions=config.reward_functions())
     make: Callable[..., Collector] = Collector
     if config.round.mode == "in_flight":
         make = partial(

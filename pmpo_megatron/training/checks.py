@@ -14,7 +14,8 @@ import torch
 
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.space import checkpoint_bytes, describe_bytes
-from pmpo_megatron.data.prompts import DataConfig, PromptSet, check_rows, load_prompts, load_tokenizer
+from pmpo_megatron.data.prompts import DataConfig, PromptSet, check_rows, load_prompts
+from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.errors import ConfigError, MappingError, PmpoError
 from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.hf.mapping import WeightMapping
@@ -62,7 +63,7 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     check_lengths(config, shape)
     _check_attention(config)
     _check_objective(config)
-    check_functions(config.rewards.functions, config.rewards.code)
+    check_functions(config.reward_functions(), config.rewards.code)
     lines = [
         f"{_describe_model(config, shape)}; {weights}",
         _describe_layout(config, world_size, data_parallel),
@@ -187,13 +188,16 @@ def _check_objective(config: RunConfig) -> None:
 
 
 def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: ModelShape, prompts: dict[str, PromptSet]) -> str:
-    """One line about the source; what is on this machine is read, into ``prompts``."""
-    path = Path(data.source)
-    if data.source != "arithmetic" and path.suffix not in (".jsonl", ".json", ".parquet") and not path.exists():
-        return f"{name}: {data.source} [{data.split}], a Hugging Face data set: not opened before the start"
+    """One line about the sources; what is on this machine is read, into ``prompts``."""
+    sources = {str(part.source): part.split for part in data.parts().values()}
+    for source, split in sources.items():
+        path = Path(source)
+        if source != "arithmetic" and path.suffix not in (".jsonl", ".json", ".parquet") and not path.exists():
+            return f"{name}: {source} [{split}], a Hugging Face data set: not opened before the start"
+    text = f"{name}: {', '.join(sources)}"
     try:
         if tokenizer is None:
-            return f"{name}: {data.source}, {check_rows(data)} problems; not tokenised, because the model is not here"
+            return f"{text}, {check_rows(data)} problems; not tokenised, because the model is not here"
         read = prompts[name] = load_prompts(data, tokenizer, vocab_size=shape.vocab_size)
     except ConfigError as error:
         if not error.field.startswith("data."):
@@ -202,7 +206,7 @@ def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: Model
     except PmpoError as error:
         raise ConfigError(f"{name}.source", str(error)) from None
     left_out = f", {read.too_long} longer ones left out" if read.too_long else ""
-    return f"{name}: {data.source}, {len(read)} problems{left_out}"
+    return f"{text}, {len(read)} problems{left_out}"
 
 
 def _describe_model(config: RunConfig, shape: ModelShape) -> str:

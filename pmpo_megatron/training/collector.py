@@ -12,12 +12,13 @@ import numpy as np
 
 from pmpo_megatron.algo.advantages import Advantage, compute_advantages
 from pmpo_megatron.data.prompts import PromptSet
-from pmpo_megatron.data.sampler import PromptSampler
+from pmpo_megatron.data.sampler import Sampler
 from pmpo_megatron.monitor import Distribution, Mean, Metric
 from pmpo_megatron.rewards import RewardScorer, ScoredGroup, score_groups
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.training.run_config import BatchConfig, RoundConfig
+from pmpo_megatron.training.sources import reward_metrics
 from pmpo_megatron.types import Sample, TrajectoryTable
 
 POLL_S = 0.05
@@ -33,6 +34,7 @@ class RoundBatch:
     metrics: dict[str, float | Metric]
     sampler_state: dict[str, Any]  # after this round's prompts: what a checkpoint of the finished round holds
     examples: tuple[dict[str, Any], ...]  # a few rollouts for people
+    sources: tuple[str, ...]  # of each sample
     drawn: int = 0  # as in trainer.RunProgress
     open: tuple[tuple[int, ...], ...] = ()
 
@@ -48,7 +50,7 @@ class Collector:
         self,
         *,
         prompts: PromptSet,
-        sampler: PromptSampler,
+        sampler: Sampler,
         engine: RolloutEngine,
         scorer: RewardScorer,
         sampling: SamplingConfig,
@@ -97,22 +99,17 @@ class Collector:
 
     def _batch(self, groups: Sequence[ScoredGroup], counted: dict[str, float], started: float, **draws: Any) -> RoundBatch:
         """The round of ``groups``, with what was ``counted`` since it was ``started``."""
-        stats = self.scorer.pool.stats
-        counted = counted | {
-            "rewards/timeouts": float(stats.timeouts),
-            "rewards/crashes": float(stats.crashes),
-            "rewards/errors": float(sum(stats.errors.values())),
-            "time/collecting_s": time.monotonic() - started,
-        }
+        counted = counted | self.scorer.pool.stats.metrics() | {"time/collecting_s": time.monotonic() - started}
         samples = make_samples(groups, advantage=self.advantage)
         rollouts = [rollout for group in groups for rollout in group.group.rollouts]
         return RoundBatch(
             samples=tuple(samples),
             table=TrajectoryTable.of(samples, [reward for group in groups for reward in group.rewards]),
             versions=np.array([rollout.policy_version for rollout in rollouts]),
-            metrics=describe_groups(groups) | counted,
+            metrics=describe_groups(groups) | reward_metrics(groups) | counted,
             sampler_state=self.sampler.state(),
             examples=tuple(example_rollouts(groups, self.examples)),
+            sources=tuple(group.group.prompt.source for group in groups for _ in group.rewards),
             **draws,
         )
 

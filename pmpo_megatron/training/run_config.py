@@ -114,7 +114,7 @@ class EvaluationConfig(Section):
 
     data: DataConfig | None = setting(None, "held-out problems; null: no evaluation")
     every_rounds: int = setting(10, "rounds between evaluations; also before the first and after the last", minimum=1)
-    max_problems: int = setting(256, "at most this many of them, the first ones", minimum=1)
+    max_problems: int = setting(256, "at most this many of each source, the first ones", minimum=1)
     samples: int = setting(1, "responses to each problem", minimum=1, maximum=65536)
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy", minimum=0.0, maximum=1000.0)
     greedy: bool = setting(False, "beside the sampled responses also a greedy one: eval/greedy_accuracy_mean")
@@ -146,12 +146,22 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = setting(EvaluationConfig)
     guards: GuardConfig = setting(GuardConfig)
 
+    def reward_functions(self) -> list[str]:
+        """Names of all functions that score a source of the data or of the held-out data."""
+        configs = [data for data in (self.data, self.evaluation.data) if data is not None]
+        parts = [part for data in configs for part in data.parts().values()]
+        return list(dict.fromkeys(name for part in parts for name in part.rewards or self.rewards.functions))
+
     @property
     def versions_per_round(self) -> int:
         """How often a round gives the engine new weights."""
         return self.batch.steps_per_round if (self.round.mode, self.round.update) == ("in_flight", "step") else 1
 
     def validate(self) -> None:
+        try:
+            self.rewards.check_times(self.reward_functions())
+        except ConfigError as error:
+            raise error.within("rewards") from None
         compared = {
             "objective.importance": self.objective.importance != "none",
             "round.rejection": self.round.rejection != "none",

@@ -28,6 +28,7 @@ from pmpo_megatron.training.held_out import Evaluator
 from pmpo_megatron.training.round_metrics import measure_mismatch, step_metrics, trajectory_record
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.training.shares import share_round
+from pmpo_megatron.training.sources import objective_metrics
 from pmpo_megatron.training.token_examples import token_examples
 from pmpo_megatron.types import TrajectoryTable
 
@@ -244,7 +245,7 @@ class Trainer:
         if batch is None or self.log is None:
             return
         self.progress.sampler, self.progress.drawn, self.progress.open = batch.sampler_state, batch.drawn, batch.open
-        metrics = batch.metrics | step_metrics(results) | mismatch | times
+        metrics = batch.metrics | step_metrics(results) | objective_metrics(results, batch.sources) | mismatch | times
         metrics["throughput/tokens_per_s"] = int(batch.table.lengths_N.sum()) / times["time/total_s"]
         staleness = trained - batch.versions
         metrics |= {"rollout/staleness": Mean.of(staleness), "rollout/staleness_max": Maximum(float(staleness.max()))}

@@ -77,7 +77,10 @@ def train(model: str, directory: Path, *settings: str, processes: int = 1, code:
 def metrics(directory: Path) -> list[dict]:
     """Every line of metrics.jsonl, without what depends on the clock."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time", "throughput"))} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time", "throughput")) and not k.endswith("/seconds")}
+        for row in rows
+    ]
 
 
 def token_examples(directory: Path, *, step: int) -> dict[int, dict]:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from pmpo_megatron.benchmarks.statistics import (
+    accuracy,
     average,
     default_ks,
     estimate,
-    mean_score,
     pass_at_k,
     pass_probability,
 )
@@ -35,17 +35,22 @@ def test_pass_at_k_that_does_not_exist(wrong):
         pass_probability(*wrong)
 
 
-def test_pass_at_1_is_the_mean_score():
+def test_pass_at_1_is_the_accuracy():
     scores = [[1.0, 0.0, 0.0, 1.0], [0.0] * 4, [1.0, 1.0, 1.0, 0.0]]
-    assert pass_at_k(scores, 1) == mean_score(scores)
+    assert pass_at_k(scores, 1) == accuracy(scores)
     assert pass_at_k(scores, 1).value == pytest.approx((0.5 + 0 + 0.75) / 3)
     assert pass_at_k(scores, 2).value == pytest.approx((5 / 6 + 0 + 1) / 3)
 
 
+def test_accuracy_counts_correct_responses_whatever_numbers_a_reward_of_ones_own_gives():
+    scores = [[3.0, -2.0, 0.5, 0.4], [-7.0, 0.0, 100.0, -0.1]]
+    assert accuracy(scores).value == pytest.approx((2 / 4 + 1 / 4) / 2) and pass_at_k(scores, 1) == accuracy(scores)
+
+
 def test_error_of_one_response_per_problem_is_the_binomial_one():
     scores = [[1.0]] * 21 + [[0.0]] * 9
-    assert mean_score(scores).value == 0.7
-    assert mean_score(scores).error == pytest.approx(math.sqrt(0.7 * 0.3 / 29), rel=1e-12)
+    assert accuracy(scores).value == 0.7
+    assert accuracy(scores).error == pytest.approx(math.sqrt(0.7 * 0.3 / 29), rel=1e-12)
 
 
 def test_error_is_that_of_the_bootstrap_over_problems():
@@ -54,7 +59,7 @@ def test_error_is_that_of_the_bootstrap_over_problems():
     scores = (rng.random((60, 8)) < difficulty[:, None]).astype(float)
     resampled = scores.mean(1)[rng.integers(0, 60, (20000, 60))].mean(1)
     expected = resampled.std() * math.sqrt(60 / 59)  # the bootstrap divides by P, the estimate by P - 1
-    assert mean_score(scores.tolist()).error == pytest.approx(expected, rel=0.02)
+    assert accuracy(scores.tolist()).error == pytest.approx(expected, rel=0.02)
 
 
 def test_error_is_the_deviation_over_repeated_evaluations_although_responses_to_a_problem_agree():
@@ -62,7 +67,7 @@ def test_error_is_the_deviation_over_repeated_evaluations_although_responses_to_
     values, errors = [], []
     for _ in range(2000):
         difficulty = rng.beta(0.3, 0.3, 40)  # nearly always or nearly never solved
-        found = mean_score((rng.random((40, 16)) < difficulty[:, None]).astype(float).tolist())
+        found = accuracy((rng.random((40, 16)) < difficulty[:, None]).astype(float).tolist())
         values.append(found.value)
         errors.append(found.error)
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.05)

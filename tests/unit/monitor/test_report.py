@@ -85,6 +85,25 @@ def test_effective_sample_size_is_drawn_as_a_share_of_the_tokens(tmp_path, monke
     np.testing.assert_allclose(drawn[0][:, 1], 1 - drawn[0][:, 0], rtol=1e-3)
 
 
+def test_what_is_measured_by_source_is_drawn_a_line_for_each(tmp_path, monkeypatch):
+    for name, sources in (("mixed", ("sums", "code")), ("other", ("sums",))):
+        log = RunLog(QUIET, tmp_path / name, run={}, total_steps=2)
+        for step in (1, 2):
+            values = {f"source/{source}/p_mean": step + place for place, source in enumerate(sources)}
+            log.log(step, values | {f"source/{source}/ess_fraction": 0.5 for source in sources})
+        log.close()
+    drawn = []
+    monkeypatch.setattr(plots, "to_svg", lambda figure, name: drawn.append(figure.axes[0].lines))
+    mixed, other = (read_run(tmp_path / name) for name in ("mixed", "other"))
+    draw = plots.by_source("p_mean", "p", "p")
+    draw([mixed])
+    draw([mixed, other])
+    lines = [{line.get_label(): line.get_ydata().tolist() for line in each} for each in drawn]
+    assert lines[0] == {"sums": [1.0, 2.0], "code": [2.0, 3.0]}
+    assert set(lines[1]) == {"mixed: sums", "mixed: code", "other: sums"}
+    assert plots.by_source("clip_fraction", "clip", "clip")([mixed]) is None, "nothing was measured"
+
+
 def test_every_picture_is_well_formed_and_ids_do_not_clash(tmp_path):
     runs = [make_run(tmp_path / "first"), make_run(tmp_path / "second", preset="grpo")]
     text = write_report(runs, tmp_path / "r.html").read_text()

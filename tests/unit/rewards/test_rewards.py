@@ -20,7 +20,8 @@ import pytest
 from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.rewards import RewardConfig, RewardPool, RewardScorer
 from pmpo_megatron.rewards.extraction import boxed_answers, extract_answer
-from pmpo_megatron.rewards.pool import NOT_FINITE, _checked
+from pmpo_megatron.rewards.pool import NOT_FINITE
+from pmpo_megatron.rewards.process import Answer, checked
 
 CHILD_SLEEPS = "98.76543"  # seconds: a command line that no other process has
 DATA = Path(os.environ.get("PMPO_DATA", Path(__file__).parents[4] / "shared/data"))
@@ -259,11 +260,16 @@ def test_a_worker_that_sends_a_pickle_is_replaced_and_nothing_is_executed(tmp_pa
     assert list(tmp_path.iterdir())  # so it would have been seen
 
 
-@pytest.mark.parametrize("message", ["3", '{"a": 1}', "[1, 2]", "[null]", "[true]", '"ready"', "[" * 100_000, "no JSON"])
+MESSAGES = ["3", '{"a": 1}', "[1, 2]", "[null]", "[true]", '"ready"', "[" * 100_000, "no JSON", "[[1, 2], 0.1, 0, 0]"]
+MESSAGES += ["[[true], 0.1, 0, 0]", '[[0], "x", 0, 0]', "[[0], 0.1, 0.5, 0]", '[[["x"]], 0.1, 0, 0]', "[[null], 0.1, 0, 0]"]
+
+
+@pytest.mark.parametrize("message", MESSAGES)
 def test_only_scores_are_taken_from_a_busy_worker(message):
     with pytest.raises((ValueError, RecursionError)):
-        _checked(json.loads(message), 1, working=True)
-    assert _checked([0.5, "an error"], 2, working=True) == [0.5, "an error"]
+        checked(json.loads(message), 1, working=True)
+    scores = [0.5, "an error", [1, 0.5]]
+    assert checked([scores, 0.1, 1, 2], 3, working=True) == Answer(scores, 0.1, 1, 2)
 
 
 def takes_one(response):
@@ -302,9 +308,10 @@ def test_composition_and_overlong_penalty():
     config = RewardConfig(functions={"math": 1.0, "boxed": 0.5}, workers=1, overlong_penalty=1.0, overlong_tokens=10)
     scorer = RewardScorer(config, max_tokens=100)
     rollout = lambda text, length: SimpleNamespace(text=text, token_ids=(0,) * length)  # noqa: E731
-    prompt = SimpleNamespace(answers=("4",), metadata={})
-    items = [(prompt, rollout(*r)) for r in ((r"\boxed{4}", 20), ("4", 20), (r"\boxed{3}", 95), (r"\boxed{4}", 100))]
-    assert scorer.score_rollouts(items) == [1.5, 1.0, 0.0, 0.5]
+    rollouts = [rollout(*r) for r in ((r"\boxed{4}", 20), ("4", 20), (r"\boxed{3}", 95), (r"\boxed{4}", 100))]
+    groups = [SimpleNamespace(prompt=SimpleNamespace(answers=("4",), metadata={}, rewards=None), rollouts=rollouts)]
+    correct = (True, True, False, True)  # by the first function, whatever format and length make of the reward
+    assert scorer.score(groups) == [((1.5, 1.0, 0.0, 0.5), correct)]
     scorer.close()
 
 
