@@ -89,7 +89,7 @@ class Section:
         return {}
 
 
-def field_types(section: type[Section]) -> dict[str, Any]:
+def field_types(section: type[Any]) -> dict[str, Any]:
     """Resolved type of every field of ``section``, by name."""
     return typing.get_type_hints(section)
 

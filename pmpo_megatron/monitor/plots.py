@@ -184,9 +184,15 @@ def by_source(quantity: str, title: str, ylabel: str) -> Callable[[Runs], str | 
             for index, run in enumerate(runs):
                 for number, name in enumerate(run.names("source/", f"/{quantity}")):
                     steps, values = run.series(name)
-                    shade = {"color": color(number)} if len(runs) == 1 else {"color": color(index), "ls": STYLES[number % 4]}
+                    hue, dash = (color(number), "-") if len(runs) == 1 else (color(index), STYLES[number % 4])
                     source = name.removeprefix("source/").removesuffix(f"/{quantity}")
-                    axes.plot(steps, moving_mean(values), label=source if len(runs) == 1 else f"{run.label}: {source}", **shade)
+                    axes.plot(
+                        steps,
+                        moving_mean(values),
+                        label=source if len(runs) == 1 else f"{run.label}: {source}",
+                        color=hue,
+                        ls=dash,
+                    )
             return _finish(drawn, axes, runs, title=title, name=f"source-{quantity}", ylabel=ylabel, always_legend=True)
 
     return plot

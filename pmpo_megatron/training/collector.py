@@ -65,9 +65,10 @@ class Collector:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._pending: tuple[int, Future[RoundBatch]] | None = None
 
-    def start(self, round_index: int) -> None:
+    def start(self, round_index: int) -> tuple[int, Future[RoundBatch]]:
         """Begins to collect ``round_index``; `collect` waits for it. Weights must not be pushed meanwhile."""
-        self._pending = (round_index, self._thread.submit(self._collect, round_index))
+        self._pending = round_index, self._thread.submit(self._collect, round_index)
+        return self._pending
 
     def collect(self, round_index: int, *, stop: Callable[[], bool]) -> RoundBatch | None:
         """The batch of ``round_index``, begun here if it was not before; None if ``stop()`` turned true meanwhile.
@@ -75,9 +76,9 @@ class Collector:
         Raises:
             RolloutError: the engine failed beyond repair.
         """
-        if self._pending is None or self._pending[0] != round_index:
-            self.start(round_index)
-        future = self._pending[1]
+        pending, future = self._pending or self.start(round_index)
+        if pending != round_index:
+            _, future = self.start(round_index)
         while not future.done():
             if stop():
                 return None
@@ -156,9 +157,9 @@ def describe_groups(groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
     """Rewards, lengths, and how many groups teach anything."""
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     return {
-        "reward/": Distribution([reward for group in groups for reward in group.rewards]),
+        "reward/": Distribution(np.array([reward for group in groups for reward in group.rewards])),
         "reward/informative_groups": Mean.of([group.informative for group in groups]),
-        "rollout/length": Distribution([len(rollout.token_ids) for rollout in rollouts]),
+        "rollout/length": Distribution(np.array([len(rollout.token_ids) for rollout in rollouts])),
         "rollout/versions": Mean.of([len(np.unique(rollout.versions)) for rollout in rollouts]),
         "rollout/truncated_fraction": Mean.of([rollout.finish_reason == "length" for rollout in rollouts]),
     }

@@ -34,9 +34,9 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, Metric]:
         metrics["policy/grad_norm"] = Mean.of([result.grad_norm for result in applied])
         metrics["policy/grad_norm_max"] = Maximum(max(result.grad_norm for result in applied))
         metrics["policy/learning_rate"] = Mean.of([result.learning_rate for result in applied])
-    measured = [result for result in results if result.kl is not None]
+    measured = [(result.kl, result.num_tokens) for result in results if result.kl is not None]
     if measured:
-        metrics["policy/kl_reference"] = Mean.of([r.kl for r in measured], [r.num_tokens for r in measured])
+        metrics["policy/kl_reference"] = Mean.of(*zip(*measured, strict=True))
     return metrics
 
 

@@ -164,7 +164,7 @@ class Trainer:
             self.evaluate()
         with self.timer.phase("rollouts"):
             give_back_cache(self.state.device)
-            batch = self.stand_by.run(lambda: self.collector.collect(self.progress.round, stop=self.stop))
+            batch = self.stand_by.run(self._collect_here)
             table = broadcast_object(None if batch is None else batch.table, self.state)
         if table is None:
             return None, None
@@ -175,6 +175,10 @@ class Trainer:
         if overlapped and further and self.collector is not None:
             self.collector.start(self.progress.round + 1)
         return batch, table
+
+    def _collect_here(self) -> RoundBatch | None:
+        assert self.collector is not None, "rank 0 alone has one, and is asked alone"
+        return self.collector.collect(self.progress.round, stop=self.stop)
 
     def score(self, micro_batches: list[MicroBatch]) -> list[ScoredMicroBatch]:
         """What an optimizer step takes: log-probs before the round's first update, and which tokens count."""
@@ -220,9 +224,9 @@ class Trainer:
         self.progress.evaluated = done
         with self.timer.phase("evaluation"):
             give_back_cache(self.state.device)
-            found = self.stand_by.run(lambda: self.evaluator.evaluate(done))
-        if self.log is not None:
-            self.progress.accuracy[str(done)] = self.log.log(done, found)["eval/accuracy_mean"]
+            metrics = self.stand_by.run(lambda: self.evaluator.evaluate(done) if self.evaluator is not None else None)
+        if self.log is not None and metrics is not None:
+            self.progress.accuracy[str(done)] = self.log.log(done, metrics)["eval/accuracy_mean"]
 
     def token_examples(
         self, step: list[ScoredMicroBatch], result: StepResult, batch: RoundBatch | None, table: TrajectoryTable
