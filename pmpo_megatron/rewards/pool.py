@@ -281,7 +281,7 @@ def _calls(responses: Sequence[str], *, group: bool) -> Iterator[tuple[str | Seq
 
 def _checked_answers(number: int, request: Request) -> list[str]:
     """The list of accepted answers; a text of another type would be scored wrongly without a word."""
-    answers = list(request.answers) if isinstance(request.answers, (list, tuple)) else [request.answers]
+    answers: list[Any] = list(request.answers) if isinstance(request.answers, (list, tuple)) else [request.answers]
     for kind, texts in (("response", request.responses), ("answer", answers)):
         for text in texts:
             if not isinstance(text, str):

@@ -27,10 +27,15 @@ class RewardScorer:
 
     def __init__(self, config: RewardConfig, *, max_tokens: int, functions: Sequence[str] | None = None) -> None:
         self.config, self.max_tokens = config, max_tokens
-        limits = dict(timeout=config.timeout_s, memory_gib=config.memory_gib)
-        limits |= dict(concurrency=config.concurrency, attempts=config.attempts)
         self.pool = RewardPool(
-            functions or list(config.functions), workers=config.workers, evaluated=config.evaluated, code=config.code, **limits
+            functions or list(config.functions),
+            workers=config.workers,
+            timeout=config.timeout_s,
+            memory_gib=config.memory_gib,
+            evaluated=config.evaluated,
+            code=config.code,
+            concurrency=config.concurrency,
+            attempts=config.attempts,
         )
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[Scores]:

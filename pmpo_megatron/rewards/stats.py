@@ -54,7 +54,7 @@ class PoolStats:
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log: all functions together, and ``rewards/<function>/...`` of each."""
-        numbers = {"timeouts": self.timeouts, "crashes": self.crashes, "errors": sum(self.errors.values())}
+        numbers: dict[str, float] = {"timeouts": self.timeouts, "crashes": self.crashes, "errors": sum(self.errors.values())}
         for name, stats in self.functions.items():
             numbers |= {f"{name}/seconds": stats.seconds, f"{name}/timeouts": stats.timeouts, f"{name}/crashes": stats.crashes}
             numbers |= {f"{name}/retries": stats.retries, f"{name}/errors": stats.num_errors}
