@@ -29,9 +29,10 @@ launch_fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
 # Where this host's own name means 127.0.1.1, as on Debian, gloo would listen where no other node reaches it.
 choose_interface() {
-    local interface
+    local interface="" address
     [ -z "${GLOO_SOCKET_IFNAME:-}" ] && getent ahostsv4 "$(hostname)" | grep -q '^127\.' || return 0
-    interface="$(ip -o route get "$(getent ahostsv4 "$MASTER_ADDR" | awk '{print $1; exit}')" | sed -n 's/.* dev \([^ ]*\).*/\1/p')"
+    address="$(getent ahostsv4 "$MASTER_ADDR" | awk '{print $1; exit}')" || true # unknown here: torchrun says so
+    [ -z "$address" ] || interface="$(ip -o route get "$address" | sed -n 's/.* dev \([^ ]*\).*/\1/p')"
     [ -n "$interface" ] && [ "$interface" != lo ] || # on node 0 itself
         interface="$(ip -o route show default | sed -n 's/.* dev \([^ ]*\).*/\1/p' | head -n 1)"
     [ -n "$interface" ] || launch_fail "GLOO_SOCKET_IFNAME: name the network interface to the other nodes; $(hostname) means 127.*"

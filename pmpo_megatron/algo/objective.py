@@ -112,7 +112,6 @@ def evaluate_objective(
     within_T = read.within_T
     passes_T = within_T if config.token_clip.clipped_pass_gradient else within_T.addcmul_(within_T, clipped_T, value=-1)
     coefficient_T = _differentiate(x_T, passes_T, read.tokens, chosen, mean, token_weights_T)
-
     length_N, ess_fraction_N = chosen.sums.length_N, torch.exp(mean.log_ess_fraction_N)
     return ObjectiveOutput(
         loss=mean.loss,

@@ -49,7 +49,7 @@ class OneOrder(TrajectorySums):
         return OneOrder(length_N, flagged_N, p, first_N, second_N)
 
     def at(self, p_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `TrajectorySums.at`; ``p_N`` is p everywhere."""
+        """Gives what `TrajectorySums.at` says; ``p_N`` is p everywhere."""
         divisor_N = self.length_N.clamp(min=1)
         first_N, second_N = self.first_N / divisor_N, self.second_N / divisor_N
         if self.p == 0:

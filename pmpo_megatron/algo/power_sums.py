@@ -116,7 +116,7 @@ def _cell_centres(interval: OrderInterval, device: torch.device) -> torch.Tensor
 
 @lru_cache(maxsize=64)
 def _conversion(interval: OrderInterval, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """From sums of y^j in the cells of a band to its Chebyshev coefficients: [J, C, K], and [C, K] for j = 0 in the middle.
+    """What takes sums of y^j in a band's cells to Chebyshev coefficients: [J, C, K], and [C, K] for j = 0 in the middle.
 
     exp(q*(c+y)) = exp(q*c) * sum_j q^j/j! * y^j at the nodes q, then the cosine transform from nodes to coefficients. The
     middle band lacks the 1 of exp - 1, exactly: it has expm1(q*c) for j = 0.
@@ -198,7 +198,7 @@ class PowerSums(TrajectorySums):
 
     @staticmethod
     def read(table: torch.Tensor, interval: OrderInterval, statistics: Mapping[str, torch.Tensor]) -> PowerSums:
-        """From the table of `tabulate`, summed over the ranks that share these trajectories."""
+        """Reads the table of `tabulate`, summed over the ranks that share these trajectories."""
         length_N, flagged_N, sum_N, squares_N, outside_N = table[:, :MOMENTS].unbind(-1)
         divisor_N = length_N.clamp(min=1)
         mean_N = sum_N / divisor_N
@@ -224,7 +224,7 @@ class PowerSums(TrajectorySums):
         return values.mul_(self.interval.lift(q_NG)).sum(-1)
 
     def at(self, p_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `TrajectorySums.at`; log M_p is continuous through p = 0, where it is the mean log-ratio.
+        """Gives what `TrajectorySums.at` says; log M_p is continuous through p = 0, where it is the mean log-ratio.
 
         Below |p| = 1e-6 the quotient L(p)/p would magnify rounding, and mean + p*variance/2 is exact to |p|^2.
         """

@@ -54,17 +54,7 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
     Raises:
         ConfigError: an option is wrong; names it.
     """
-    temperature = options.temperature if options.temperature is not None else 0.6 if options.samples > 1 else 0.0
-    if options.samples > 1 and temperature == 0:
-        raise ConfigError("--samples", f"{options.samples} with temperature 0 gives the same response every time")
-    sampling = SamplingConfig(
-        samples_per_prompt=options.samples,
-        temperature=temperature,
-        top_p=options.top_p,
-        max_tokens=options.max_tokens,
-        stop=tuple(options.stop),
-        seed=options.seed,
-    )
+    sampling = _sampling_config(options)
     data = DataConfig(
         source="-",
         problem_field=options.problem_field,
@@ -96,6 +86,20 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
         chunk=chunk,
         device=_device(options.device),
         force=options.force,
+    )
+
+
+def _sampling_config(options: argparse.Namespace) -> SamplingConfig:
+    temperature = options.temperature if options.temperature is not None else 0.6 if options.samples > 1 else 0.0
+    if options.samples > 1 and temperature == 0:
+        raise ConfigError("--samples", f"{options.samples} with temperature 0 gives the same response every time")
+    return SamplingConfig(
+        samples_per_prompt=options.samples,
+        temperature=temperature,
+        top_p=options.top_p,
+        max_tokens=options.max_tokens,
+        stop=tuple(options.stop),
+        seed=options.seed,
     )
 
 

@@ -42,7 +42,7 @@ class Medium(Protocol):
         """What a worker needs to join; JSON."""
 
     def abort(self) -> None:
-        """From another thread: ends what `move` waits for, because other ends will not take part; only `close` may follow."""
+        """Ends what `move` waits for in another thread, because other ends will not take part; only `close` may follow."""
 
     def close(self) -> None: ...
 

@@ -35,7 +35,7 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Of this rank."""
+        """Tokens on this context-parallel rank, T."""
         return self.targets_T.numel()
 
     @property

@@ -49,7 +49,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class MicroResult:
-    """Of one micro-batch; on the device, no synchronisation."""
+    """What one micro-batch gave: tensors on the device, which nobody has waited for."""
 
     surrogate: torch.Tensor
     output: ObjectiveOutput

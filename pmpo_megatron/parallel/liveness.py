@@ -179,23 +179,23 @@ def diagnose(watch: Watch) -> str:
         failures = [watch.failure_of(rank) for rank in range(watch.world_size)]
     except Exception as error:
         return f"the run's key-value store is gone, and with it rank 0 or torchrun's agent ({_first_line(error)})"
-    found, victims = [], []
+    reasons, victims = [], []
     for rank, (old, new, failure) in enumerate(zip(before, after, failures, strict=True)):
         if rank == watch.rank:
             continue
         if failure and failure.startswith(VICTIM):
             victims.append(f"{describe_rank(rank, new)} ended before: {failure}")
         elif failure:
-            found.append(f"{describe_rank(rank, new)} failed: {failure}")
+            reasons.append(f"{describe_rank(rank, new)} failed: {failure}")
         elif old == new:
-            found.append(f"{describe_rank(rank, new)} gives no sign of life")
-    if not found:
-        found = victims or [
+            reasons.append(f"{describe_rank(rank, new)} gives no sign of life")
+    if not reasons:
+        reasons = victims or [
             f"{describe_rank(rank, beat)} is alive but did not come"
             for rank, beat in enumerate(after)
             if rank != watch.rank and beat.get("doing") != watch.doing
         ]
-    return "; ".join(found[:8]) or "every rank is alive and in the same place: the network between them failed"
+    return "; ".join(reasons[:8]) or "every rank is alive and in the same place: the network between them failed"
 
 
 def describe_rank(rank: int, beat: Beat) -> str:

@@ -48,10 +48,10 @@ def sweep(prefix: str, directory: str | Path) -> list[Path]:
     """Removes what processes of this host and user made with `owned_prefix` in ``directory`` and left when they were killed."""
     pattern, removed = re.compile(re.escape(f"{prefix}{host_tag()}-") + r"(\d+)-(\d+)-\w+"), []
     try:
-        found = [(entry, match) for entry in os.scandir(directory) if (match := pattern.fullmatch(entry.name))]
+        entries = [(entry, match) for entry in os.scandir(directory) if (match := pattern.fullmatch(entry.name))]
     except OSError:
         return []
-    for entry, match in found:
+    for entry, match in entries:
         try:
             mine = entry.stat(follow_symlinks=False).st_uid == os.geteuid() and not entry.is_symlink()
             if not mine or start_time(int(match[1])) == int(match[2]):

@@ -162,7 +162,7 @@ class ActivationBytes:
 
 
 def activation_bytes(model: ActivationModel, *, tokens: float, stage: int, micro_batches: int, chunk: int) -> ActivationBytes:
-    """Of one rank on pipeline stage ``stage``, with ``tokens`` (L) in every micro-batch."""
+    """Activations of a rank on pipeline stage ``stage``, with ``tokens`` (L) in every micro-batch."""
     parallel = model.parallel
     last = stage == parallel.pipeline - 1
     layers = layers_in_flight(model.shape, parallel, stage=stage, micro_batches=micro_batches)

@@ -23,7 +23,7 @@ ALL_REDUCE_S = 15e-6  # an assumption: one small all-reduce inside a node
 
 @dataclass(frozen=True)
 class EngineBytes:
-    """On one of the engine's GPUs."""
+    """Memory on each of the engine's GPUs, in bytes."""
 
     weights: float
     forward: float  # activations of the largest forward pass, logits of all requests, CUDA graphs

@@ -55,7 +55,7 @@ class GpuMemory:
         return self.hardware.memory_gib * GIB - self.total
 
     def row(self) -> list[str]:
-        """In GiB, in the order of `COLUMNS`; log-probs are what they add to the peak."""
+        """The parts in GiB, in the order of `COLUMNS`; log-probs are what they add to the peak."""
         layers = self.activations.kept + self.activations.working
         parts = (self.state.parameters, self.state.gradients, self.state.optimizer, self.reference, layers)
         rest = (self.activations.total - layers, self.engine, self.reserved, self.total)
@@ -83,7 +83,7 @@ def kinds_of_gpu(
     Ranks order as tensor, context, data, pipeline, so stage s holds ranks s * n .. (s + 1) * n - 1 with n = world / P.
 
     Args:
-        engine_size: the first so many GPUs of rank 0's host hold engines.
+        engine_size: how many GPUs of rank 0's host, from the first on, hold engines.
         node_size: and those of every other node of so many GPUs; None: of no other.
     """
     ranks = world_size // parallel.pipeline

@@ -75,7 +75,7 @@ class TrainingCost:
     rank_parameters: float
 
     def forward_flops(self, work: Work) -> tuple[float, float, float]:
-        """Of one token in one forward pass: (one layer without its MLP, its MLP, the vocabulary).
+        """Operations for a token in a forward pass: (one layer without its MLP, its MLP, the vocabulary).
 
         Two for each weight, and 2 q s for the two attention products over s/2 earlier tokens on average (Korthikanti et
         al., arXiv 2205.05198, appendix A, has the same products without the causal half).

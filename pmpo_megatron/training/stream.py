@@ -82,7 +82,7 @@ class StreamCollector(Collector):
             return batch
 
     def _give_back_stale(self, counted: dict[str, float]) -> None:
-        """Also what still runs: its first tokens do not become younger."""
+        """What still runs is given back, too: its first tokens do not become younger."""
         for draw in self._open.values():
             if draw.future is None or self.engine.version - draw.oldest <= self.round.max_staleness:
                 continue
@@ -116,7 +116,7 @@ class StreamCollector(Collector):
         draw.future.add_done_callback(lambda future: self._score(draw, future))
 
     def _score(self, draw: _Draw, future: Future[RolloutGroup]) -> None:
-        """In the engine's thread: leaves the work to this collector's own."""
+        """Called by the engine's thread; leaves the work to this collector's own."""
 
         def work() -> None:
             try:

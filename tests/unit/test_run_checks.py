@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pmpo_megatron.commands.train import main
+from pmpo_megatron.config import build
 from pmpo_megatron.hf.tiny_model import make_tokenizer
 from tests.tiny_models import save_tiny_model
 
@@ -87,6 +88,23 @@ def test_a_disk_too_small_for_any_checkpoint_is_an_error_before_anything_starts(
     assert code == 2 and not directory.exists()
     assert line.startswith(f"error: run.directory: {directory}/checkpoints: a checkpoint needs ")
     assert line.endswith(" bytes, 1000 bytes are free; choose a larger disk")
+
+
+def test_the_run_takes_the_prompts_that_the_check_has_read(tmp_path, monkeypatch):
+    from pmpo_megatron.training import assembly
+    from pmpo_megatron.training.checks import check_run
+    from pmpo_megatron.training.run_config import RunConfig
+
+    data = {"source": "arithmetic", "problems": 20, "max_prompt_tokens": 16}
+    values = {"model": {"path": str(model_with_tokenizer(tmp_path / "model"))}, "data": data, "sampling": {"max_tokens": 16}}
+    values |= {"evaluation": {"data": data | {"split": "test"}}, "run": {"directory": str(tmp_path / "run"), "device": "cpu"}}
+    config = build(RunConfig, values | {"rollout": {"max_model_len": 64}})
+    read = check_run(config, 1).prompts
+    again = assembly._load_data(config, {})
+    monkeypatch.setattr(assembly, "load_prompts", lambda *_, **__: pytest.fail("tokenised again"))
+    taken = assembly._load_data(config, read)
+    assert taken == (read["data"], read["evaluation.data"])
+    assert [[prompt.text for prompt in prompts] for prompts in again] == [[p.text for p in prompts] for prompts in taken]
 
 
 def test_the_best_checkpoints_cannot_be_told_without_an_evaluation(capfd, tmp_path):

@@ -1,6 +1,8 @@
 """Rotary frequencies against transformers, and layouts that a model cannot be split into."""
 
+import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -68,6 +70,7 @@ def test_local_layers_where_there_are_others(monkeypatch):
     assert not fused_layers("local", SimpleNamespace(world_size=2))
 
 
+@mock.patch.dict(sys.modules)  # nobody after this test sees the engine that it makes
 def test_an_engine_that_does_not_import_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text("")
