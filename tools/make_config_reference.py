@@ -45,6 +45,7 @@ def bounds(item: dataclasses.Field) -> str:
 def in_yaml(text: str) -> str:
     """The text of a Python type or value as YAML has it."""
     text = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1", text)
+    text = re.sub(r"dict\[\w+, dict\[\w+, Any\]\]", "mapping to mappings", text)
     text = re.sub(r"dict\[\w+, (\w+)\]", r"mapping to \1", text).replace(" | None", " or null")
     text = {"True": "true", "False": "false", "": "''"}.get(text, text)
     return f"[{text[1:-1]}]" if text.startswith("(") else text

@@ -36,7 +36,7 @@ class DataConfig(Section):
     source: str | None = setting(
         None, "a .jsonl or .parquet file, a Hugging Face data set (name or directory), or 'arithmetic'; needed without sources"
     )
-    sources: dict[str, dict] = setting(
+    sources: dict[str, dict[str, Any]] = setting(
         {}, "several sources instead: for each name the fields of this section that it has of its own"
     )
     weight: float = setting(1.0, "of one among several sources: its prompts are weight / (sum of weights) of all", above=0.0)

@@ -184,15 +184,10 @@ def by_source(quantity: str, title: str, ylabel: str) -> Callable[[Runs], str | 
             for index, run in enumerate(runs):
                 for number, name in enumerate(run.names("source/", f"/{quantity}")):
                     steps, values = run.series(name)
-                    hue, dash = (color(number), "-") if len(runs) == 1 else (color(index), STYLES[number % 4])
+                    shade, style = (color(number), "-") if len(runs) == 1 else (color(index), STYLES[number % len(STYLES)])
                     source = name.removeprefix("source/").removesuffix(f"/{quantity}")
-                    axes.plot(
-                        steps,
-                        moving_mean(values),
-                        label=source if len(runs) == 1 else f"{run.label}: {source}",
-                        color=hue,
-                        ls=dash,
-                    )
+                    label = source if len(runs) == 1 else f"{run.label}: {source}"
+                    axes.plot(steps, moving_mean(values), style, color=shade, label=label)
             return _finish(drawn, axes, runs, title=title, name=f"source-{quantity}", ylabel=ylabel, always_legend=True)
 
     return plot

@@ -47,7 +47,7 @@ class Evaluator:
         lengths = np.array([len(rollout.token_ids) for group in groups for rollout in group.group.rollouts])
         metrics: dict[str, Metric] = {
             "eval/accuracy_mean": accuracy(groups),
-            "eval/reward": Mean.of([float(np.mean(group.rewards)) for group in groups]),
+            "eval/reward": Mean.of(np.array([np.mean(group.rewards) for group in groups])),
             "eval/length": Distribution(lengths),
         }
         metrics |= {f"eval/{name}/accuracy_mean": accuracy(members) for name, members in groups_by_source(groups).items()}

@@ -23,7 +23,7 @@ def groups_by_source(groups: Sequence[ScoredGroup]) -> dict[str, list[ScoredGrou
 
 def accuracy(groups: Sequence[ScoredGroup]) -> Mean:
     """Share of correct responses, mean over problems."""
-    return Mean.of([float(np.mean(group.correct)) for group in groups])
+    return Mean.of(np.array([np.mean(group.correct) for group in groups]))
 
 
 def reward_metrics(groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
