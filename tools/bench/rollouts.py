@@ -56,7 +56,7 @@ def run_mode(mode: str, options: argparse.Namespace, directory: Path) -> dict[st
     """What a run of ``options.rounds`` rounds shows after the first ``options.skip``."""
     command = [sys.executable, "-W", "ignore", "-m", "pmpo_megatron.commands.train", "--config", str(options.config)]
     command += [f"run.directory={directory}", f"run.rounds={options.rounds}", f"round.mode={mode}", "evaluation.data=null"]
-    command += ["objective.importance=token", "monitor.progress=off", *options.overrides]
+    command += ["objective.importance=token", "monitor.progress=line", *options.overrides]
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     used: dict[int, tuple[float, float]] = {}  # by rounds done: the clock, processor time of the engines
     while process.poll() is None:
