@@ -231,9 +231,15 @@ class _Outbox:
             self.close()
         if self._sender is None:
             self._sender = Sender(
-                transport, slot_bytes=slot_bytes, workers=len(workers), elsewhere=sum(w["elsewhere"] for w in workers),
-                device=self.device, timeout_s=self.config.timeout_s, address=self._address(), directory=self.config.directory,
-            )  # fmt: skip
+                transport,
+                slot_bytes=slot_bytes,
+                workers=len(workers),
+                elsewhere=sum(w["elsewhere"] for w in workers),
+                device=self.device,
+                timeout_s=self.config.timeout_s,
+                address=self._address(),
+                directory=self.config.directory,
+            )
         return self._sender
 
     def _address(self) -> str | None:

@@ -26,9 +26,20 @@ from pmpo_megatron.monitor.read import RunRecord
 GREEDY, SAMPLED, REWARD = "eval/greedy_accuracy_mean", "eval/accuracy_mean", "reward/mean"
 OBJECTIVE = tuple(f"objective/{name}" for name in ("p_mean", "p_q05", "p_q50", "p_q95", "ess_fraction", "ess_target"))
 METRICS = (
-    REWARD, SAMPLED, GREEDY, *OBJECTIVE, "objective/clip_fraction", "policy/grad_norm", "policy/grad_norm_max",
-    "policy/entropy", "policy/skipped_steps", "rollout/length_mean", "rollout/staleness", "mismatch/mean_abs", "time/total_s",
-)  # fmt: skip
+    REWARD,
+    SAMPLED,
+    GREEDY,
+    *OBJECTIVE,
+    "objective/clip_fraction",
+    "policy/grad_norm",
+    "policy/grad_norm_max",
+    "policy/entropy",
+    "policy/skipped_steps",
+    "rollout/length_mean",
+    "rollout/staleness",
+    "mismatch/mean_abs",
+    "time/total_s",
+)
 WINDOW = 3  # rounds, of the means by which collapse is told
 COLLAPSE = (
     f"A run has collapsed if its mean training reward over the last {WINDOW} rounds is below half of its own best mean over "

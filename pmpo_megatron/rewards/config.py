@@ -16,9 +16,10 @@ class CodeConfig(Section):
     """How programs run for the function `code`. Limits are of one program on one test."""
 
     isolation: str = setting(
-        "bubblewrap", "unsandboxed runs programs as your own user, who may lose what is theirs",
+        "bubblewrap",
+        "unsandboxed runs programs as your own user, who may lose what is theirs",
         choices=("bubblewrap", "unsandboxed"),
-    )  # fmt: skip
+    )
     wall_s: float = setting(4.0, "time, and as much CPU time of a process", unit="s", above=0.0, maximum=LONGEST_TIMEOUT_S)
     memory_mib: int = setting(1024, "memory of all its processes, and address space of each", unit="MiB", minimum=64)
     processes: int = setting(16, "processes and threads", minimum=2, maximum=1024)

@@ -31,8 +31,9 @@ class Job:
         names = [(f"{self.number}/{sample}", self._seed(sample)) for sample in samples]
         return self.prompt.token_ids, names
 
-    def take(self, name: str, token_ids: np.ndarray, log_probs: np.ndarray, text: str, reason: str,
-             spans: Sequence[tuple[int, int]]) -> bool:  # fmt: skip
+    def take(
+        self, name: str, token_ids: np.ndarray, log_probs: np.ndarray, text: str, reason: str, spans: Sequence[tuple[int, int]]
+    ) -> bool:
         """A response, as `vllm_child` sends it; whether it was the last."""
         sample = int(name.partition("/")[2])
         versions = np.repeat(*np.array(spans, dtype=np.int32).reshape(-1, 2).T)

@@ -146,8 +146,11 @@ def compare_sharing(options: argparse.Namespace) -> None:
                     divided = round_seconds(apart, jobs)
                 with Slowed(together.process_ids[1], factor):
                     ratios.append(divided / round_seconds([together], jobs))
-            print(f"one engine {factor:g} times slower: division / queue {statistics.mean(ratios):.2f} "
-                  f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})", flush=True)  # fmt: skip
+            print(
+                f"one engine {factor:g} times slower: division / queue {statistics.mean(ratios):.2f} "
+                f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})",
+                flush=True,
+            )
         for engine in (*apart, together):
             engine.close()
 

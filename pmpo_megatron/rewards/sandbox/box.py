@@ -117,9 +117,15 @@ class Sandbox:
         }
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment,
-                pass_fds=[] if seccomp is None else [seccomp], cwd=self._directory.name if self._directory else "/",
-            )  # fmt: skip
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                env=environment,
+                pass_fds=[] if seccomp is None else [seccomp],
+                cwd=self._directory.name if self._directory else "/",
+            )
         finally:
             if seccomp is not None:
                 os.close(seccomp)

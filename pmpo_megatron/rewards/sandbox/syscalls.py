@@ -59,9 +59,13 @@ def filter_program(machine: str | None = None) -> bytes:
         raise PmpoError(f"the sandbox knows the system calls of {', '.join(AUDIT_ARCHITECTURES)}, not of {machine}")
     column = list(AUDIT_ARCHITECTURES).index(machine)
     code = [
-        (LOAD, 0, 0, ARCHITECTURE), (JUMP_EQUAL, 1, 0, AUDIT_ARCHITECTURES[machine]), (RETURN, 0, 0, KILL),
-        (LOAD, 0, 0, NUMBER), (JUMP_AT_LEAST, 0, 1, X32), (RETURN, 0, 0, KILL),
-    ]  # fmt: skip
+        (LOAD, 0, 0, ARCHITECTURE),
+        (JUMP_EQUAL, 1, 0, AUDIT_ARCHITECTURES[machine]),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, NUMBER),
+        (JUMP_AT_LEAST, 0, 1, X32),
+        (RETURN, 0, 0, KILL),
+    ]
     for numbers in REFUSED.values():
         if (number := numbers[column]) is not None:
             code += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE)]

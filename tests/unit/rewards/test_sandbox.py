@@ -289,9 +289,18 @@ def test_an_ordinary_user_gets_the_same_walls():
     command = [shared if part == str(box.INSIDE) else part for part in command]
     command[start] = "/usr/bin/python3"
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[seccomp], text=True,
-        user=65534, group=65534, extra_groups=[], env={"PATH": "/usr/bin"}, cwd="/",
-    )  # fmt: skip
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=[seccomp],
+        text=True,
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        env={"PATH": "/usr/bin"},
+        cwd="/",
+    )
     try:
         os.close(seccomp)
         assert json.loads(process.stdout.readline() or "0") == {"ready": True}, process.stderr.read()
