@@ -48,7 +48,8 @@ def engine_seconds(process: psutil.Process) -> float:
 
 def read_rounds(directory: Path) -> list[dict]:
     path = directory / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    rows = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]  # the last line may be half written
     return [row for row in rows if "time/total_s" in row]
 
 
