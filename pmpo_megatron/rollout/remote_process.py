@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
 import time
 from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
@@ -87,7 +84,4 @@ class RemoteProcess(VLLMProcess):
         self.send("interrupt", None)
 
     def _end_process(self) -> None:
-        """The agent ends it when the connection does; a shutdown also reaches our own thread, which reads from it."""
-        if self._connection is not None:
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as own:
-                own.shutdown(socket.SHUT_RDWR)
+        """The agent ends it when the connection does, which `kill` shuts down."""

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -120,8 +121,7 @@ class VLLMProcess(ABC):
 
     def call(self, method: str, arguments: tuple) -> Future[list[Any]]:
         """What ``method`` of the workers returns: a list with one value for each; or RolloutError."""
-        future: Future[list[Any]] = Future()
-        number = next(self._numbers)
+        number, future = next(self._numbers), Future[list[Any]]()
         if not self.running:
             future.set_exception(RolloutError("the rollout engine does not run"))
             return future
@@ -149,6 +149,8 @@ class VLLMProcess(ABC):
                 if connection.poll(POLL_S):
                     self._receive(connection)
                     heard = time.monotonic()
+                elif self._gone():
+                    raise EngineDied(self.why_dead())
                 elif (self.requests or self._calls) and time.monotonic() - max(heard, self._asked) > self.stall_s:
                     raise EngineDied(f"the rollout engine gave no sign of life for {self.stall_s:g} s")
         except (EngineDied, RolloutError) as error:
@@ -195,6 +197,9 @@ class VLLMProcess(ABC):
         """Ends the process and everything that it started."""
         self._ending = True
         self._end_process()
+        if self._connection is not None:  # workers of a process that was killed may hold the other end a while
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as own:
+                own.shutdown(socket.SHUT_RDWR)
         if self._reader is not None:
             self._reader.join()
             self._reader = None
@@ -208,16 +213,18 @@ class VLLMProcess(ABC):
     def open(self, timeout_s: float) -> Connection:
         """Starts the process; what leads to it."""
 
+    def _gone(self) -> bool:
+        return False  # whether it has ended although the connection has not
+
     @abstractmethod
     def why_dead(self) -> str: ...
-
     @abstractmethod
     def log_tail(self) -> str:
         """What it wrote of its end, for an error."""
 
     @abstractmethod
     def interrupt(self) -> None:
-        """Ends the process, at once and as if it had died; `kill` or `start` clears up."""
+        """Ends the process as if it had died; `kill` or `start` clears up."""
 
     @abstractmethod
     def _end_process(self) -> None:
@@ -263,6 +270,9 @@ class LocalProcess(VLLMProcess):
         theirs.close()
         alive.close()
         return connection
+
+    def _gone(self) -> bool:
+        return not self.runs
 
     def why_dead(self) -> str:
         assert self._process is not None, "it was started"
