@@ -429,13 +429,11 @@ class TestDocumentedExamples:
     def block(self, number):
         return self.BLOCKS[number].split("```")[0]
 
-    def test_one_new_file_is_enough(self, tmp_path, monkeypatch):
-        import pmpo_megatron.hf
+    def test_one_new_row_is_enough(self, tmp_path, monkeypatch):
+        from pmpo_megatron.hf import shape
 
-        package = tmp_path / "package"
-        package.mkdir()
-        (package / "mistral.py").write_text(self.block(0))
-        monkeypatch.setattr(pmpo_megatron.hf, "__path__", [*pmpo_megatron.hf.__path__, str(package)])
+        monkeypatch.setattr(shape, "ARCHITECTURES", dict(shape.ARCHITECTURES))
+        exec(self.block(0), vars(shape).copy())
         monkeypatch.setitem(KINDS, "mistral", ("MistralConfig", dict(sliding_window=None)))
         source = save_tiny_model("mistral", tmp_path / "hf")
         hf_to_megatron(source, tmp_path / "megatron", VERIFY)
@@ -444,7 +442,6 @@ class TestDocumentedExamples:
         windowed = save_tiny_model("mistral", tmp_path / "windowed", sliding_window=64)
         with pytest.raises(MappingError, match="sliding_window is 64"):
             read_shape(windowed)
-        monkeypatch.delitem(sys.modules, "pmpo_megatron.hf.mistral")
 
     def test_stacked_tensors(self, hf):
         from collections.abc import Sequence
