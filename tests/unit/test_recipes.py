@@ -272,7 +272,8 @@ def test_the_variants_of_a_study_have_the_same_budget_and_differ_in_what_the_axe
         for levels, overrides in study.variants().items()
     }
     assert study.config == "examples/quickstart/config.yaml" and len(set(map(repr, built.values()))) == len(built)
-    budget = {(c.batch.prompts_per_round, c.sampling, c.data, c.evaluation, c.optimizer.decay_steps) for c in built.values()}
+    parts = ((c.batch.prompts_per_round, c.sampling, c.data, c.evaluation, c.optimizer.decay_steps) for c in built.values())
+    budget = set(map(repr, parts))
     assert len(budget) == 1, "equal numbers of trajectories"
     assert all(study.reference_of(levels) in built for levels in built)
     assert "common/study.sh" in (directory / "run.sh").read_text()

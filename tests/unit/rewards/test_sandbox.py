@@ -157,10 +157,10 @@ def still_works(reward):
 
 @sandboxed
 def test_hostile_scripts_score_0_and_harm_nobody(host):
+    before, alive = mounts(), set(sandbox_processes())  # other tests' sandbox lives as long as this file's tests
     costly = CodeReward(CodeConfig(wall_s=1.0))
     quick = CodeReward(CodeConfig(wall_s=30.0))
     neighbour = Sandbox(PATIENT)
-    before = mounts()
     metadata = {"tests": {"inputs": ["SECRET"], "outputs": ["42\n"]}}
     try:
         for reward, programs in ((quick, PROBES), (costly, COSTLY)):
@@ -173,24 +173,24 @@ def test_hostile_scripts_score_0_and_harm_nobody(host):
     finally:
         for part in (costly, quick, neighbour):
             part.close()
-    assert mounts() == before and not left_over()
+    assert mounts() == before and not left_over(alive)
 
 
 @sandboxed
 @pytest.mark.parametrize("tests", [["assert f(3) == 'expected'"], {"fn_name": "f", "inputs": [[3]], "outputs": ["expected"]}])
 def test_a_program_cannot_forge_what_its_tests_see(tests):
-    reward = CodeReward(CodeConfig(wall_s=3.0))
+    alive, reward = set(sandbox_processes()), CodeReward(CodeConfig(wall_s=3.0))
     for name, program in FORGERS.items():
         assert reward(block(program), [], {"tests": tests}) == 0.0, name
         assert still_works(reward), name
     reward.close()
-    assert not left_over()
+    assert not left_over(alive)
 
 
 @sandboxed
 @pytest.mark.slow
 def test_a_thousand_hostile_programs_leave_nothing(host):
-    before, files = mounts(), set(os.listdir("/tmp"))
+    before, files, alive = mounts(), set(os.listdir("/tmp")), set(sandbox_processes())
     programs = [armed(p, host) for p in (PROBES | COSTLY).values()]
     reward = CodeReward(CodeConfig(wall_s=0.3))
     drawn = random.Random(0).choices(programs, k=1000)
@@ -198,7 +198,7 @@ def test_a_thousand_hostile_programs_leave_nothing(host):
     assert scores == [0.0] * 1000 and still_works(reward)
     descriptors = len(os.listdir("/proc/self/fd"))
     reward.close()
-    assert descriptors < 100 and mounts() == before and not left_over()
+    assert descriptors < 100 and mounts() == before and not left_over(alive)
     assert not [name for name in set(os.listdir("/tmp")) - files if name.startswith("pmpo-")]
 
 
@@ -206,14 +206,14 @@ def mounts():
     return Path("/proc/self/mounts").read_text()
 
 
-def left_over():
-    """Processes of sandboxes of this process, once they have had time to end."""
+def left_over(before):
+    """Processes of sandboxes of this process that were not there ``before``, once they have had time to end."""
     for _ in range(100):
-        found = list(sandbox_processes())
-        if not found:
-            return []
+        new = set(sandbox_processes()) - before
+        if not new:
+            break
         time.sleep(0.1)
-    return found
+    return new
 
 
 def sandbox_processes():
@@ -229,7 +229,7 @@ def sandbox_processes():
         except OSError:
             continue
         if os.getuid() == 0 and users & own_users() or str(os.getpid()) in parents and fields["Name"].strip() == "bwrap":
-            yield fields["Name"].strip()
+            yield int(path.parent.name)
 
 
 def own_users():
