@@ -91,9 +91,8 @@ def train_with_apmpo(directory, model):
     for group_id, group in enumerate(REWARDS):
         for value in compute_advantages([group], objective.group_advantage)[0]:
             number = len(samples)
-            samples.append(
-                Sample(number, group_id, ids[:3], ids[: 3 + number], np.full(3 + number, -5, np.float32), False, value)
-            )
+            log_probs = np.full(2 + number, -5, np.float32)
+            samples.append(Sample(number, group_id, ids[:3], ids[: 2 + number], log_probs, False, value))
     table = TrajectoryTable.of(samples, [reward for group in REWARDS for reward in group])
     [batches] = share_round(samples, table, config, state, round_index=0)
     result = optimizer_step(policy, score(policy, batches, temperature=1.0), objective=objective, progress=0.0, temperature=1.0)
