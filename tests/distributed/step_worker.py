@@ -54,27 +54,28 @@ class Case:
         return results, {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
 
     def broken(self):
-        """(problem, whether weights and schedule stayed) for NaN in a weight, for a gradient that overflows, and after."""
+        """(result, whether weights and schedule stayed) for inf in a gradient, a huge advantage, NaN in a weight; and after."""
         policy = self.build()
         scored = score(policy, self.batches, temperature=TEMPERATURE)
-        found, replace = [], dataclasses.replace
-        huge = [
-            replace(item, batch=replace(item.batch, weights_N=batch.weights_N * 1e30, advantages_N=batch.advantages_N * 1e20))
-            for item, batch in zip(scored, self.batches, strict=True)
-        ]
-        before = self.values(policy)
-        result = self.step(policy, huge)
-        found.append((result, self.same(policy, before)))
-        victim = next((p for name, p in policy.named_parameters() if name == "decoder.layers.0.mlp.linear_fc2.weight"), None)
-        if victim is not None:
-            kept = victim.detach().clone()
+        results, replace = [], dataclasses.replace
+        victims = [p for name, p in policy.named_parameters() if name == "decoder.layers.0.mlp.linear_fc2.weight"]
+        hooks = [victim.register_hook(lambda gradient: gradient * float("inf")) for victim in victims]
+        results.append(self.tried(policy, scored))
+        for hook in hooks:
+            hook.remove()
+        large = [replace(item, batch=replace(item.batch, advantages_N=item.batch.advantages_N * 1e38)) for item in scored]
+        results.append(self.tried(policy, large))
+        kept = [victim.detach().clone() for victim in victims]
+        for victim in victims:
             victim.data[0, 0] = float("nan")
+        results.append(self.tried(policy, scored))
+        for victim, values in zip(victims, kept, strict=True):
+            victim.data.copy_(values)
+        return [*results, (self.step(policy, scored), policy.scheduler.num_updates)]
+
+    def tried(self, policy, scored):
         before = self.values(policy)
-        found.append((self.step(policy, scored), self.same(policy, before)))
-        if victim is not None:
-            victim.data.copy_(kept)
-        found.append((self.step(policy, scored), policy.scheduler.num_updates))
-        return found
+        return self.step(policy, scored), self.same(policy, before)
 
     def values(self, policy):
         return [parameter.detach().clone() for _, parameter in policy.named_parameters()] + [policy.scheduler.num_updates]

@@ -55,13 +55,14 @@ class TestStep:
 
     def test_non_finite_gradients_and_log_probs_update_nothing(self, runs, name):
         for rank in runs[name]:
-            (overflow, kept), (poisoned, kept_too), (after, updates) = rank["broken"]
-            assert not overflow.applied and kept and "NaN or inf in the gradient of decoder." in overflow.problem
-            assert not poisoned.applied and kept_too
-            assert (
-                "NaN or inf in the log-probs, or an overflow of weight x advantage, of trajectories [100, 101, "
-                in poisoned.problem
-            )
+            *refused, (after, updates) = rank["broken"]
+            assert all(kept and not result.applied for result, kept in refused)
+            infinite, overflow, poisoned = [result.problem for result, _ in refused]
+            assert "NaN or inf in the gradient of decoder.layers.0.mlp.linear_fc2.weight" in infinite
+            for problem in (overflow, poisoned):
+                assert (
+                    "NaN or inf in the log-probs, or an overflow of weight x advantage, of trajectories [100, 101, " in problem
+                )
             assert after.applied and after.problem is None and updates == 1, "and the next step is an ordinary one"
 
     def test_calls_that_cannot_work_are_refused(self, runs, name):
