@@ -71,6 +71,7 @@ def command(options: argparse.Namespace) -> int:
     if options.print_config:
         print_config(options)
         return 0
+    quiet_libraries()  # before any of them is imported
     from pmpo_megatron.planner import memory_report
     from pmpo_megatron.training.checks import check_run
 
@@ -86,7 +87,6 @@ def command(options: argparse.Namespace) -> int:
     end_with_launcher()
     rank, world_size = rank_environment()
     set_up_logging(rank)
-    quiet_libraries()
     checked = check_run(config, world_size)
     for line in [*checked.lines, *memory_report(config, world_size)]:
         logger.info("%s", line)
