@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import math
 import re
 import types
@@ -28,7 +29,18 @@ from typing import Any, TypeVar
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.yaml_values import apply_overrides, read_yaml, show
 
-__all__ = ["Section", "apply_overrides", "build", "convert", "describe", "field_types", "read_yaml", "setting", "to_plain"]
+__all__ = [
+    "Section",
+    "apply_overrides",
+    "build",
+    "convert",
+    "describe",
+    "field_types",
+    "import_named",
+    "read_yaml",
+    "setting",
+    "to_plain",
+]
 
 SectionT = TypeVar("SectionT", bound="Section")
 LARGEST_FLOAT = 1e30  # what is squared or multiplied stays within float32's and float64's range
@@ -87,6 +99,19 @@ class Section:
     def base_for(cls: type[SectionT], values: dict[str, Any]) -> dict[str, Any]:
         """Defaults that depend on the given values, e.g. a preset. ``values`` may be edited (keys consumed)."""
         return {}
+
+
+def import_named(field: str, name: str) -> Any:
+    """What ``name``, ``package.module:Name``, stands for in a file of the user's own.
+
+    Raises:
+        ConfigError: it cannot be imported; names ``field``.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+        raise ConfigError(field, f"{name!r} cannot be imported: {type(error).__name__}: {error}") from None
 
 
 def field_types(section: type[Any]) -> dict[str, Any]:

@@ -5,11 +5,10 @@ So are rules for p, clips and advantages named; docs/adding_a_rule.md shows one 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pmpo_megatron.config import Section, build, unknown_key
+from pmpo_megatron.config import Section, build, import_named, unknown_key
 from pmpo_megatron.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -23,13 +22,9 @@ def find_class(field: str, name: str, known: Mapping[str, type[SectionT]], base:
     """
     if name in known:
         return known[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise unknown_key(field, name, [*known, "package.module:Name"])
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
-        raise ConfigError(field, f"{name!r} cannot be imported: {type(error).__name__}: {error}") from None
+    kind = import_named(field, name)
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ConfigError(field, f"{name!r} is not a subclass of {base.__module__}.{base.__name__}")
     return kind

@@ -17,7 +17,7 @@ from pmpo_megatron.benchmarks.run import Task, run_tasks
 from pmpo_megatron.benchmarks.sources import Benchmark, find_benchmarks, problem_file
 from pmpo_megatron.benchmarks.statistics import default_ks
 from pmpo_megatron.benchmarks.summary import describe_benchmark, write_model_summary, write_summary
-from pmpo_megatron.config import apply_overrides, build, to_plain
+from pmpo_megatron.config import SectionT, apply_overrides, build, to_plain
 from pmpo_megatron.data.prompts import DataConfig, load_prompts
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.rewards import RewardConfig, RewardScorer
@@ -103,23 +103,26 @@ def _sampling_config(options: argparse.Namespace) -> SamplingConfig:
     )
 
 
+def _section(option: str, section: type[SectionT], values: dict[str, Any], overrides: Sequence[str]) -> SectionT:
+    """``section`` from ``values`` and what the command line's ``option`` overrides."""
+    try:
+        return build(section, apply_overrides(values, overrides))
+    except ConfigError as error:
+        raise error.within(option) from None
+
+
 def _reward_config(options: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> RewardConfig:
     """How responses are scored: ``functions`` has all that the benchmarks need, each alone for its own problems."""
     functions = {benchmark.reward or options.reward: 1.0 for benchmark in benchmarks}
-    try:
-        rewards = build(RewardConfig, apply_overrides({"functions": functions, "workers": options.workers}, options.rewards))
-    except ConfigError as error:
-        raise error.within("--rewards") from None
+    values = {"functions": functions, "workers": options.workers}
+    rewards = _section("--rewards", RewardConfig, values, options.rewards)
     check_functions(rewards.functions, rewards.code)
     return rewards
 
 
 def _rollout_config(options: argparse.Namespace) -> RolloutConfig:
     values = {"gpu_memory_utilization": 0.9}  # training leaves room for the trainer; here the GPU is the engine's alone
-    try:
-        config = build(RolloutConfig, apply_overrides(values, options.rollout))
-    except ConfigError as error:
-        raise error.within("--rollout") from None
+    config = _section("--rollout", RolloutConfig, values, options.rollout)
     if config.nodes == "all":
         raise ConfigError("--rollout.nodes", "an evaluation has one node; for more, nodes=own, hosts and pmpo-rollout-node")
     if find_spec("vllm") is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,7 +120,5 @@ Sampler = PromptSampler | MixedSampler
 
 def make_sampler(prompts: Sequence[Prompt], weights: Mapping[str, float], seed: int) -> Sampler:
     """The sampler of ``prompts``, source after source, in the shares of ``weights``."""
-    sizes: dict[str, int] = {}
-    for prompt in prompts:
-        sizes[prompt.source] = sizes.get(prompt.source, 0) + 1
+    sizes = Counter(prompt.source for prompt in prompts)
     return MixedSampler(sizes, weights, seed) if len(sizes) > 1 else PromptSampler(len(prompts), seed)

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.errors import DataError
 from pmpo_megatron.monitor.comparison_plots import curve_pictures, ess_against_p, heat_maps
-from pmpo_megatron.monitor.page import page, replace_file
+from pmpo_megatron.monitor.page import page
 from pmpo_megatron.monitor.study import COLLAPSE, GREEDY, SAMPLED, StudyConfig, Variant
 
 CONFIDENCE = 0.95
@@ -122,7 +123,7 @@ def write_comparison(study: StudyConfig, variants: Sequence[Variant], out: Path)
     ):
         cards = "".join(f'<div class="card">{svg}</div>' for svg in pictures)
         sections += [f'<h2>{heading}</h2><div class="cards">{cards}</div>'] if pictures else []
-    replace_file(out, page(study.title, subtitle, "\n".join(sections)))
+    replace_text(out, page(study.title, subtitle, "\n".join(sections)))
     return sentences
 
 

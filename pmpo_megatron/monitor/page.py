@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from html import escape
-from pathlib import Path
 
 from pmpo_megatron.monitor.style import DARK, LIGHT, css_variables
 
@@ -39,10 +37,3 @@ def page(title: str, subtitle: str, body: str) -> str:
     """The page as text; ``body`` is HTML, the others are plain text."""
     colors = {"light": css_variables(LIGHT), "dark": css_variables(DARK)}
     return PAGE.format(title=escape(title), subtitle=escape(subtitle), body=body, **colors)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` in one step: a reader sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

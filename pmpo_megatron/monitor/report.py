@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from pmpo_megatron.monitor.page import page, replace_file
+from pmpo_megatron.checkpoint.files import replace_text
+from pmpo_megatron.monitor.page import page
 from pmpo_megatron.monitor.plots import PLOTS, held_out
 from pmpo_megatron.monitor.progress import format_count, format_seconds
 from pmpo_megatron.monitor.read import RunRecord, read_runs
@@ -32,7 +33,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, title: str | No
     out.parent.mkdir(parents=True, exist_ok=True)
     pages = {run.label: page for run in records if (page := write_token_page(run, run.directory / "tokens.html"))}
     links = {label: os.path.relpath(page, out.parent) for label, page in pages.items()}
-    replace_file(out, render(records, title=title, token_pages=links))
+    replace_text(out, render(records, title=title, token_pages=links))
     return out
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.config import Section, build, read_yaml, setting
 from pmpo_megatron.errors import ConfigError, DataError
-from pmpo_megatron.monitor.page import replace_file
 from pmpo_megatron.monitor.read import RunRecord
 
 GREEDY, SAMPLED, REWARD = "eval/greedy_accuracy_mean", "eval/accuracy_mean", "reward/mean"
@@ -188,7 +188,7 @@ class Results:
             self.rows.append(shared | {"round": str(record["step"])} | values)
         lines = (",".join(row.get(name, "") for name in self.columns) for row in self.rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.path, "\n".join([",".join(self.columns), *lines]) + "\n")
+        replace_text(self.path, "\n".join([",".join(self.columns), *lines]) + "\n")
 
     def variants(self) -> list[Variant]:
         """All that have a finished run, in the order of the file.

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pmpo_megatron.monitor.page import page, replace_file
+from pmpo_megatron.checkpoint.files import replace_text
+from pmpo_megatron.monitor.page import page
 from pmpo_megatron.monitor.read import RunRecord
 
 MAX_ROUNDS = 12  # shown, spread over the run, the last one among them
@@ -34,7 +35,7 @@ def write_token_page(run: RunRecord, out: Path) -> Path | None:
     """Writes the page about ``run`` to ``out``, replacing it in one step; None where the run recorded no tokens."""
     if not run.tokens:
         return None
-    replace_file(out, render_tokens(run))
+    replace_text(out, render_tokens(run))
     return out
 
 

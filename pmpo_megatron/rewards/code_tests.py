@@ -131,14 +131,15 @@ def _assertions(tests: str | list[str], metadata: Mapping[str, Any]) -> Assertio
         tree = ast.parse(code)
     except SyntaxError as error:
         raise ValueError(f"metadata.tests: {error}") from None
-    names = {node.id: isinstance(node.ctx, ast.Load) for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    made = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    made |= {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    made |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
-    made |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    imports = [alias for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    nodes = list(ast.walk(tree))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    made = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    made |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    made |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler) and node.name}
+    made |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    imports = [alias for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
     made |= {(alias.asname or alias.name).split(".")[0] for alias in imports}
-    asked = set(names) - made - set(dir(builtins)) - set(MODULES) | ({entry} if entry else set())
+    asked = {node.id for node in names} - made - set(dir(builtins)) - set(MODULES) | ({entry} if entry else set())
     if not asked:
         raise ValueError("metadata.tests: the assertions call nothing that the program could define")
     return Assertions(code, tuple(sorted(asked)))

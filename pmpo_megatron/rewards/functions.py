@@ -5,13 +5,13 @@ One whose first parameter is called ``responses`` scores a group: (responses to 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from pmpo_megatron.config import import_named
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.rewards.choice import choice
 from pmpo_megatron.rewards.code import CodeReward, check_sandbox
@@ -104,16 +104,13 @@ def _find(name: str) -> Callable[..., float]:
     """A built-in function, or what ``package.module:name`` imports."""
     if name in BUILT_IN:
         return BUILT_IN[name]
-    module, colon, attribute = name.partition(":")
+    module, colon, _ = name.partition(":")
     if module == "__main__":
         raise ConfigError("rewards.functions", f"{name!r}: workers import functions, and __main__ is not a module of theirs")
     if not colon:
         known = ", ".join((*BUILT_IN, CODE))
         raise ConfigError("rewards.functions", f"{name!r} is none of {known}, nor of the form package.module:name")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # a plug-in's own module may raise anything
-        raise ConfigError("rewards.functions", f"{name!r} cannot be imported: {type(error).__name__}: {error}") from None
+    function = import_named("rewards.functions", name)
     if not callable(function):
         raise ConfigError("rewards.functions", f"{name!r} is a {type(function).__name__}, not a function")
     return function

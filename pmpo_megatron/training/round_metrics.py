@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, Metric]:
     applied = [result for result in results if result.applied]
     metrics: dict[str, Metric] = {
         "objective/p": Distribution(arrays["p"]),
-        "objective/ess_fraction": Mean.of(arrays["ess"] / np.maximum(arrays["length"], 1)),
-        "objective/ess_target": Mean.of(arrays["target_ess"] / np.maximum(arrays["length"], 1)),
+        "objective/ess_fraction": Mean.of(per_token(arrays, "ess")),
+        "objective/ess_target": Mean.of(per_token(arrays, "target_ess")),
         "objective/clip_fraction": Mean.of(arrays["clip_fraction"]),
         "objective/loss": Mean.of([result.loss for result in results]),
         "policy/entropy": Mean.of([result.entropy for result in results], [result.num_tokens for result in results]),
@@ -43,6 +43,11 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, Metric]:
 def trajectory_arrays(results: Sequence[StepResult]) -> dict[str, np.ndarray]:
     """Every quantity of every trajectory of the round; sample_id says which."""
     return {name: np.concatenate([result.trajectories[name] for result in results]) for name in results[0].trajectories}
+
+
+def per_token(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """The quantity ``name`` of every trajectory over its length; one without tokens counts as of one."""
+    return arrays[name] / np.maximum(arrays["length"], 1)
 
 
 def trajectory_record(results: Sequence[StepResult], rewards: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 from pmpo_megatron.model.step_results import StepResult
 from pmpo_megatron.monitor import Distribution, Mean, Metric
 from pmpo_megatron.rewards import ScoredGroup
-from pmpo_megatron.training.round_metrics import trajectory_arrays
+from pmpo_megatron.training.round_metrics import per_token, trajectory_arrays
 
 
 def groups_by_source(groups: Sequence[ScoredGroup]) -> dict[str, list[ScoredGroup]]:
@@ -49,7 +49,7 @@ def objective_metrics(results: Sequence[StepResult], sources: Sequence[str]) -> 
         chosen = of_sample == name
         metrics |= {
             f"source/{name}/p": Distribution(arrays["p"][chosen]),
-            f"source/{name}/ess_fraction": Mean.of((arrays["ess"] / np.maximum(arrays["length"], 1))[chosen]),
+            f"source/{name}/ess_fraction": Mean.of(per_token(arrays, "ess")[chosen]),
             f"source/{name}/clip_fraction": Mean.of(arrays["clip_fraction"][chosen]),
         }
     return metrics

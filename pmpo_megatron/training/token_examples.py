@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pmpo_megatron.algo.advantages import group_statistics
 from pmpo_megatron.algo.objective import ObjectiveConfig, evaluate_objective
+from pmpo_megatron.data.split import statistics_of_groups
 from pmpo_megatron.model.micro_batch import ScoredMicroBatch
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.model.step import score
 from pmpo_megatron.model.step_results import StepResult
 from pmpo_megatron.parallel.collectives import gather_objects
 from pmpo_megatron.training.collector import RoundBatch
+from pmpo_megatron.training.round_metrics import per_token
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.types import Float32s, Float64s, Integers, Sample, TrajectoryTable
 
@@ -58,13 +59,13 @@ def token_examples(
     parts = gather_objects(local_log_probs(policy, micro_batches, chosen, config.sampling.temperature), policy.state)
     if batch is None or decode is None:
         return []
-    examples = []
+    examples, statistics = [], statistics_of_groups(table)
     for sample_id in chosen:
         columns = zip(*[part[sample_id] for part in parts if sample_id in part], strict=True)
         position, old, new = (np.concatenate(column) for column in columns)
         order = np.argsort(position)
         sample, progress = batch.samples[sample_id], round_index / config.run.rounds
-        group = group_statistics(table.rewards_N[table.group_ids_N == sample.group_id])
+        group = {name: float(values_N[sample_id]) for name, values_N in statistics.items()}
         shares = describe_tokens(sample, old[order], new[order], config.objective, progress=progress, group=group)
         text = {"prompt": "".join(map(decode, sample.prompt_ids)), "tokens": [decode(token) for token in sample.response_ids]}
         examples.append(shares | text | {"reward": float(table.rewards_N[sample_id])})
@@ -74,7 +75,7 @@ def token_examples(
 def choose(result: StepResult, advantages_N: Float64s, count: int) -> list[int]:
     """Numbers of ``count`` trajectories that have a gradient, from the least p to the largest; the same on every rank."""
     arrays = result.trajectories
-    order = np.lexsort((arrays["sample_id"], arrays["ess"] / np.maximum(arrays["length"], 1), arrays["p"]))
+    order = np.lexsort((arrays["sample_id"], per_token(arrays, "ess"), arrays["p"]))
     wanted = (arrays["length"] > 0) & (arrays["length"] <= MAX_TOKENS) & (advantages_N[arrays["sample_id"]] != 0)
     ids = arrays["sample_id"][order[wanted[order]]].astype(int).tolist()
     at = np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int))
