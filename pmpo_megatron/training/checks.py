@@ -14,6 +14,7 @@ import torch
 
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.space import checkpoint_bytes, describe_bytes
+from pmpo_megatron.data.generated import TASKS
 from pmpo_megatron.data.prompts import DataConfig, PromptSet, check_rows, load_prompts
 from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.errors import ConfigError, MappingError, PmpoError
@@ -192,7 +193,7 @@ def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: Model
     sources = {str(part.source): part.split for part in data.parts().values()}
     for source, split in sources.items():
         path = Path(source)
-        if source != "arithmetic" and path.suffix not in (".jsonl", ".json", ".parquet") and not path.exists():
+        if source not in TASKS and path.suffix not in (".jsonl", ".json", ".parquet") and not path.exists():
             return f"{name}: {source} [{split}], a Hugging Face data set: not opened before the start"
     text = f"{name}: {', '.join(sources)}"
     try:
