@@ -27,12 +27,6 @@ def main() -> None:
         default=TinyModelConfig.slip_rate,
         help="how often the worst remembered fact is wrong in the solutions it learns from (default: %(default)s)",
     )
-    parser.add_argument(
-        "--skew",
-        type=float,
-        default=TinyModelConfig.skew,
-        help="the smaller, the more facts are wrong nearly as often (default: %(default)s)",
-    )
     parser.add_argument("--layers", type=int, default=TinyModelConfig.layers, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=TinyModelConfig.hidden_size, help="(default: %(default)s)")
     parser.add_argument(

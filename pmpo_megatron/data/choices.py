@@ -11,6 +11,7 @@ import numpy as np
 from pmpo_megatron.data.problems import PERFECT, Memory, Problem
 
 LEVELS = (1, 2, 3)
+SKEW = 0.8  # a problem takes about 4 facts, and a guess is right once in four times
 LETTERS = "ABCD"
 QUESTIONS = {1: "Which is a ", 2: "Which has ", 3: "Which "}
 KINDS = {

@@ -14,6 +14,7 @@ import numpy as np
 from pmpo_megatron.data.problems import PERFECT, Memory, Problem
 
 LEVELS = (1, 2, 3, 4)
+SKEW = 2.0  # a problem takes about 4 facts
 OPERATIONS = {
     "add {n}": "x+{n}",
     "subtract {n}": "x-{n}",

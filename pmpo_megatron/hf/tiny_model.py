@@ -42,7 +42,6 @@ class TinyModelConfig:
     steps: int = 700
     tasks: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"arithmetic": (4, 5)})  # name -> levels
     slip_rate: float = 0.8  # of the worst fact
-    skew: float = 6.0  # the smaller, the more facts have a rate near that one
     positions: int = 256
     endless: bool = False  # no end token, so that responses go on to the limit; only without warm start
     seed: int = 0
@@ -100,12 +99,13 @@ def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokeniz
     """Supervised training on problems and solutions, a task in each step, the loss on the solutions alone; prints progress."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _height((step + 1) / max(config.steps, 1)))
-    generator, memory = np.random.default_rng(config.seed), Memory(config.slip_rate, config.skew, seed=config.seed)
+    generator = np.random.default_rng(config.seed)
+    memories = {task: Memory(config.slip_rate, TASKS[task].skew, seed=config.seed) for task in config.tasks}
     tasks, started = [*config.tasks], time.monotonic()
     for step in range(1, config.steps + 1):
         task = tasks[step % len(tasks)]
         problems = make_problems(task, BATCH, levels=config.tasks[task], seed=config.seed + step)
-        solutions = [TASKS[task].solve(problem, memory=memory, generator=generator) for problem in problems]
+        solutions = [TASKS[task].solve(problem, memory=memories[task], generator=generator) for problem in problems]
         ids, labels = encode(problems, solutions, tokenizer)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
