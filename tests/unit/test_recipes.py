@@ -1,6 +1,7 @@
 """Every example's configuration is valid, fits its GPUs, and is what its launch script starts."""
 
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -282,3 +283,15 @@ def test_the_variants_of_a_study_have_the_same_budget_and_differ_in_what_the_axe
     assert set(problems) == set(study.sources or [""])
     assert all(study.reference_of(levels) in built for levels in built)
     assert "common/study.sh" in (directory / "run.sh").read_text()
+
+
+def test_the_start_model_of_the_domains_was_taught_what_runs_train_on():
+    start = re.search(r"start_model=\((.+)\)", (EXAMPLES / "domains/run.sh").read_text())[1].split()
+    config = load("domains/config.yaml")
+    tasks = [f"{part.source}={','.join(map(str, part.levels))}" for part in config.data.parts().values()]
+    assert start[0] == config.model.path and start[2 : 2 + len(tasks)] == tasks
+    held_out = config.evaluation.data.parts()
+    assert [(p.source, p.levels, p.rewards) for p in held_out.values()] == [
+        (p.source, p.levels, p.rewards) for p in config.data.parts().values()
+    ]
+    assert {part.split for part in held_out.values()} == {"test"}
