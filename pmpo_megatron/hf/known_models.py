@@ -49,6 +49,7 @@ ROWS: dict[str, tuple[dict[str, Any], tuple]] = {
     "Qwen/Qwen2.5-14B-Instruct": (QWEN2, (5120, 13824, 48, 40, 8, 152064, False, 32768)),
     "Qwen/Qwen2.5-32B-Instruct": (QWEN2, (5120, 27648, 64, 40, 8, 152064, False, 32768)),
     "Qwen/Qwen2.5-72B-Instruct": (QWEN2, (8192, 29568, 80, 64, 8, 152064, False, 32768)),
+    "Qwen/Qwen2.5-Coder-7B": (QWEN2, (3584, 18944, 28, 28, 4, 152064, False, 32768)),
     "Qwen/Qwen2.5-Math-1.5B": (QWEN2_MATH, (1536, 8960, 28, 12, 2, 151936, True, 4096)),
     "Qwen/Qwen2.5-Math-7B": (QWEN2_MATH, (3584, 18944, 28, 28, 4, 152064, False, 4096)),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (QWEN2_MATH, (1536, 8960, 28, 12, 2, 151936, False, 131072)),

@@ -1,11 +1,13 @@
-"""A tiny model for the generated task: its tokenizer, its supervised warm start, a normal Hugging Face checkpoint."""
+"""A tiny model for the generated tasks: its tokenizer, its supervised warm start, a normal Hugging Face checkpoint."""
 
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from pmpo_megatron.data.arithmetic import Memory, Problem, make_problems, solve
+from pmpo_megatron.data.generated import TASKS, make_problems
+from pmpo_megatron.data.problems import Memory, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,7 @@ LEARNING_RATE = 4e-3
 class TinyModelConfig:
     """Sizes and training of the tiny model.
 
-    The worked solutions that it learns from are those of somebody who misremembers: most sums and differences of digits are
+    The worked solutions that it learns from are those of somebody who misremembers: most facts, such as sums of digits, are
     nearly always right, some are more often wrong than right (`Memory`). So it knows the method, and neither its best guess
     nor what it samples solves most problems: both are left to learn from rewards.
     """
@@ -37,18 +40,19 @@ class TinyModelConfig:
     heads: int = 4
     key_value_heads: int = 2
     steps: int = 700
-    levels: tuple[int, ...] = (4, 5)
+    tasks: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"arithmetic": (4, 5)})  # name -> levels
     slip_rate: float = 0.8  # of the worst fact
     positions: int = 256
     endless: bool = False  # no end token, so that responses go on to the limit; only without warm start
     seed: int = 0
 
 
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token for each character; whatever is not in the alphabet is dropped."""
-    vocabulary = {token: number for number, token in enumerate([PAD, END, *ALPHABET])}
+def make_tokenizer(words: Iterable[str] = ()) -> transformers.PreTrainedTokenizerFast:
+    """One token for each of ``words`` and for each other character; whatever is not in the alphabet is dropped."""
+    words = sorted(set(words), key=lambda word: (-len(word), word))  # the longest that fits
+    vocabulary = {token: number for number, token in enumerate([PAD, END, *ALPHABET, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*map(re.escape, words), "."])), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=PAD, clean_up_tokenization_spaces=False
@@ -79,7 +83,7 @@ def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokeni
 def make_tiny_model(out: Path, config: TinyModelConfig) -> None:
     """Trains and writes the model to ``out``, complete or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(word for task in config.tasks for word in TASKS[task].words)
     model = make_model(config, tokenizer)
     if config.endless:
         tokenizer.eos_token = None
@@ -92,14 +96,16 @@ def make_tiny_model(out: Path, config: TinyModelConfig) -> None:
 
 
 def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, config: TinyModelConfig) -> None:
-    """Supervised training on problems and solutions, the loss on the solutions alone; prints its progress."""
+    """Supervised training on problems and solutions, a task in each step, the loss on the solutions alone; prints progress."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _height((step + 1) / max(config.steps, 1)))
-    generator, memory = np.random.default_rng(config.seed), Memory(config.slip_rate, seed=config.seed)
-    started = time.monotonic()
+    generator = np.random.default_rng(config.seed)
+    memories = {task: Memory(config.slip_rate, TASKS[task].skew, seed=config.seed) for task in config.tasks}
+    tasks, started = [*config.tasks], time.monotonic()
     for step in range(1, config.steps + 1):
-        problems = make_problems(BATCH, levels=config.levels, seed=config.seed + step)
-        solutions = [solve(problem, memory=memory, generator=generator) for problem in problems]
+        task = tasks[step % len(tasks)]
+        problems = make_problems(task, BATCH, levels=config.tasks[task], seed=config.seed + step)
+        solutions = [TASKS[task].solve(problem, memory=memories[task], generator=generator) for problem in problems]
         ids, labels = encode(problems, solutions, tokenizer)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()

@@ -37,8 +37,8 @@ def reward(runs: Runs) -> str | None:
 
 
 def held_out(run: RunRecord) -> list[str]:
-    """The evaluation curves of a run: means of accuracies, not of lengths."""
-    names = run.names("eval/", "_mean")
+    """The evaluation curves of a run over all sources: means of accuracies, not of lengths."""
+    names = [name for name in run.names("eval/", "_mean") if name.count("/") == 1]
     return [name for name in names if "length" not in name and "truncated" not in name and "token" not in name]
 
 
@@ -176,21 +176,26 @@ def line(name: str, title: str, ylabel: str, *, log: bool = False) -> Callable[[
     return plot
 
 
-def by_source(quantity: str, title: str, ylabel: str) -> Callable[[Runs], str | None]:
-    """A plot of ``source/<name>/<quantity>`` over the steps, a line for each source."""
+def by_source(quantity: str, title: str, ylabel: str, *, section: str = "source") -> Callable[[Runs], str | None]:
+    """A plot of ``<section>/<name>/<quantity>`` over the steps, a line for each source."""
 
     def plot(runs: Runs) -> str | None:
         with figure() as (drawn, axes):
             for index, run in enumerate(runs):
-                for number, name in enumerate(run.names("source/", f"/{quantity}")):
-                    steps, values = run.series(name)
+                for number, source in enumerate(sources(run, section, quantity)):
+                    steps, values = run.series(f"{section}/{source}/{quantity}")
                     shade, style = (color(number), "-") if len(runs) == 1 else (color(index), STYLES[number % len(STYLES)])
-                    source = name.removeprefix("source/").removesuffix(f"/{quantity}")
                     label = source if len(runs) == 1 else f"{run.label}: {source}"
                     axes.plot(steps, moving_mean(values), style, color=shade, label=label)
-            return _finish(drawn, axes, runs, title=title, name=f"source-{quantity}", ylabel=ylabel, always_legend=True)
+            return _finish(drawn, axes, runs, title=title, name=f"{section}-{quantity}", ylabel=ylabel, always_legend=True)
 
     return plot
+
+
+def sources(run: RunRecord, section: str, quantity: str) -> list[str]:
+    """Sources of which ``<section>/<name>/<quantity>`` was measured."""
+    names = (name.split("/") for name in run.names(f"{section}/", f"/{quantity}"))
+    return [parts[1] for parts in names if len(parts) == 3]
 
 
 def moving_mean(values: np.ndarray) -> np.ndarray:
@@ -242,6 +247,7 @@ PLOTS: dict[str, tuple[Callable[[Runs], str | None], ...]] = {
     "Learning": (reward,),
     "Power-mean order": (exponent, exponent_map, ess_against_clipping, exponent_against_length),
     "By source": (
+        by_source("accuracy_mean", "Held-out accuracy of each source", "accuracy", section="eval"),
         by_source("p_mean", "Mean p of each source (moving mean)", "p"),
         by_source("reward_mean", "Mean reward of each source (moving mean)", "reward"),
         by_source("ess_fraction", "Effective sample size of each source (moving mean)", "ESS / tokens"),

@@ -14,6 +14,7 @@ import torch
 
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.space import checkpoint_bytes, describe_bytes
+from pmpo_megatron.data.generated import TASKS
 from pmpo_megatron.data.prompts import DataConfig, PromptSet, check_rows, load_prompts
 from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.errors import ConfigError, MappingError, PmpoError
@@ -189,12 +190,11 @@ def _check_objective(config: RunConfig) -> None:
 
 def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: ModelShape, prompts: dict[str, PromptSet]) -> str:
     """One line about the sources; what is on this machine is read, into ``prompts``."""
-    sources = {str(part.source): part.split for part in data.parts().values()}
-    for source, split in sources.items():
-        path = Path(source)
-        if source != "arithmetic" and path.suffix not in (".jsonl", ".json", ".parquet") and not path.exists():
-            return f"{name}: {source} [{split}], a Hugging Face data set: not opened before the start"
-    text = f"{name}: {', '.join(sources)}"
+    parts = data.parts().values()
+    if elsewhere := [f"{part.source} [{part.split}]" for part in parts if not _is_here(str(part.source))]:
+        kind = "a Hugging Face data set" if len(elsewhere) == 1 else "Hugging Face data sets"
+        return f"{name}: {', '.join(elsewhere)}, {kind}: not opened before the start"
+    text = f"{name}: {', '.join(dict.fromkeys(str(part.source) for part in parts))}"
     try:
         if tokenizer is None:
             return f"{text}, {check_rows(data)} problems; not tokenised, because the model is not here"
@@ -207,6 +207,10 @@ def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: Model
         raise ConfigError(f"{name}.source", str(error)) from None
     left_out = f", {read.too_long} longer ones left out" if read.too_long else ""
     return f"{text}, {len(read)} problems{left_out}"
+
+
+def _is_here(source: str) -> bool:
+    return source in TASKS or Path(source).suffix in (".jsonl", ".json", ".parquet") or Path(source).exists()
 
 
 def _describe_model(config: RunConfig, shape: ModelShape) -> str:

@@ -52,7 +52,9 @@ class Evaluator:
         }
         metrics |= {f"eval/{name}/accuracy_mean": accuracy(members) for name, members in groups_by_source(groups).items()}
         if self.greedy is not None:
-            metrics["eval/greedy_accuracy_mean"] = accuracy(self._answer(self.greedy, -1 - round_index - GREEDY_APART))
+            groups = self._answer(self.greedy, -1 - round_index - GREEDY_APART)
+            metrics["eval/greedy_accuracy_mean"] = accuracy(groups)
+            metrics |= {f"eval/{name}/greedy_accuracy_mean": accuracy(of) for name, of in groups_by_source(groups).items()}
         return metrics
 
     def _answer(self, sampling: SamplingConfig, round_index: int) -> list[ScoredGroup]:

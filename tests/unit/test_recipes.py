@@ -1,6 +1,7 @@
 """Every example's configuration is valid, fits its GPUs, and is what its launch script starts."""
 
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -21,6 +22,7 @@ EXAMPLES = ROOT / "examples"
 RECIPES = {  # configuration: (nodes of 8 GPUs, its launch script with arguments)
     "qwen2.5-math-7b/config.yaml": (1, ["qwen2.5-math-7b/launch.sh"]),
     "deepseek-r1-distill-qwen-7b/config.yaml": (1, ["deepseek-r1-distill-qwen-7b/launch.sh"]),
+    "qwen2.5-coder-7b/config.yaml": (1, ["qwen2.5-coder-7b/launch.sh"]),
     "qwen2.5-14b/config.yaml": (2, ["qwen2.5-14b/launch.sh"]),
     "qwen2.5-32b/config.yaml": (4, ["qwen2.5-32b/launch.sh"]),
     "llama-3.3-70b/config.yaml": (16, ["llama-3.3-70b/launch.sh"]),
@@ -73,7 +75,8 @@ def test_the_papers_setting(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_launch_script_dry_runs_without_gpus_and_weights(name):
     nodes, script = RECIPES[name]
-    done = run_script([*script, "--dry-run", "run.rounds=7"], PYTHON=sys.executable)
+    bare = ["run.rounds=7", "rewards.code.isolation=unsandboxed"]  # bubblewrap need not be here
+    done = run_script([*script, "--dry-run", *bare], PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     assert f"layout: {8 * nodes} processes" in done.stdout and "batch: 7 rounds" in done.stdout
     assert "\nfits, with" in done.stdout
@@ -266,14 +269,29 @@ STUDIES = sorted(path.parent for path in EXAMPLES.glob("*/study.yaml"))
 
 @pytest.mark.parametrize("directory", STUDIES, ids=lambda path: path.name)
 def test_the_variants_of_a_study_have_the_same_budget_and_differ_in_what_the_axes_say(directory):
-    study, base = read_study(directory / "study.yaml"), read_yaml(EXAMPLES / "quickstart/config.yaml")
+    study = read_study(directory / "study.yaml")
+    base = read_yaml(ROOT / study.config)
     built = {
         levels: build(RunConfig, apply_overrides(base, [*study.settings, *overrides]))
         for levels, overrides in study.variants().items()
     }
-    assert study.config == "examples/quickstart/config.yaml" and len(set(map(repr, built.values()))) == len(built)
-    parts = ((c.batch.prompts_per_round, c.sampling, c.data, c.evaluation, c.optimizer.decay_steps) for c in built.values())
-    budget = set(map(repr, parts))
-    assert len(budget) == 1, "equal numbers of trajectories"
+    assert len(set(map(repr, built.values()))) == len(built)
+    parts = ((c.batch.prompts_per_round, c.sampling, c.evaluation, c.optimizer.decay_steps) for c in built.values())
+    assert len(set(map(repr, parts))) == 1, "equal numbers of trajectories"
+    problems = {name: repr(part) for config in built.values() for name, part in config.data.parts().items()}
+    assert all(problems[name] == repr(part) for c in built.values() for name, part in c.data.parts().items()), "equal problems"
+    assert set(problems) == set(study.sources or [""])
     assert all(study.reference_of(levels) in built for levels in built)
     assert "common/study.sh" in (directory / "run.sh").read_text()
+
+
+def test_the_start_model_of_the_domains_was_taught_what_runs_train_on():
+    start = re.search(r"start_model=\((.+)\)", (EXAMPLES / "domains/run.sh").read_text())[1].split()
+    config = load("domains/config.yaml")
+    tasks = [f"{part.source}={','.join(map(str, part.levels))}" for part in config.data.parts().values()]
+    assert start[0] == config.model.path and start[2 : 2 + len(tasks)] == tasks
+    held_out = config.evaluation.data.parts()
+    assert [(p.source, p.levels, p.rewards) for p in held_out.values()] == [
+        (p.source, p.levels, p.rewards) for p in config.data.parts().values()
+    ]
+    assert {part.split for part in held_out.values()} == {"test"}

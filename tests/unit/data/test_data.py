@@ -1,4 +1,4 @@
-"""Sampler, packing, prompts and the generated task, against direct constructions."""
+"""Sampler, packing and prompts, against direct constructions."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pmpo_megatron.config import build
-from pmpo_megatron.data.arithmetic import Memory, Problem, is_held_out, make_problems, solve
+from pmpo_megatron.data.generated import make_problems
 from pmpo_megatron.data.packing import flat_sizes, flatten, pack, unflatten
 from pmpo_megatron.data.prompts import DataConfig, load_prompts, render
 from pmpo_megatron.data.sampler import PromptSampler
@@ -142,45 +142,6 @@ def test_token_ids_are_checked_where_they_come_in():
             to_token_ids(bad)
 
 
-def test_arithmetic_is_right_and_held_out_problems_never_train():
-    train, test = make_problems(600, seed=1), make_problems(300, seed=1, held_out=True)
-    for problem in train + test:
-        assert eval(problem.text[:-1]) == int(problem.answer)  # noqa: S307  our own text
-    assert not {p.text for p in train} & {p.text for p in test}
-    assert all(is_held_out(p.text) for p in test) and {p.level for p in train} == {1, 2, 3}
-    assert make_problems(20, seed=1) == train[:20] and make_problems(20, seed=2) != train[:20]
-
-
-def test_chains_are_worked_out_step_by_step_and_held_apart():
-    levels = (4, 6, 8)
-    train, test = make_problems(300, levels=levels, seed=3), make_problems(150, levels=levels, seed=3, held_out=True)
-    for problem in train + test:
-        assert eval(problem.text[:-1]) == int(problem.answer)  # noqa: S307  our own text
-        solution = solve(problem)
-        assert solution.endswith(f" \\boxed{{{problem.answer}}}") and solution.count("(") == problem.level
-        for step in solution.partition(" ")[0].split("(")[1:]:  # e.g. 7+5=12,1+2+1=4)42-11=
-            columns, _, rest = step.partition(")")
-            assert all(eval(left) == int(right) for left, right in (c.split("=") for c in columns.split(",")))  # noqa: S307
-            assert eval(rest.rstrip("=")) == int(problem.answer)  # noqa: S307
-    assert not {p.text for p in train} & {p.text for p in test} and {p.level for p in train} == set(levels)
-    assert all(80 < len(solve(p)) < 260 for p in train)
-    assert solve(Problem("17+25-11=", "31", 4)) == "(7+5=12,1+2+1=4)42-11=(2-1=1,4-1=3)31 \\boxed{31}"
-
-
-def test_a_bad_memory_mistakes_the_same_facts_for_the_same_results_at_rates_of_their_own():
-    memory, generator = Memory(largest_rate=0.9, skew=8.0), np.random.default_rng(0)
-    facts = [(f"{a}+{b}", a + b) for a in range(10) for b in range(10)]
-    rates = []
-    for fact, result in facts:
-        recalled = [memory.recall(fact, result, generator) for _ in range(200)]
-        wrong = {value for value in recalled if value != result}
-        assert len(wrong) <= 1 and all(value // 10 == result // 10 and 0 <= value < 20 for value in wrong)
-        rates.append(np.mean([value != result for value in recalled]))
-    assert np.mean(rates) == pytest.approx(0.9 / 9, abs=0.05), "0.9 times the mean of u ** 8"
-    assert max(rates) > 0.5 and np.median(rates) < 0.05
-    assert all(Memory().recall(fact, result, generator) == result for fact, result in facts)
-
-
 def test_prompts_from_json_lines(tmp_path):
     path = tmp_path / "p.jsonl"
     rows = [{"q": "1+1=", "a": "2", "id": "x"}, {"q": "1" * 50, "a": "1"}, {"q": "2+2=", "a": ["4", 4]}]
@@ -249,7 +210,7 @@ def test_templates():
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
     )
     text = lambda **k: tokenizer.decode(load_prompts(DataConfig(source="arithmetic", problems=1, **k), tokenizer)[0].token_ids)  # noqa: E731
-    problem = make_problems(1)[0].text
+    problem = make_problems("arithmetic", 1)[0].text
     assert text(template="Q: {problem} A:") == f"Q: {problem} A:"
     assert text(template="chat", system_prompt="S") == f"<system>S<user>{problem}<a>"
     assert text(template="qwen-math").endswith(f"user\n{problem}<|im_end|>\n<|im_start|>assistant\n") and "boxed{}" in text(
