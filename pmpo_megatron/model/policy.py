@@ -17,6 +17,7 @@ from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.log_probs import score_hidden_states
 from pmpo_megatron.model.optimizer import LearningRateSchedule, OptimizerConfig, make_optimizer
+from pmpo_megatron.model.routing import Router, place_routers
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState
 from pmpo_megatron.units import resolve_dtype
 
@@ -55,6 +56,7 @@ class Policy:
         optimizer, scheduler: None for a model that is only scored.
         config: Megatron's TransformerConfig.
         log_prob_chunk: tokens whose logits exist at once.
+        routers: of each chunk; none where no layer has experts.
     """
 
     chunks: tuple[Any, ...]
@@ -65,6 +67,7 @@ class Policy:
     state: ParallelState
     config: Any
     log_prob_chunk: int
+    routers: tuple[tuple[Router, ...], ...]
 
     @staticmethod
     def build(model: ModelConfig, optimizer: OptimizerConfig | None, parallel: ParallelConfig, state: ParallelState) -> Policy:
@@ -87,14 +90,15 @@ class Policy:
         config = transformer_config(shape, state, dtype=dtype, recompute=model.recompute, fused=fused)
         chunks = build_chunks(shape, config, state, fused=fused)
         load_weights(chunks, mapping, model.path, state)
+        common = shape, mapping, state, config, model.log_prob_chunk, tuple(place_routers(chunk, shape) for chunk in chunks)
         if optimizer is None:
             for chunk in chunks:
                 chunk.requires_grad_(False)
-            return Policy(tuple(chunks), None, None, shape, mapping, state, config, model.log_prob_chunk)
+            return Policy(tuple(chunks), None, None, *common)
         wrapped = [_wrap(chunk, config, optimizer, first=index == 0) for index, chunk in enumerate(chunks)]
         megatron_optimizer = make_optimizer(wrapped, optimizer)
         schedule = LearningRateSchedule(megatron_optimizer, optimizer)
-        return Policy(tuple(wrapped), megatron_optimizer, schedule, shape, mapping, state, config, model.log_prob_chunk)
+        return Policy(tuple(wrapped), megatron_optimizer, schedule, *common)
 
     @property
     def modules(self) -> tuple[Any, ...]:

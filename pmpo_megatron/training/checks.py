@@ -62,6 +62,7 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     check_layout(shape, config.parallel)
     check_lengths(config, shape)
     _check_attention(config)
+    _check_experts(config, shape)
     _check_objective(config)
     check_functions(config.reward_functions(), config.rewards.code)
     lines = [
@@ -153,6 +154,19 @@ def _check_attention(config: RunConfig) -> None:
             f"float32 with parallel.context = {config.parallel.context} has no attention in Transformer Engine; use bfloat16, "
             "or model.layers=local",
         )
+
+
+def _check_experts(config: RunConfig, shape: ModelShape) -> None:
+    """What is said of a mixture of experts of a model that has none, and what vLLM does on GPUs alone."""
+    used = {
+        "round.routing_replay": config.round.routing_replay != "off",
+        "objective.balance_coefficient": config.objective.balance_coefficient > 0,
+        "rollout.expert_parallel": config.rollout.expert_parallel,
+    }
+    for name in (name for name, is_used in used.items() if is_used and shape.experts is None):
+        raise ConfigError(name, f"has no effect: {config.model.path} has no mixture of experts")
+    if config.rollout.expert_parallel and not _on_gpu(config):
+        raise ConfigError("rollout.expert_parallel", "vLLM divides whole experts on GPUs only: on CPU it crashes; leave it out")
 
 
 def check_lengths(config: RunConfig, shape: ModelShape) -> None:

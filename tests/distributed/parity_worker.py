@@ -16,6 +16,7 @@ from pmpo_megatron.model import step as step_module
 from pmpo_megatron.model.micro_batch import MicroBatch, ScoredMicroBatch, prepare
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.model.schedule import run_schedule
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.collectives import gather_tensor
 from pmpo_megatron.parallel.shards import join_context_shards
@@ -167,7 +168,7 @@ def entropies_of(policy: Policy, batches: list[MicroBatch]) -> list[torch.Tensor
     def collect(batch, hidden, non_loss_data=True):
         return policy.score_hidden_states(hidden, batch.targets_T, batch.wanted, temperature=TEMPERATURE, entropy=True)[1]
 
-    return step_module._run_schedule(policy, [(batch, partial(collect, batch)) for batch in batches], forward_only=True)
+    return run_schedule(policy, [(batch, partial(collect, batch)) for batch in batches], forward_only=True)
 
 
 @torch.no_grad()
