@@ -1,4 +1,4 @@
-"""Makes a tiny Qwen2-architecture model that half knows the generated arithmetic task: the quickstart's starting point."""
+"""Makes a tiny model, Qwen2 or with experts, that half knows the generated arithmetic task: the quickstart's beginning."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=TinyModelConfig.layers, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=TinyModelConfig.hidden_size, help="(default: %(default)s)")
     parser.add_argument(
+        "--experts", type=int, default=TinyModelConfig.experts, help="a Qwen3-MoE with so many (default: %(default)s: a Qwen2)"
+    )
+    parser.add_argument(
+        "--experts-per-token", type=int, default=TinyModelConfig.experts_per_token, help="(default: %(default)s)"
+    )
+    parser.add_argument(
         "--positions", type=int, default=TinyModelConfig.positions, help="longest sequence (default: %(default)s)"
     )
     parser.add_argument("--endless", action="store_true", help="no end token: responses go on to the limit")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    sizes = {
-        name: getattr(options, name) for name in ("steps", "slip_rate", "layers", "hidden_size", "positions", "endless", "seed")
-    }
-    make_tiny_model(options.out, TinyModelConfig(**sizes))
+    sizes = vars(options)
+    make_tiny_model(sizes.pop("out"), TinyModelConfig(**sizes))
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ class Policy:
         return tuple(chunk.module if self.optimizer is not None else chunk for chunk in self.chunks)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(Megatron name with the layer's number counted over the whole model, this rank's shard)."""
-        return named_parameters(self.modules)
+        """(Megatron name with layer and expert counted over the whole model, this rank's shard)."""
+        return named_parameters(self.modules, self.state)
 
     def score_hidden_states(
         self,
@@ -139,13 +139,14 @@ class Policy:
         self.optimizer.zero_grad()
 
 
-def named_parameters(modules: Iterable[Any]) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters(modules: Iterable[Any], state: ParallelState) -> Iterator[tuple[str, nn.Parameter]]:
     """What `Policy.named_parameters` gives, for unwrapped chunks."""
     for module in modules:
         layers = module.decoder.layers
-        offset = layers[0].layer_number - 1 if len(layers) else 0  # Megatron counts from 1
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0  # Megatron counts from 1
+        first_expert = state.ep_rank * (module.config.num_moe_experts or 0) // state.ep_size
         for name, parameter in module.named_parameters():
-            yield global_name(name, offset), parameter
+            yield global_name(name, first_layer, first_expert), parameter
 
 
 def load_weights(chunks: Iterable[nn.Module], mapping: WeightMapping, path: str, state: ParallelState) -> None:
@@ -156,8 +157,8 @@ def load_weights(chunks: Iterable[nn.Module], mapping: WeightMapping, path: str,
     """
     reader = SafetensorsReader(path)
     mapping.check_names(reader.names, where=str(path))
-    parameters = list(named_parameters(chunks))
-    mapping.load(parameters, reader, rank=state.tp_rank, size=state.tp_size)
+    parameters = list(named_parameters(chunks, state))
+    mapping.load(parameters, reader, lambda entry: state.tensor_piece(expert=entry.expert is not None))
     if state.world_size == 1:
         absent = sorted(mapping.by_megatron.keys() - {local_name(name) for name, _ in parameters} - {"output_layer.weight"})
         if absent:

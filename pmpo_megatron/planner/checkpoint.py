@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.parallel.state import ParallelConfig
-from pmpo_megatron.planner.parameters import Buffer, Parameter, chunk_parameters, lay_out
+from pmpo_megatron.planner.parameters import Buffer, Parameter, chunk_buffers
 from pmpo_megatron.units import ITEM_SIZE
 
 STATES = 12  # bytes of a parameter's float32 copy and of Adam's two moments
-PROJECTION = "mlp.linear_fc1.weight"  # gate and up in one
+PROJECTION = "linear_fc1.weight"  # gate and up in one
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,18 @@ class _Stage:
     @staticmethod
     def of(shape: ModelShape, parallel: ParallelConfig, stage: int, world_size: int, item: int, distributed: bool) -> _Stage:
         replicas = world_size // (parallel.tensor * parallel.pipeline)
-        chunks = [chunk_parameters(shape, parallel, stage=stage, chunk=n) for n in range(parallel.virtual_pipeline or 1)]
-        sizes = [sum(p.numel for p in chunk) for chunk in chunks]
-        projections = sum(p.numel for chunk in chunks for p in chunk if p.name.endswith(PROJECTION))
+        buffers = [
+            part
+            for n in range(parallel.virtual_pipeline or 1)
+            for part in chunk_buffers(shape, parallel, stage=stage, chunk=n, replicas=replicas)
+        ]
+        sizes = [sum(p.numel for p in parameters) for parameters, _, _ in buffers]
+        projections = sum(p.numel for parameters, _, _ in buffers for p in parameters if p.name.endswith(PROJECTION))
         if not distributed:
             return _Stage(0.0, (STATES + item) * sum(sizes), 0.0, (STATES + item) * projections)
-        buffers = [lay_out(chunk, replicas=replicas, distributed=True) for chunk in chunks]
-        copied = STATES * max(buffer.numel for buffer in buffers) / replicas
+        copied = STATES * max(buffer.numel / ranks for _, buffer, ranks in buffers)
         gathered = max(STATES * sum(sizes) + 8 * max(sizes), (STATES + item) * sum(sizes))
-        loading = STATES * sum(_most_read(*pair, replicas) for pair in zip(chunks, buffers, strict=True))
+        loading = STATES * sum(_most_read(*part) for part in buffers)
         return _Stage(copied, gathered, loading, item * projections)
 
     def saving(self, *, is_main: bool) -> float:

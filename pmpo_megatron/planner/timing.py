@@ -81,7 +81,7 @@ class TrainingCost:
         al., arXiv 2205.05198, appendix A, has the same products without the causal half).
         """
         shape = self.shape
-        sizes = {p.name: p.numel for p in layer_parameters(shape, 1)}
+        sizes = {p.name: p.numel for p in layer_parameters(shape, ParallelConfig(), 0)}
         mlp = 2 * (sizes["mlp.linear_fc1.weight"] + sizes["mlp.linear_fc2.weight"])
         rest = 2 * (sizes["self_attention.linear_qkv.weight"] + sizes["self_attention.linear_proj.weight"])
         attention = 2 * shape.num_attention_heads * shape.head_dim * work.sequence
