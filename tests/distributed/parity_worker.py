@@ -21,7 +21,7 @@ from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.collectives import gather_tensor
 from pmpo_megatron.parallel.shards import join_context_shards
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState, initialize, shut_down
-from pmpo_megatron.types import PackedTrajectories, Sample
+from pmpo_megatron.types import PackedTrajectories, RouteFormat, Sample
 
 VOCAB = 250
 PROMPTS = (5, 20, 3, 8, 1, 12)
@@ -62,14 +62,20 @@ def whole_batch() -> PackedTrajectories:
     return pack(*samples(), sequence_multiple=16)
 
 
-def micro_batches(dp_size: int, dp_rank: int, multiple: int) -> list[PackedTrajectories]:
-    """Uneven micro-batches of this data-parallel rank; padding to 16 gives trajectory 100 to one context rank only."""
+def micro_batches(
+    dp_size: int, dp_rank: int, multiple: int, given: list[Sample] | None = None, routes: RouteFormat | None = None
+) -> list[PackedTrajectories]:
+    """Uneven micro-batches of this data-parallel rank; padding to 16 gives trajectory 100 to one context rank only.
+
+    Of ``given`` in the place of `samples`, whose routes are in the format ``routes``.
+    """
     if dp_size == 1:
         split = [[0], [1, 2], [3, 4], [5]] if multiple > 1 else [[0], [1, 2], [3, 4, 5]]
     else:
         split = {2: ([[1, 2], [0]], [[3, 4, 5], []]), 4: ([[0], [1]], [[2], []], [[3], [4]], [[5], []])}[dp_size][dp_rank]
     made, weights = samples()
-    return [pack([made[i] for i in each], [weights[i] for i in each], sequence_multiple=16) for each in split]
+    made = given or made
+    return [pack([made[i] for i in each], [weights[i] for i in each], sequence_multiple=16, routes=routes) for each in split]
 
 
 def prepared(state: ParallelState) -> list[MicroBatch]:
