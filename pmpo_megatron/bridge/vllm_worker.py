@@ -144,7 +144,7 @@ def _noting(
         yield name, tensor
 
 
-def _forget_packed_experts(model: torch.nn.Module) -> None:
+def _forget_packed_experts(model: Any) -> None:
     """vLLM 0.32 on CPU packs a mixture's experts when it makes their kernel, so that a reload leaves them unpacked: without a
     kernel it makes another. On GPUs the kernel stays: CUDA graphs hold its addresses.
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.parallel.collectives import sum_over
@@ -121,15 +120,16 @@ class _WithLoss(torch.autograd.Function):
         return gradients[0], gradients[0].new_ones(())
 
 
-def place_routers(module: nn.Module, shape: ModelShape) -> tuple[Router, ...]:
+def place_routers(module: Any, shape: ModelShape) -> tuple[Router, ...]:
     """Puts a `Router` into every layer of an unwrapped model chunk that has experts."""
-    routes, placed = route_format(shape), []
-    for layer in module.decoder.layers if routes is not None and shape.experts is not None else ():
+    routes, experts, placed = route_format(shape), shape.experts, []
+    if routes is None or experts is None:
+        return ()
+    for layer in module.decoder.layers:
         number = layer.layer_number - 1  # Megatron counts from 1, over the whole model
-        if shape.is_sparse(number):
-            router = Router(number, routes, of_probabilities=not shape.experts.normalized)
-            layer.mlp.router.router_replay = router
-            placed.append(router)
+        if experts.sparse_layers[number]:
+            layer.mlp.router.router_replay = Router(number, routes, of_probabilities=not experts.normalized)
+            placed.append(layer.mlp.router.router_replay)
     return tuple(placed)
 
 
@@ -153,10 +153,11 @@ def balance_weights(
     ``counts`` of the whole step. As f and the number of tokens are known beforehand, every token's part is, on whatever rank
     and in whatever micro-batch it is. Megatron's DDP divides gradients by dp * cp, so that they are multiplied by it here.
     """
-    assert shape.experts is not None, "asked of mixtures alone"
-    load = counts[:, : shape.experts.num_experts].double()
+    experts = shape.experts
+    assert experts is not None, "asked of mixtures alone"
+    load = counts[:, : experts.num_experts].double()
     places = load.sum(dim=1, keepdim=True).clamp(min=1)
-    tokens = places / shape.experts.per_token
-    scale = coefficient * shape.experts.num_experts * state.dp_size * state.cp_size
+    tokens = places / experts.per_token
+    scale = coefficient * experts.num_experts * state.dp_size * state.cp_size
     weights = (scale * load / places / tokens).float()
-    return {layer: weights[layer] for layer in range(shape.num_layers) if shape.is_sparse(layer)}
+    return {layer: weights[layer] for layer, sparse in enumerate(experts.sparse_layers) if sparse}

@@ -135,7 +135,7 @@ def expert_map(runs: Runs) -> str | None:
         return None
     records = runs[0].experts[-LAST_ROUNDS:]
     layers = [name for name in records[-1] if name != "step"]
-    tokens = sum(np.array([record[layer] for layer in layers], dtype=np.float64) for record in records)
+    tokens = np.array([[record[layer] for layer in layers] for record in records], dtype=np.float64).sum(axis=0)
     with figure() as (drawn, axes):
         mesh = axes.pcolormesh(tokens / tokens.mean(axis=1, keepdims=True), cmap="cividis", vmin=0.0, rasterized=True)
         drawn.colorbar(mesh, ax=axes)

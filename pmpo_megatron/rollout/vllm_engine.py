@@ -63,8 +63,7 @@ class VLLMEngine:
         self._parts = ExitStack()
         logs = logs or Path(self._parts.enter_context(temporary_directory("pmpo-vllm-")))
         logs.mkdir(parents=True, exist_ok=True)
-        where = dict(model_path=model_path, device=device, worker_extension=worker_extension)
-        settings = engine_settings(config, **where, in_flight=in_flight, routes=routes is not None)
+        settings = engine_settings(config, model_path, device, worker_extension, in_flight=in_flight, routes=routes is not None)
         numbers = range(config.engines)
         launches = [Launch(settings, device, config.threads, number, config.engines, routes) for number in numbers]
         stall_s = config.stall_s

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class RouteRecorder:
         self._pmpo_noted: dict[str, list[tuple[np.ndarray, Routes]]] = defaultdict(list)  # by request: positions, routes
         for module in self.model_runner.model.modules():
             if isinstance(module, MoERunner):
-                module.router.set_capture_fn(lambda ids, layer=module.layer_id: self._pmpo_step.update({layer: ids}))
+                module.router.set_capture_fn(partial(self._pmpo_step.__setitem__, module.layer_id))
         self._pmpo_execute = self.model_runner.execute_model
         self.model_runner.execute_model = self._pmpo_execute_and_note
 

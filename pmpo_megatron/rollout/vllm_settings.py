@@ -50,10 +50,10 @@ class Launch:
 
 def engine_settings(
     config: RolloutConfig,
-    *,
     model_path: str,
     device: str,
     worker_extension: str | None,
+    *,
     in_flight: bool = False,
     routes: bool = False,
 ) -> dict[str, Any]:

@@ -258,8 +258,15 @@ class Trainer:
         metrics["throughput/tokens_per_s"] = int(batch.table.lengths_N.sum()) / times["time/total_s"]
         staleness = trained - batch.versions
         metrics |= {"rollout/staleness": Mean.of(staleness), "rollout/staleness_max": Maximum(float(staleness.max()))}
-        record = dict(trajectories=trajectory_record(results, batch.table.rewards_N), experts=expert_tokens)
-        self.log.log(self.progress.round, metrics, rollouts=batch.examples, tokens=tokens, **record)
+        record = trajectory_record(results, batch.table.rewards_N)
+        self.log.log(
+            self.progress.round,
+            metrics,
+            trajectories=record,
+            rollouts=batch.examples,
+            tokens=tokens,
+            experts=expert_tokens,
+        )
 
     def save(self, *, required: bool = False) -> None:
         """Everything that the run needs to go on exactly from here."""
