@@ -26,18 +26,20 @@ def rollouts_with_routes(path: str, settings: dict) -> list[RolloutGroup]:
     return groups
 
 
-def mismatch(path: str, engine_dtype: str) -> dict[str, np.ndarray]:
-    """|float32 trainer - engine| log-probs of sampled tokens, with the routers' own routes and with the engine's."""
+def mismatch(path: str, engine_dtypes: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
+    """For each type: |float32 trainer - engine| log-probs of sampled tokens, with the routers' own routes and the engine's."""
     state = initialize(ParallelConfig(), device="cpu")
     policy = Policy.build(ModelConfig(path=path, dtype="float32"), None, ParallelConfig(), state)
-    routes, found = route_format(policy.shape), {}
-    groups = rollouts_with_routes(path, dict(dtype=engine_dtype))
-    samples = [sample_of(group, rollout) for group in groups for rollout in group.rollouts]
-    for name, told in (("own", None), ("engine's", routes)):
-        packed = pack(samples, [1.0] * len(samples), sequence_multiple=1, routes=told)
-        [scored] = score(policy, [prepare(packed, state)], temperature=1.0)
-        gaps = (scored.old_log_probs_T - scored.batch.rollout_log_probs_T).abs()
-        found[name] = gaps[scored.batch.trajectory_T >= 0].numpy()
+    found = []
+    for dtype in engine_dtypes:
+        groups, gaps = rollouts_with_routes(path, dict(dtype=dtype)), {}
+        samples = [sample_of(group, rollout) for group in groups for rollout in group.rollouts]
+        for name, told in (("own", None), ("engine's", route_format(policy.shape))):
+            packed = pack(samples, [1.0] * len(samples), sequence_multiple=1, routes=told)
+            [scored] = score(policy, [prepare(packed, state)], temperature=1.0)
+            differences = (scored.old_log_probs_T - scored.batch.rollout_log_probs_T).abs()
+            gaps[name] = differences[scored.batch.trajectory_T >= 0].numpy()
+        found.append(gaps)
     shut_down()
     return found
 

@@ -71,10 +71,9 @@ def test_the_engine_says_where_tokens_went(kind, settings, tmp_path):
 
 def test_the_mismatch_of_a_bfloat16_engine_falls_when_its_routes_are_replayed(tmp_path):
     path = save_model("qwen3-moe", tmp_path / "model", **MANY)
-    [exact] = run_ranks(1, f"{WORKER}:mismatch", path, "float32")
+    [(exact, rounded)] = run_ranks(1, f"{WORKER}:mismatch", path, ("float32", "bfloat16"), timeout=280)
     assert max(gaps.max() for gaps in exact.values()) < 1e-4
-    [found] = run_ranks(1, f"{WORKER}:mismatch", path, "bfloat16")
-    assert found["engine's"].mean() < 0.7 * found["own"].mean(), "what is left is the arithmetic's"
+    assert rounded["engine's"].mean() < 0.7 * rounded["own"].mean(), "what is left is the arithmetic's"
 
 
 def test_a_run_replays_the_engines_routes_and_reports_them(tmp_path):
