@@ -18,9 +18,11 @@ PAIR = {
     "cp2": dict(context=2),
     "pp2": dict(pipeline=2),
     "pp2-interleaved-recompute": dict(pipeline=2, virtual_pipeline=2, recompute="full"),
-    "dp2-selective": dict(recompute="selective"),
+    "ep2-selective": dict(expert=2, recompute="selective"),
 }
 TOLERANCE = 1e-4  # of the largest change of a tensor by two steps
+SPACING = 2**-23  # of the weights that are subtracted from each other, which are below 2
+SLOW_TOO = ["qwen3-moe", pytest.param("qwen3-moe-mixed", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=["qwen3-moe", "qwen3-moe-mixed"])
@@ -57,7 +59,7 @@ def check(ranks, reference, case):
     assert ranks[0][case]["changes"].keys() == expected["changes"].keys()
     for name, change in ranks[0][case]["changes"].items():
         wanted = expected["changes"][name]
-        assert (change - wanted).abs().max() <= TOLERANCE * wanted.abs().max(), name
+        assert (change - wanted).abs().max() <= TOLERANCE * wanted.abs().max() + 3 * SPACING, name
 
 
 @pytest.mark.parametrize("case", ["told", "own", "old", "balanced"])
@@ -66,6 +68,7 @@ class TestLayouts:
     def test_recompute(self, single, name, case):
         check([single[name]], single["single"], case)
 
+    @pytest.mark.parametrize("path", SLOW_TOO, indirect=True)
     @pytest.mark.parametrize("name", PAIR)
     def test_two_processes(self, single, pair, name, case):
         check(pair[name], single["single"], case)
