@@ -75,7 +75,7 @@ def whole(ranks, kind, pick, mapping):
     shards = {}
     for rank in ranks:
         for name, shard in pick(rank[kind]).items():
-            first = shards.setdefault(name, {}).setdefault(rank["tp_rank"], shard)
+            first = shards.setdefault(name, {}).setdefault(rank[mapping.entry(name).expert is not None], shard)
             assert torch.equal(first, shard), f"{name}: copies differ by {(first - shard).abs().max()}"
     full = {}
     for name, parts in shards.items():
