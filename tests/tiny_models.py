@@ -29,7 +29,7 @@ KINDS = {
     "llama": ("LlamaConfig", dict(tie_word_embeddings=False)),
     "llama3-tied": ("LlamaConfig", dict(tie_word_embeddings=True, rope_parameters=LLAMA3_SCALING)),
     "qwen3-moe": ("Qwen3MoeConfig", EXPERTS | dict(head_dim=16, norm_topk_prob=True)),
-    "qwen3-moe-mixed": ("Qwen3MoeConfig", EXPERTS | dict(head_dim=16, norm_topk_prob=False, mlp_only_layers=[0, 2])),
+    "qwen3-moe-mixed": ("Qwen3MoeConfig", EXPERTS | dict(head_dim=16, norm_topk_prob=False, mlp_only_layers=[0, 1])),
     "qwen2-moe": ("Qwen2MoeConfig", EXPERTS | dict(shared_expert_intermediate_size=40, norm_topk_prob=False)),
     "mixtral": ("MixtralConfig", dict(tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2)),
 }

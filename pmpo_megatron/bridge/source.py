@@ -32,9 +32,8 @@ class WeightSource:
         self.policy, self.state, self.device, self.rounding = policy, policy.state, device, rounding
         self.parameters = {local_name(name): parameter for name, parameter in policy.named_parameters()}
         entries = policy.mapping.entries
-        mine = {
-            e.megatron for e in entries if self._gathers(e) and self.state.tensor_piece(expert=e.expert is not None)[0] == 0
-        }
+        piece = {expert: self.state.tensor_piece(expert=expert)[0] for expert in (False, True)}
+        mine = {entry.megatron for entry in entries if self._gathers(entry) and piece[entry.expert is not None] == 0}
         ranks = gather_objects(mine, self.state)
         # The global rank that holds tensor-parallel piece 0 of each parameter, in the first replica.
         self.owner = {e.megatron: next(r for r, names in enumerate(ranks) if e.megatron in names) for e in entries}

@@ -228,6 +228,9 @@ def _own_layer(config: Any, num_experts: int | None) -> Any:
     attention.core_attention = CoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if num_experts is not None:  # or checkpoints would have the norm of a layer with experts under another name than on GPUs
+        kept = parts.sharded_state_dict_keys_map
+        parts.sharded_state_dict_keys_map = {name: key for name, key in kept.items() if name != "pre_mlp_layernorm."}
     return layer
 
 

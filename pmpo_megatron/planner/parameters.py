@@ -85,6 +85,14 @@ def _mixture_parameters(shape: ModelShape, parallel: ParallelConfig, prefix: str
     return parameters
 
 
+def spread_parameters(shape: ModelShape, parallel: ParallelConfig) -> float:
+    """Elements of experts that a rank shares with the ranks of the same experts only; a mean over pipeline stages."""
+    if shape.experts is None or parallel.expert == 1:
+        return 0.0
+    expert = 3 * shape.experts.ffn_hidden_size * shape.hidden_size / parallel.expert_tensor_size
+    return shape.experts.num_sparse_layers / parallel.pipeline * shape.experts.num_experts / parallel.expert * expert
+
+
 @functools.lru_cache(maxsize=256)
 def total_parameters(shape: ModelShape) -> int:
     """Parameters of the whole model as in its Hugging Face checkpoint: no padding, tied embeddings once."""
@@ -159,6 +167,7 @@ def lay_out(parameters: list[Parameter], *, replicas: int, distributed: bool) ->
     return Buffer(bucket, tuple(ranges), tuple(buckets))
 
 
+@functools.lru_cache(maxsize=256)
 def chunk_buffers(
     shape: ModelShape, parallel: ParallelConfig, *, stage: int, chunk: int, replicas: int, distributed: bool = True
 ) -> list[tuple[list[Parameter], Buffer, int]]:

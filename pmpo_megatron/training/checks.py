@@ -232,9 +232,12 @@ def _describe_model(config: RunConfig, shape: ModelShape) -> str:
 
 def _describe_layout(config: RunConfig, world_size: int, data_parallel: int) -> str:
     parallel = config.parallel
+    copies = parallel.expert_data_parallel_size(world_size)
+    experts = f", experts over {parallel.expert} * {parallel.expert_tensor_size} in {copies} copies"
     return (
         f"layout: {world_size} processes = tensor {parallel.tensor} * pipeline {parallel.pipeline} * context "
-        f"{parallel.context} * data {data_parallel}; rollouts: {_describe_rollouts(config)}"
+        f"{parallel.context} * data {data_parallel}{experts if parallel.expert > 1 else ''}; rollouts: "
+        f"{_describe_rollouts(config)}"
     )
 
 

@@ -100,7 +100,7 @@ def run_layouts(layouts: list[dict], paths: dict[str, str], task: str) -> list[d
         recompute, distributed = options.pop("recompute", "none"), options.pop("distributed", True)
         parallel = ParallelConfig(**options)
         state = initialize(parallel, device="cpu")
-        found = {"tp_rank": state.tp_rank}
+        found = {expert: state.tensor_piece(expert=expert)[0] for expert in (False, True)}
         for name, path in paths.items():
             model = ModelConfig(path=path, recompute=recompute, log_prob_chunk=13)
             found[name] = train(model, parallel, state, distributed) if task == "train" else logits(model, parallel, state)
@@ -141,9 +141,12 @@ def recording(policy: Policy, store: list):
 
 def complete_buffers(policy: Policy) -> None:
     """After Megatron's reduce-scatter each rank holds its part of the gradient buffer: gather the others' parts."""
-    group = policy.state.dp_cp_group
+    from megatron.core import parallel_state
+
+    copies = parallel_state.get_expert_data_parallel_group()
     for chunk in policy.chunks:
-        for buffer in chunk.buffers:
+        pairs = [(buffer, policy.state.dp_cp_group) for buffer in chunk.buffers]
+        for buffer, group in pairs + [(buffer, copies) for buffer in chunk.expert_parallel_buffers]:
             for bucket in buffer.buckets:
                 size = bucket.grad_data.numel() // group.size()
                 mine = bucket.grad_data[group.rank() * size : (group.rank() + 1) * size].clone()
