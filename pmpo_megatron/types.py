@@ -25,6 +25,7 @@ Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
+Routes = npt.NDArray[Any]  # of `RouteFormat.dtype`: each token's experts in every layer
 
 
 def to_token_ids(values: Sequence[int]) -> TokenIds:
@@ -39,6 +40,44 @@ def to_token_ids(values: Sequence[int]) -> TokenIds:
     token_ids = given.astype(np.int32)
     token_ids.flags.writeable = False
     return token_ids
+
+
+@dataclass(frozen=True)
+class RouteFormat:
+    """How routes, the experts that a mixture sends each token to, are kept: [tokens, layers, per_token], whatever order.
+
+    Every layer of the model has its place, dense ones too. A token of which no engine says where it went has ``unknown``
+    everywhere: its router decides itself.
+    """
+
+    layers: int
+    per_token: int  # experts
+    num_experts: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest type that has a value to spare."""
+        return np.dtype(np.uint8 if self.num_experts < 2**8 else np.uint16)
+
+    @property
+    def unknown(self) -> int:
+        return int(np.iinfo(self.dtype).max)
+
+    @property
+    def token_bytes(self) -> int:
+        return self.layers * self.per_token * self.dtype.itemsize
+
+    def whole(self, known: npt.NDArray[Any], tokens: int) -> Routes:
+        """Routes of ``tokens`` tokens, of which ``known`` has the first ones.
+
+        Raises:
+            ValueError: ``known`` has other layers, or another number of experts for each token.
+        """
+        if known.shape[1:] != (self.layers, self.per_token):
+            raise ValueError(f"routes of {known.shape[1:]} layers and experts, the model has {self.layers, self.per_token}")
+        routes = np.full((tokens, self.layers, self.per_token), self.unknown, dtype=self.dtype)
+        routes[: len(known)] = known[:tokens]
+        return routes
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +103,8 @@ class Rollout:
 
     ``token_ids`` are the response tokens as sampled, the stop token included. ``log_probs`` (same length) are those of the
     distribution that was sampled from: temperature and truncation applied. ``versions`` (same length) is the number of the
-    weights that made each token, counted by the engine's updates.
+    weights that made each token, counted by the engine's updates. ``routes`` are those of the prompt's tokens and then of
+    these, where the engine was asked for them.
     """
 
     token_ids: TokenIds
@@ -73,6 +113,7 @@ class Rollout:
     finish_reason: str  # "stop": a stop token or string; "length": the token limit
     versions: npt.NDArray[np.int32]
     seed: int
+    routes: Routes | None = None
 
     @property
     def policy_version(self) -> int:
@@ -102,6 +143,7 @@ class Sample:
     rollout_log_probs: Float32s  # of the response tokens
     truncated: bool  # the response hit the token limit
     advantage: float
+    routes: Routes | None = None  # as in `Rollout`
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +188,7 @@ class PackedTrajectories:
     tokens_T: torch.Tensor  # int64 [T]
     targets_T: torch.Tensor  # int64 [T], 0 where there is none
     position_ids_T: torch.Tensor  # int64 [T], from 0 in every sequence
+    padding_T: torch.Tensor  # bool [T]: no token of a trajectory
     trajectory_T: torch.Tensor  # int64 [T]
     rollout_log_probs_T: torch.Tensor  # float32 [T], 0 where trajectory_T is -1
     boundaries: tuple[int, ...]  # S + 1 positions, padding included; the last one is T
@@ -153,3 +196,4 @@ class PackedTrajectories:
     weights_N: torch.Tensor  # float32 [N]
     group_statistics: Mapping[str, torch.Tensor]  # float64 [N] each, by name: `algo.advantages.group_statistics`
     sample_ids: tuple[int, ...]  # N of them; which Sample each trajectory is
+    routes_T: torch.Tensor | None = None  # [T, layers, experts of a token], as `RouteFormat` says; of padding unknown

@@ -1,4 +1,4 @@
-"""Makes a tiny Qwen2-architecture model that half knows generated tasks: where the quickstart and the studies start."""
+"""Makes a tiny model, Qwen2 or with experts, that half knows generated tasks: where the quickstarts and the studies start."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=TinyModelConfig.layers, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=TinyModelConfig.hidden_size, help="(default: %(default)s)")
+    parser.add_argument(
+        "--experts", type=int, default=TinyModelConfig.experts, help="a Qwen3-MoE with so many (default: %(default)s: a Qwen2)"
+    )
+    parser.add_argument(
+        "--experts-per-token", type=int, default=TinyModelConfig.experts_per_token, help="(default: %(default)s)"
+    )
     parser.add_argument(
         "--positions", type=int, default=TinyModelConfig.positions, help="longest sequence (default: %(default)s)"
     )

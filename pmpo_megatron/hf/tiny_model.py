@@ -39,6 +39,8 @@ class TinyModelConfig:
     hidden_size: int = 128
     heads: int = 4
     key_value_heads: int = 2
+    experts: int = 0  # of every layer's mixture; 0: one MLP of three times the hidden size instead
+    experts_per_token: int = 2
     steps: int = 700
     tasks: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"arithmetic": (4, 5)})  # name -> levels
     slip_rate: float = 0.8  # of the worst fact
@@ -59,25 +61,34 @@ def make_tokenizer(words: Iterable[str] = ()) -> transformers.PreTrainedTokenize
     )
 
 
-def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2ForCausalLM:
-    """The untrained model, float32."""
+def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedModel:
+    """The untrained model, float32: a Qwen2, or a Qwen3 with a mixture of experts."""
     torch.manual_seed(config.seed)
-    return transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=3 * config.hidden_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.key_value_heads,
-            max_position_embeddings=config.positions,
-            tie_word_embeddings=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=None if config.endless else tokenizer.eos_token_id,
-            bos_token_id=None,
-            dtype="float32",
-        )
+    common = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.key_value_heads,
+        max_position_embeddings=config.positions,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=None if config.endless else tokenizer.eos_token_id,
+        bos_token_id=None,
+        dtype="float32",
     )
+    if not config.experts:
+        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common))
+    mixture = dict(
+        head_dim=config.hidden_size // config.heads,
+        num_experts=config.experts,
+        num_experts_per_tok=config.experts_per_token,
+        moe_intermediate_size=3 * config.hidden_size // config.experts_per_token,  # as much work per token as without
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+    )
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**common, **mixture))
 
 
 def make_tiny_model(out: Path, config: TinyModelConfig) -> None:
@@ -107,7 +118,8 @@ def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokeniz
         problems = make_problems(task, BATCH, levels=config.tasks[task], seed=config.seed + step)
         solutions = [TASKS[task].solve(problem, memory=memories[task], generator=generator) for problem in problems]
         ids, labels = encode(problems, solutions, tokenizer)
-        loss = model(input_ids=ids, labels=labels).loss
+        balanced = {"output_router_logits": True} if config.experts else {}  # adds the load-balancing loss
+        loss = model(input_ids=ids, labels=labels, **balanced).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

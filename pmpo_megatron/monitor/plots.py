@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Runs = Sequence[RunRecord]
 MAX_POINTS = 1500  # of a scatter plot, over all runs
 STYLES = ("-", ":", "--", "-.")
+LAST_ROUNDS = 10  # that the map of experts adds up
 WINDOW = 0.05  # of a run's steps: width of the moving mean
 
 
@@ -126,6 +127,23 @@ def lengths(runs: Runs) -> str | None:
                 axes.fill_between(steps, lower, upper, color=color(index), alpha=0.15, linewidth=0)
             axes.plot(steps, mean, color=color(index), label=run.label)
         return _finish(drawn, axes, runs, title="Response length", name="lengths", ylabel="tokens")
+
+
+def expert_map(runs: Runs) -> str | None:
+    """One run of a mixture of experts: what each expert got of its layer's tokens in the last rounds; 1 is an equal share."""
+    if len(runs) != 1 or not runs[0].experts:
+        return None
+    records = runs[0].experts[-LAST_ROUNDS:]
+    layers = [name for name in records[-1] if name != "step"]
+    tokens = np.array([[record[layer] for layer in layers] for record in records], dtype=np.float64).sum(axis=0)
+    with figure() as (drawn, axes):
+        mesh = axes.pcolormesh(tokens / tokens.mean(axis=1, keepdims=True), cmap="cividis", vmin=0.0, rasterized=True)
+        drawn.colorbar(mesh, ax=axes)
+        axes.grid(False)
+        axes.set_yticks(np.arange(len(layers)) + 0.5, layers)
+        axes.set_xlabel("expert")
+        title = f"Tokens of each expert over an equal share, last {len(records)} {runs[0].step_name}s"
+        return _finish(drawn, axes, runs, title=title, name="experts", ylabel="layer", x=False)
 
 
 def phases(runs: Runs) -> str | None:
@@ -266,6 +284,12 @@ PLOTS: dict[str, tuple[Callable[[Runs], str | None], ...]] = {
         line("rollout/truncated_fraction", "Responses cut off at the token limit", "share"),
         line("mismatch/mean_abs", "Trainer against engine: mean |log-prob difference|", "nats", log=True),
         line("mismatch/max_abs", "Trainer against engine: largest difference", "nats", log=True),
+    ),
+    "Experts": (
+        expert_map,
+        line("routing/busiest_expert", "Tokens of the busiest expert of a layer, mean over layers", "times an equal share"),
+        line("routing/unused_experts", "Experts without a token", "share"),
+        line("routing/other_than_engine", "Tokens that the router would send elsewhere than the engine did", "share"),
     ),
     "Speed": (phases, line("throughput/tokens_per_s", "Throughput", "tokens / s")),
 }

@@ -72,6 +72,9 @@ class RolloutConfig(Section):
         False, "new weights in the middle of a response: compute its keys and values again with them, or keep them"
     )
     tensor_parallel: int = setting(1, "vLLM's tensor-parallel size", minimum=1, maximum=1024)
+    expert_parallel: bool = setting(
+        False, "GPU, mixtures of experts: each of the tensor_parallel GPUs holds whole experts instead of a part of every one"
+    )
     dtype: str = setting("auto", "of the engine's weights", choices=("auto", "float32", "bfloat16"))
     max_model_len: int | None = setting(None, "prompt and response at most; null: the model's limit", unit="tokens", minimum=1)
     max_num_seqs: int = setting(256, "requests in one batch of each engine", minimum=1, maximum=65536)
@@ -111,6 +114,8 @@ class RolloutConfig(Section):
             raise ConfigError("replay_from", "is needed by engine 'replay', and has no effect with any other")
         if (self.nodes == "own") != bool(self.hosts) or bool(self.hosts) != (self.key_file is not None):
             raise ConfigError("hosts", "and key_file are needed with nodes 'own', and have no effect with any other")
+        if self.expert_parallel and self.tensor_parallel == 1:
+            raise ConfigError("expert_parallel", "has no effect with tensor_parallel 1: one GPU holds all experts")
         for host in self.hosts:
             if not re.fullmatch(r"[^:\s]+:[1-9]\d{0,4}", host):
                 raise ConfigError("hosts", f"{host!r} is not HOST:PORT")

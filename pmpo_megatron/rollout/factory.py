@@ -10,6 +10,7 @@ from pmpo_megatron.rollout.config import ENGINES, RolloutConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.rollout.remote_process import NodeAddress
 from pmpo_megatron.rollout.replay import RecordingEngine
+from pmpo_megatron.types import RouteFormat
 
 
 def make_engine(
@@ -20,6 +21,7 @@ def make_engine(
     worker_extension: str | None,
     nodes: Sequence[NodeAddress] = (),
     in_flight: bool = False,
+    routes: RouteFormat | None = None,
     logs: Path | None = None,
 ) -> RolloutEngine:
     """The engine that ``config`` asks for, ready to generate with the weights of ``model_path``.
@@ -29,6 +31,7 @@ def make_engine(
         worker_extension: import path ``package.module.Class`` of a class whose methods become vLLM workers'.
         nodes: on which engines are started, too.
         in_flight: weights will change in the middle of responses.
+        routes: the responses come with their tokens' routes in this format; the worker extension is a `RouteRecorder`.
         logs: a directory for what the engines of this node write; None: not kept.
 
     Raises:
@@ -38,5 +41,6 @@ def make_engine(
     module, _, name = ENGINES[config.engine].partition(":")
     kind = getattr(importlib.import_module(module), name)
     where = dict(device=device, nodes=nodes, logs=logs)
-    engine = kind(config, model_path=model_path, worker_extension=worker_extension, in_flight=in_flight, **where)
+    what = dict(in_flight=in_flight, routes=routes)
+    engine = kind(config, model_path=model_path, worker_extension=worker_extension, **what, **where)
     return engine if config.record_to is None else RecordingEngine(engine, config.record_to)

@@ -25,7 +25,7 @@ from pmpo_megatron.rollout.remote_process import NodeAddress, RemoteProcess
 from pmpo_megatron.rollout.vllm_jobs import Job, Part, divide, job_number, missing_parts, request_parameters
 from pmpo_megatron.rollout.vllm_process import LocalProcess, VLLMProcess
 from pmpo_megatron.rollout.vllm_settings import Launch, engine_settings
-from pmpo_megatron.types import Prompt, RolloutGroup
+from pmpo_megatron.types import Prompt, RolloutGroup, RouteFormat
 
 logger = logging.getLogger(__name__)
 SETTLE_S = 0.2  # engines that die within it died of one cause
@@ -48,6 +48,7 @@ class VLLMEngine:
         worker_extension: str | None,
         nodes: Sequence[NodeAddress] = (),
         in_flight: bool = False,
+        routes: RouteFormat | None = None,
         logs: Path | None = None,
     ) -> None:
         self.config, self.version = config, 0
@@ -62,10 +63,9 @@ class VLLMEngine:
         self._parts = ExitStack()
         logs = logs or Path(self._parts.enter_context(temporary_directory("pmpo-vllm-")))
         logs.mkdir(parents=True, exist_ok=True)
-        settings = engine_settings(config, model_path=model_path, device=device, worker_extension=worker_extension)
-        if in_flight:
-            settings["async_scheduling"] = False  # else vLLM 0.32 labels the step that is under way with the next version
-        launches = [Launch(settings, device, config.threads, number, config.engines) for number in range(config.engines)]
+        settings = engine_settings(config, model_path, device, worker_extension, in_flight=in_flight, routes=routes is not None)
+        numbers = range(config.engines)
+        launches = [Launch(settings, device, config.threads, number, config.engines, routes) for number in numbers]
         stall_s = config.stall_s
         here = [LocalProcess(each, logs / f"engine-{each.number}.log", stall_s=stall_s) for each in launches]
         there = [RemoteProcess(each, node, stall_s=stall_s) for node in nodes for each in launches]

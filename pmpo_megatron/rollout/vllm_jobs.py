@@ -12,7 +12,7 @@ import numpy as np
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.engine import request_seed
-from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
+from pmpo_megatron.types import Prompt, Rollout, RolloutGroup, Routes
 
 _numbers = itertools.count()
 
@@ -32,12 +32,19 @@ class Job:
         return self.prompt.token_ids, names
 
     def take(
-        self, name: str, token_ids: np.ndarray, log_probs: np.ndarray, text: str, reason: str, spans: Sequence[tuple[int, int]]
+        self,
+        name: str,
+        token_ids: np.ndarray,
+        log_probs: np.ndarray,
+        text: str,
+        reason: str,
+        spans: Sequence[tuple[int, int]],
+        routes: Routes | None,
     ) -> bool:
         """A response, as `vllm_child` sends it; whether it was the last."""
         sample = int(name.partition("/")[2])
         versions = np.repeat(*np.array(spans, dtype=np.int32).reshape(-1, 2).T)
-        self._rollouts[sample] = Rollout(token_ids, log_probs, text, reason, versions, self._seed(sample))
+        self._rollouts[sample] = Rollout(token_ids, log_probs, text, reason, versions, self._seed(sample), routes)
         if len(self._rollouts) < self.sampling.samples_per_prompt:
             return False
         if self.future.set_running_or_notify_cancel():

@@ -263,7 +263,7 @@ class LocalProcess(VLLMProcess):
         self._log_start = self._log_path.stat().st_size if self._log_path.exists() else 0
         connection, theirs = self._context.Pipe()
         alive, self._alive = self._context.Pipe(duplex=False)
-        arguments = (theirs, alive, str(self._log_path), self.launch.settings, self._environment)
+        arguments = (theirs, alive, str(self._log_path), self.launch, self._environment)
         self._process = self._context.Process(target=vllm_child.serve, args=arguments, name="vllm")
         with _without_interrupts():
             self._process.start()

@@ -63,6 +63,7 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     check_layout(shape, config.parallel)
     check_lengths(config, shape)
     _check_attention(config)
+    _check_experts(config, shape)
     _check_objective(config)
     check_functions(config.reward_functions(), config.rewards.code)
     lines = [
@@ -156,6 +157,19 @@ def _check_attention(config: RunConfig) -> None:
         )
 
 
+def _check_experts(config: RunConfig, shape: ModelShape) -> None:
+    """What is said of a mixture of experts of a model that has none, and what vLLM does on GPUs alone."""
+    used = {
+        "round.routing_replay": config.round.routing_replay != "off",
+        "objective.balance_coefficient": config.objective.balance_coefficient > 0,
+        "rollout.expert_parallel": config.rollout.expert_parallel,
+    }
+    for name in (name for name, is_used in used.items() if is_used and shape.experts is None):
+        raise ConfigError(name, f"has no effect: {config.model.path} has no mixture of experts")
+    if config.rollout.expert_parallel and not _on_gpu(config):
+        raise ConfigError("rollout.expert_parallel", "vLLM divides whole experts on GPUs only: on CPU it crashes; leave it out")
+
+
 def check_lengths(config: RunConfig, shape: ModelShape) -> None:
     """Raises ConfigError if the longest prompt and response fit no micro-batch, or are more than engine or model take."""
     multiple = sequence_multiple(config.parallel)
@@ -222,9 +236,12 @@ def _describe_model(config: RunConfig, shape: ModelShape) -> str:
 
 def _describe_layout(config: RunConfig, world_size: int, data_parallel: int) -> str:
     parallel = config.parallel
+    copies = parallel.expert_data_parallel_size(world_size)
+    experts = f", experts over {parallel.expert} * {parallel.expert_tensor_size} in {copies} copies"
     return (
         f"layout: {world_size} processes = tensor {parallel.tensor} * pipeline {parallel.pipeline} * context "
-        f"{parallel.context} * data {data_parallel}; rollouts: {_describe_rollouts(config)}"
+        f"{parallel.context} * data {data_parallel}{experts if parallel.expert > 1 else ''}; rollouts: "
+        f"{_describe_rollouts(config)}"
     )
 
 

@@ -148,6 +148,7 @@ def make_samples(groups: Sequence[ScoredGroup], *, advantage: str | Advantage) -
                     rollout_log_probs=rollout.log_probs,
                     truncated=rollout.finish_reason == "length",
                     advantage=float(value),
+                    routes=rollout.routes,
                 )
             )
     return samples

@@ -78,6 +78,12 @@ class RoundConfig(Section):
         "a forward pass",
         choices=("recomputed", "rollout"),
     )
+    routing_replay: str = setting(
+        "off",
+        "mixtures of experts: a token goes to the experts that its router chooses each time; rollout: to those that the engine "
+        "sent it to; old: to those that the trainer's own routers choose at the round's start",
+        choices=("off", "rollout", "old"),
+    )
     rejection: str = setting(
         "none",
         "tokens, or sequences by their mean, whose ratio trainer / engine is outside the bounds get no gradient",
@@ -170,6 +176,14 @@ class RunConfig(Section):
         for name in (name for name, used in compared.items() if used and self.round.old_log_probs == "rollout"):
             raise ConfigError(
                 name, "compares the trainer's log-probs with the engine's; round.old_log_probs must be recomputed"
+            )
+        noted = {
+            "round.routing_replay": self.round.routing_replay == "old",
+            "objective.balance_coefficient": self.objective.balance_coefficient > 0,
+        }
+        for name in (name for name, used in noted.items() if used and self.round.old_log_probs == "rollout"):
+            raise ConfigError(
+                name, "takes what the trainer's routers do at the round's start; round.old_log_probs must be recomputed"
             )
         if self.round.mode != "in_flight":
             return

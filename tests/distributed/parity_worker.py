@@ -16,11 +16,12 @@ from pmpo_megatron.model import step as step_module
 from pmpo_megatron.model.micro_batch import MicroBatch, ScoredMicroBatch, prepare
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.model.schedule import run_schedule
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.collectives import gather_tensor
 from pmpo_megatron.parallel.shards import join_context_shards
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState, initialize, shut_down
-from pmpo_megatron.types import PackedTrajectories, Sample
+from pmpo_megatron.types import PackedTrajectories, RouteFormat, Sample
 
 VOCAB = 250
 PROMPTS = (5, 20, 3, 8, 1, 12)
@@ -61,14 +62,20 @@ def whole_batch() -> PackedTrajectories:
     return pack(*samples(), sequence_multiple=16)
 
 
-def micro_batches(dp_size: int, dp_rank: int, multiple: int) -> list[PackedTrajectories]:
-    """Uneven micro-batches of this data-parallel rank; padding to 16 gives trajectory 100 to one context rank only."""
+def micro_batches(
+    dp_size: int, dp_rank: int, multiple: int, given: list[Sample] | None = None, routes: RouteFormat | None = None
+) -> list[PackedTrajectories]:
+    """Uneven micro-batches of this data-parallel rank; padding to 16 gives trajectory 100 to one context rank only.
+
+    Of ``given`` in the place of `samples`, whose routes are in the format ``routes``.
+    """
     if dp_size == 1:
         split = [[0], [1, 2], [3, 4], [5]] if multiple > 1 else [[0], [1, 2], [3, 4, 5]]
     else:
         split = {2: ([[1, 2], [0]], [[3, 4, 5], []]), 4: ([[0], [1]], [[2], []], [[3], [4]], [[5], []])}[dp_size][dp_rank]
     made, weights = samples()
-    return [pack([made[i] for i in each], [weights[i] for i in each], sequence_multiple=16) for each in split]
+    made = given or made
+    return [pack([made[i] for i in each], [weights[i] for i in each], sequence_multiple=16, routes=routes) for each in split]
 
 
 def prepared(state: ParallelState) -> list[MicroBatch]:
@@ -93,7 +100,7 @@ def run_layouts(layouts: list[dict], paths: dict[str, str], task: str) -> list[d
         recompute, distributed = options.pop("recompute", "none"), options.pop("distributed", True)
         parallel = ParallelConfig(**options)
         state = initialize(parallel, device="cpu")
-        found = {"tp_rank": state.tp_rank}
+        found = {expert: state.tensor_piece(expert=expert)[0] for expert in (False, True)}
         for name, path in paths.items():
             model = ModelConfig(path=path, recompute=recompute, log_prob_chunk=13)
             found[name] = train(model, parallel, state, distributed) if task == "train" else logits(model, parallel, state)
@@ -134,9 +141,12 @@ def recording(policy: Policy, store: list):
 
 def complete_buffers(policy: Policy) -> None:
     """After Megatron's reduce-scatter each rank holds its part of the gradient buffer: gather the others' parts."""
-    group = policy.state.dp_cp_group
+    from megatron.core import parallel_state
+
+    copies = parallel_state.get_expert_data_parallel_group()
     for chunk in policy.chunks:
-        for buffer in chunk.buffers:
+        pairs = [(buffer, policy.state.dp_cp_group) for buffer in chunk.buffers]
+        for buffer, group in pairs + [(buffer, copies) for buffer in chunk.expert_parallel_buffers]:
             for bucket in buffer.buckets:
                 size = bucket.grad_data.numel() // group.size()
                 mine = bucket.grad_data[group.rank() * size : (group.rank() + 1) * size].clone()
@@ -167,7 +177,7 @@ def entropies_of(policy: Policy, batches: list[MicroBatch]) -> list[torch.Tensor
     def collect(batch, hidden, non_loss_data=True):
         return policy.score_hidden_states(hidden, batch.targets_T, batch.wanted, temperature=TEMPERATURE, entropy=True)[1]
 
-    return step_module._run_schedule(policy, [(batch, partial(collect, batch)) for batch in batches], forward_only=True)
+    return run_schedule(policy, [(batch, partial(collect, batch)) for batch in batches], forward_only=True)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pmpo_megatron.hf.mapping import WeightMapping
+from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import read_shape
 from tests.distributed.gradient_worker import OPTIMIZER
 from tests.distributed.harness import run_ranks
@@ -49,9 +50,12 @@ def step_loss(model, batches, old, config):
     return surrogate, float(whole)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3-tied"])
-@pytest.mark.parametrize("number", range(len(STEPS)))
-def test_gradients_are_those_of_the_formula(number, kind, tmp_path):
+DENSE = [(kind, number) for kind in ("qwen2", "qwen3-tied") for number in range(len(STEPS))]
+CASES = [*DENSE, ("qwen2-moe", 0), ("qwen3-moe-mixed", 1), ("mixtral", 0)]
+
+
+@pytest.mark.parametrize("kind, number", CASES)
+def test_gradients_are_those_of_the_formula(kind, number, tmp_path):
     import transformers
 
     path = save_tiny_model(kind, tmp_path / "model")
@@ -60,11 +64,13 @@ def test_gradients_are_those_of_the_formula(number, kind, tmp_path):
     surrogate, loss = step_loss(model, micro_batches(1, 0, 0), found["old"], STEPS[number])
     surrogate.backward()
     assert found["results"][0].loss == pytest.approx(loss, rel=1e-5)
-    gradients, mapping = {name: parameter.grad for name, parameter in model.named_parameters()}, WeightMapping(read_shape(path))
-    assert mapping.hf_shapes.keys() == gradients.keys() and len(found["gradients"][0]) == len(mapping.entries)
+    # In files, unlike in memory, every expert has tensors of its own: gradients are written as weights are.
+    model.save_pretrained(tmp_path / "gradients", state_dict={name: p.grad for name, p in model.named_parameters()})
+    gradients, mapping = SafetensorsReader(tmp_path / "gradients"), WeightMapping(read_shape(path))
+    assert mapping.hf_shapes.keys() == set(gradients.names) and len(found["gradients"][0]) == len(mapping.entries)
     for name, gradient in found["gradients"][0].items():
         entry = mapping.entry(name)
-        expected = entry.merge([gradients[tensor] for tensor in entry.hf])
+        expected = entry.merge([gradients(tensor) for tensor in entry.hf])
         assert expected.abs().max() > 0
         assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max(), name
     check_update(found)

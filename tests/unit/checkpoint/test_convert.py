@@ -91,8 +91,8 @@ def test_special_values_survive(tmp_path):
 
 
 class TestWhatIsWritten:
-    def test_vocabulary_is_padded_inside_and_not_outside(self, megatron, tmp_path):
-        stored = MegatronReader(megatron).metadata.state_dict_metadata
+    def test_vocabulary_is_padded_inside_and_not_outside(self, hf, megatron, tmp_path):
+        stored = MegatronReader(megatron, read_shape(hf)).metadata.state_dict_metadata
         assert tuple(stored["embedding.word_embeddings.weight"].size) == (256, 32)
         megatron_to_hf(megatron, tmp_path / "out")
         found = tensors(tmp_path / "out")
@@ -101,7 +101,7 @@ class TestWhatIsWritten:
     def test_another_padding_is_accepted(self, hf, tmp_path):
         """Megatron pads to multiples of the tensor-parallel size, which need not divide 64."""
         mapping, weights = WeightMapping(read_shape(hf)), tensors(hf)
-        writer = MegatronWriter(tmp_path, num_layers=4)
+        writer = MegatronWriter(tmp_path, mapping.shape)
         for entry in mapping.entries:
             whole = entry.merge([weights[name] for name in entry.hf])
             if entry.megatron.startswith("embedding"):
@@ -239,7 +239,7 @@ class TestDamage:
 
     def test_a_parameter_missing_in_megatrons_files_is_named(self, hf, tmp_path):
         mapping, weights = WeightMapping(read_shape(hf)), tensors(hf)
-        writer = MegatronWriter(tmp_path, num_layers=4)
+        writer = MegatronWriter(tmp_path, mapping.shape)
         for entry in mapping.entries:
             if entry.megatron not in ("decoder.final_layernorm.weight", "decoder.layers.3.mlp.linear_fc2.weight"):
                 writer.add(entry.megatron, entry.merge([weights[name] for name in entry.hf]))
@@ -247,7 +247,7 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="parameter decoder.final_layernorm.weight is missing"):
             megatron_to_hf(tmp_path, tmp_path.with_name("out"), hf=hf)
         with pytest.raises(CheckpointError, match="decoder.layers.3.mlp.linear_fc2.weight is incomplete"):
-            MegatronReader(tmp_path)(mapping.entry("decoder.layers.3.mlp.linear_fc2.weight"))
+            MegatronReader(tmp_path, mapping.shape)(mapping.entry("decoder.layers.3.mlp.linear_fc2.weight"))
 
     def test_megatrons_file_cut_short_is_named(self, megatron, tmp_path):
         shutil.copytree(megatron, tmp_path / "copy")

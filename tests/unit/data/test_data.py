@@ -1,19 +1,20 @@
 """Sampler, packing and prompts, against direct constructions."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from pmpo_megatron.config import build
 from pmpo_megatron.data.generated import make_problems
-from pmpo_megatron.data.packing import flat_sizes, flatten, pack, unflatten
+from pmpo_megatron.data.packing import flat_like, flatten, pack, unflatten
 from pmpo_megatron.data.prompts import DataConfig, load_prompts, render
 from pmpo_megatron.data.sampler import PromptSampler
 from pmpo_megatron.data.split import split_into_steps, split_step, step_weights
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.hf.tiny_model import make_tokenizer
-from pmpo_megatron.types import Sample, TrajectoryTable, to_token_ids
+from pmpo_megatron.types import RouteFormat, Sample, TrajectoryTable, to_token_ids
 
 
 def test_sampler_covers_every_epoch_and_resumes_anywhere():
@@ -120,19 +121,44 @@ def test_weights_are_those_of_each_step(mask):
             assert found[i] == pytest.approx(0.0 if masked else len(given[i].response_ids) / total)
 
 
+def with_routes(given, routes):
+    """``given`` with random routes of their tokens, those of the last unknown."""
+    rng = np.random.default_rng(4)
+    made = []
+    for sample in given:
+        tokens = len(sample.prompt_ids) + len(sample.response_ids)
+        known = rng.integers(0, routes.num_experts, (tokens - 1, routes.layers, routes.per_token))
+        made.append(replace(sample, routes=routes.whole(known, tokens)))
+    return made
+
+
+@pytest.mark.parametrize("routes", [None, RouteFormat(3, 2, 255), RouteFormat(1, 8, 256)])
 @pytest.mark.parametrize("members", [[], [5], [36, 0, 12]])
-def test_samples_come_back_from_the_arrays_that_are_sent(members):
-    given = some_samples(groups=6)
+def test_samples_come_back_from_the_arrays_that_are_sent(members, routes):
+    given = some_samples(groups=6) if routes is None else with_routes(some_samples(groups=6), routes)
     table, chosen = TrajectoryTable.of(given, [0.0] * len(given)), np.array(members, dtype=np.int64)
-    token_ids, log_probs = flatten([given[i] for i in members])
-    assert (token_ids.dtype, log_probs.dtype) == (np.int32, np.float32)
-    assert (len(token_ids), len(log_probs)) == flat_sizes(chosen, table)
-    found = unflatten(token_ids, log_probs, chosen, table)
+    arrays = flatten([given[i] for i in members], routes)
+    assert [(len(array), array.dtype) for array in arrays] == flat_like(chosen, table, routes)
+    found = unflatten(arrays, chosen, table, routes)
     assert [sample.sample_id for sample in found] == members
     for one, other in zip(found, [given[i] for i in members], strict=True):
         for name, value in vars(other).items():
             assert np.array_equal(getattr(one, name), value), name
-        assert np.shares_memory(one.prompt_ids, token_ids), "a view"
+        assert np.shares_memory(one.prompt_ids, arrays[0]), "a view"
+        assert routes is None or one.routes.dtype == routes.dtype == (np.uint8 if routes.num_experts < 256 else np.uint16)
+
+
+def test_routes_lie_with_their_tokens_and_padding_has_none():
+    routes = RouteFormat(3, 2, 16)
+    given = with_routes(some_samples(groups=2), routes)
+    packed = pack(given, [1.0] * len(given), sequence_multiple=8, routes=routes)
+    for sample, start, end in zip(given, packed.boundaries, packed.boundaries[1:], strict=False):
+        tokens = len(sample.routes)
+        assert np.array_equal(packed.routes_T[start : start + tokens].numpy(), sample.routes)
+        assert (packed.routes_T[start + tokens : end] == routes.unknown).all()
+        assert packed.padding_T[start:end].tolist() == [False] * tokens + [True] * (end - start - tokens)
+    with pytest.raises(ValueError, match=r"routes of \(2, 2\) layers and experts, the model has \(3, 2\)"):
+        routes.whole(np.zeros((4, 2, 2)), 5)
 
 
 def test_token_ids_are_checked_where_they_come_in():

@@ -12,7 +12,7 @@ from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.remote_process import own_nodes
 from pmpo_megatron.rollout.vllm_child import whole_text
 from pmpo_megatron.rollout.vllm_jobs import Job, divide, missing_parts
-from pmpo_megatron.rollout.vllm_settings import Launch, visible_gpus
+from pmpo_megatron.rollout.vllm_settings import Launch, engine_settings, visible_gpus
 from pmpo_megatron.types import Prompt
 
 
@@ -88,6 +88,15 @@ def test_every_engine_has_gpus_of_its_own_first_and_sees_the_others(monkeypatch)
     assert Launch({"tensor_parallel_size": 2}, "cuda", None, 0, 4).environment() == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     assert visible_gpus(1, 1) == "GPU-b,GPU-a"
+
+
+def test_a_mixture_says_its_routes_by_vllm_on_gpus_and_by_its_workers_on_cpu():
+    config = RolloutConfig(tensor_parallel=2, expert_parallel=True)
+    on_gpu = engine_settings(config, "model", "cuda", None, routes=True)
+    assert on_gpu["enable_return_routed_experts"] and on_gpu["enable_expert_parallel"] and "enable_prefix_caching" not in on_gpu
+    on_cpu = engine_settings(RolloutConfig(), "model", "cpu", None, routes=True)
+    assert on_cpu["enable_prefix_caching"] is False and "enable_return_routed_experts" not in on_cpu
+    assert "enable_expert_parallel" not in on_cpu
 
 
 def test_text_made_at_the_end_is_what_is_made_token_by_token():
