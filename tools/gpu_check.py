@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from pmpo_megatron.checkpoint.files import replace_text
-from pmpo_megatron.data.arithmetic import make_problems
+from pmpo_megatron.data.generated import make_problems
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.replay import RecordingEngine
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
