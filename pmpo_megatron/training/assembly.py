@@ -142,6 +142,8 @@ def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nod
         nodes=nodes,
         in_flight=config.round.mode == "in_flight",
         logs=Path(config.run.directory) / "logs",
+        episode=config.episode,
+        longest_prompt=config.data.max_prompt_tokens,
     )
     thread.shutdown(wait=False)
     parts.callback(_end_engine, future)

@@ -16,7 +16,7 @@ from pmpo_megatron.model.policy import ModelConfig
 from pmpo_megatron.monitor import MonitorConfig
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.rewards import RewardConfig
-from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig, check_temperature
+from pmpo_megatron.rollout.config import EpisodeConfig, RolloutConfig, SamplingConfig, check_temperature
 from pmpo_megatron.yaml_values import show
 
 
@@ -139,6 +139,7 @@ class RunConfig(Section):
     round: RoundConfig = setting(RoundConfig)
     sampling: SamplingConfig = setting(SamplingConfig)
     rollout: RolloutConfig = setting(RolloutConfig)
+    episode: EpisodeConfig = setting(EpisodeConfig)
     bridge: BridgeConfig = setting(BridgeConfig)
     rewards: RewardConfig = setting(RewardConfig)
     checkpoint: CheckpointConfig = setting(CheckpointConfig)

@@ -65,15 +65,15 @@ def share_samples(
 ) -> dict[int, Sample]:
     """The samples of this rank's data-parallel replica by their number; rank 0 keeps all. Collective."""
     members_of = [np.concatenate([part for split in splits for part in split[replica]]) for replica in range(state.dp_size)]
-    token_size, log_prob_size = flat_sizes(members_of[state.dp_rank], table)
+    sizes = flat_sizes(members_of[state.dp_rank], table)
     received = scatter_to_replicas(
         lambda replica: flatten([samples[i] for i in members_of[replica].tolist()]),
-        [(token_size, np.int32), (log_prob_size, np.float32)],
+        list(zip(sizes, (np.int32, np.float32, np.uint8), strict=True)),
         state,
     )
     if state.is_main:
         mine = samples
     else:
-        token_ids, log_probs = received
-        mine = unflatten(token_ids, log_probs, members_of[state.dp_rank], table)
+        token_ids, log_probs, sampled = received
+        mine = unflatten(token_ids, log_probs, sampled, members_of[state.dp_rank], table)
     return {sample.sample_id: sample for sample in mine}
