@@ -18,6 +18,12 @@ def main() -> None:
         default=TinyModelConfig.slip_rate,
         help="how often the worst remembered sum or difference is wrong in the solutions it learns from (default: %(default)s)",
     )
+    parser.add_argument(
+        "--call-rate",
+        type=float,
+        default=TinyModelConfig.call_rate,
+        help="how often a step of those solutions is asked of a calculator, as <17+25> (default: %(default)s)",
+    )
     parser.add_argument("--layers", type=int, default=TinyModelConfig.layers, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=TinyModelConfig.hidden_size, help="(default: %(default)s)")
     parser.add_argument(
@@ -26,9 +32,8 @@ def main() -> None:
     parser.add_argument("--endless", action="store_true", help="no end token: responses go on to the limit")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    sizes = {
-        name: getattr(options, name) for name in ("steps", "slip_rate", "layers", "hidden_size", "positions", "endless", "seed")
-    }
+    names = ("steps", "slip_rate", "call_rate", "layers", "hidden_size", "positions", "endless", "seed")
+    sizes = {name: getattr(options, name) for name in names}
     make_tiny_model(options.out, TinyModelConfig(**sizes))
 
 

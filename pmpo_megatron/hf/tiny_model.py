@@ -39,6 +39,7 @@ class TinyModelConfig:
     steps: int = 700
     levels: tuple[int, ...] = (4, 5)
     slip_rate: float = 0.8  # of the worst fact
+    call_rate: float = 0.0  # of steps that are asked of a calculator
     positions: int = 256
     endless: bool = False  # no end token, so that responses go on to the limit; only without warm start
     seed: int = 0
@@ -99,7 +100,7 @@ def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokeniz
     started = time.monotonic()
     for step in range(1, config.steps + 1):
         problems = make_problems(BATCH, levels=config.levels, seed=config.seed + step)
-        solutions = [solve(problem, memory=memory, generator=generator) for problem in problems]
+        solutions = [solve(each, memory=memory, generator=generator, call_rate=config.call_rate) for each in problems]
         ids, labels = encode(problems, solutions, tokenizer)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()

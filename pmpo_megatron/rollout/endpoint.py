@@ -81,7 +81,7 @@ class EndpointServer:
             status, code, text = 503, "engine_failed", str(error)
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             status, code, text = 400, "invalid_request", f"{type(error).__name__}: {error}"
-        except RuntimeError as error:  # the episode is over, or another request is under way
+        except RuntimeError as error:  # the episode is over
             status, code, text = 409, "conflict", str(error)
         return web.json_response({"error": {"message": text, "type": "invalid_request_error", "code": code}}, status=status)
 
@@ -92,13 +92,19 @@ class _Conversation:
     def __init__(self, policy: EpisodePolicy) -> None:
         self._policy = policy
         self._said: list[dict[str, Any]] = []
-        self._numbers = itertools.count()
+        self._numbers, self._answering = itertools.count(), asyncio.Lock()
 
     async def complete(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request for a chat completion, both as OpenAI's API has them."""
         for name, values in NOT_OFFERED.items():
             if request.get(name) not in values:
                 raise _Refused(400, "unsupported", f"{name} = {request[name]!r} is not offered; leave it out")
+        if self._answering.locked():
+            raise _Refused(409, "conflict", "another request of this conversation is being answered")
+        async with self._answering:
+            return await self._answer(request)
+
+    async def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         self._hear([_plain(message) for message in request["messages"]], request.get("tools"))
         before = len(self._policy.token_ids)
         text = await self._policy.sample(

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from types import CodeType
 from typing import Any
 
 from pmpo_megatron.config import import_named
@@ -163,12 +164,19 @@ class EpisodeEngine(EngineAround):
             kind = "other"
         if kind not in self._failures:
             self._failures.add(kind)
-            *_, last = traceback.extract_tb(error.__traceback__)
             text = f"{type(error).__name__}: {error}"[:500]
-            logger.warning(
-                "an episode failed by %s: %s (%s:%s); it scores 0 (said once)", kind, text, last.filename, last.lineno
-            )
+            where = _line_of(error, getattr(self._function, "__code__", None) or type(self._function).__call__.__code__)
+            logger.warning("an episode failed by %s: %s (%s); it scores 0 (said once)", kind, text, where)
         return kind
+
+
+def _line_of(error: BaseException, code: CodeType) -> str:
+    """The last line of the episode's file that ``error``, or the end of time that it came from, went through; or the first."""
+    frames = [
+        frame for each in (error.__cause__, error) if each is not None for frame in traceback.extract_tb(each.__traceback__)
+    ]
+    lines = [frame.lineno for frame in frames if frame.filename == code.co_filename]
+    return f"{code.co_filename}:{lines[-1] if lines else code.co_firstlineno}"
 
 
 class _Turns:
