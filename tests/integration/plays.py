@@ -30,7 +30,7 @@ async def three_turns(prompt, policy):
 async def unsteady(prompt, policy):
     """Turns of unequal length and number, which depend on what was sampled, after pauses that depend on the clock."""
     said = ""
-    while len(said) < 30:
+    while len(said) < 30 and policy.room > 14:
         said += await policy.sample(stop=["7", "a", "="], max_tokens=11) or "."
         await asyncio.sleep(random.uniform(0, 0.05))  # noqa: S311  no secret
         policy.tell(f"<{len(said) % 10}>")
