@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
@@ -33,6 +34,7 @@ from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
 logger = logging.getLogger(__name__)
 MAX_KINDS = 20  # of failures that are told apart
 CLOSE_S = 5.0
+BLOCKED_S = 10.0
 EpisodeFunction = Callable[[Prompt, EpisodePolicy], Awaitable[Any]]
 
 
@@ -75,6 +77,8 @@ class EpisodeEngine(EngineAround):
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="episodes")
         self._thread.start()
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="episodes-watch").start()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
         episodes = len(prompts) * sampling.samples_per_prompt
@@ -92,6 +96,7 @@ class EpisodeEngine(EngineAround):
         return [self._start(prompt, sampling, round_index, turns, place) for place, prompt in enumerate(prompts)]
 
     def close(self) -> None:
+        self._closed.set()
         self._engine.close()
         with contextlib.suppress(TimeoutError):  # an episode that blocks the loop ends with the process
             asyncio.run_coroutine_threadsafe(self._end_all(), self._loop).result(CLOSE_S)
@@ -105,6 +110,21 @@ class EpisodeEngine(EngineAround):
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._server.close()
+
+    def _watch(self) -> None:
+        """Says which line of an episode holds up all others, because it does not give way to them."""
+        while not self._closed.wait(BLOCKED_S):
+            moved = threading.Event()
+            self._loop.call_soon_threadsafe(moved.set)
+            if not moved.wait(BLOCKED_S) and not self._closed.is_set():
+                stack = traceback.extract_stack(sys._current_frames()[self._thread.ident or 0])
+                where = _line_in(self._code, stack)
+                logger.warning("no episode has moved for %g s: %s does not await; asyncio.to_thread helps", BLOCKED_S, where)
+
+    @property
+    def _code(self) -> CodeType:
+        function: Any = self._function
+        return function.__code__ if hasattr(function, "__code__") else type(function).__call__.__code__
 
     def _start(
         self, prompt: Prompt, sampling: SamplingConfig, round_index: int, turns: _Turns, place: int
@@ -165,16 +185,14 @@ class EpisodeEngine(EngineAround):
         if kind not in self._failures:
             self._failures.add(kind)
             text = f"{type(error).__name__}: {error}"[:500]
-            where = _line_of(error, getattr(self._function, "__code__", None) or type(self._function).__call__.__code__)
+            frames = [f for each in (error.__cause__, error) if each for f in traceback.extract_tb(each.__traceback__)]
+            where = _line_in(self._code, frames)  # where time ran out, the cause
             logger.warning("an episode failed by %s: %s (%s); it scores 0 (said once)", kind, text, where)
         return kind
 
 
-def _line_of(error: BaseException, code: CodeType) -> str:
-    """The last line of the episode's file that ``error``, or the end of time that it came from, went through; or the first."""
-    frames = [
-        frame for each in (error.__cause__, error) if each is not None for frame in traceback.extract_tb(each.__traceback__)
-    ]
+def _line_in(code: CodeType, frames: Sequence[traceback.FrameSummary]) -> str:
+    """The last of ``frames`` that is in the file of ``code``; without any, its first line."""
     lines = [frame.lineno for frame in frames if frame.filename == code.co_filename]
     return f"{code.co_filename}:{lines[-1] if lines else code.co_firstlineno}"
 

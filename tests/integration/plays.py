@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 import sys
+import time
 from functools import partial
 
 from aiohttp import ClientSession
@@ -32,6 +33,7 @@ async def unsteady(prompt, policy):
     said = ""
     while len(said) < 30 and policy.room > 14:
         said += await policy.sample(stop=["7", "a", "="], max_tokens=11) or "."
+        kept.pop("between turns", lambda: None)()
         await asyncio.sleep(random.uniform(0, 0.05))  # noqa: S311  no secret
         policy.tell(f"<{len(said) % 10}>")
     return float(len(said))
@@ -59,6 +61,11 @@ async def failing(prompt, policy):
         kept["policy"] = policy
         kept["late"] = asyncio.create_task(asyncio.sleep(0))
     return Outcome(2.5, correct=False, metrics={"calls": 3})
+
+
+async def blocking(prompt, policy):
+    time.sleep(1.5)
+    return len(await policy.sample(max_tokens=2))
 
 
 async def scored_by_functions(prompt, policy):

@@ -1,9 +1,10 @@
 """Episodes on a real vLLM: their tokens, log-probs and cache, their order, what ends them, and engines that die meanwhile."""
 
 import os
+import re
 import signal
-import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ import torch
 import transformers
 
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.rewards import RewardConfig, RewardScorer
 from pmpo_megatron.rollout.config import EpisodeConfig, RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.episodes import EpisodeEngine, find_episode
 from pmpo_megatron.rollout.replay import RecordingEngine, ReplayEngine
 from pmpo_megatron.types import Prompt
 from tests.integration import plays
 from tests.integration.engine_worker import engine_for, prompts, save_model
+from tests.integration.rewards import letters
+from tests.integration.runs import wait_until
 from tests.integration.test_rollout import flat
 
 SAMPLING = SamplingConfig(samples_per_prompt=3, max_tokens=120, temperature=1.0)
@@ -88,19 +92,23 @@ def test_three_turns_are_one_trajectory_token_by_token(play, path):
     assert len({tuple(rollout.token_ids.tolist()) for rollout in rollouts_of(groups)}) == 12, "each has seeds of its own"
 
 
+def check_cache(groups):
+    """Of three turns after a prompt of 50 tokens: whole blocks of 32 of all but the last of a turn's tokens."""
+    for rollout in rollouts_of(groups):
+        first, told, second, further, _ = np.split(rollout.token_ids, np.flatnonzero(np.diff(rollout.sampled.astype(int))) + 1)
+        before_second = 50 + len(first) + len(told)
+        before_third = before_second + len(second) + len(further)
+        assert rollout.episode.asked == before_second + before_third
+        computed = (50 + len(first) - 1, before_second + len(second) - 1)
+        assert rollout.episode.cached == sum(32 * (tokens // 32) for tokens in computed) > 0
+
+
+def long_prompts(count):
+    return [Prompt(index, np.arange(2, 52, dtype=np.int32) + index, "", ("1",)) for index in range(count)]
+
+
 def test_the_next_turn_reuses_keys_and_values(play):
-    prompt = Prompt(0, np.tile(np.arange(2, 52, dtype=np.int32), 1), "", ("1",))
-    [group] = play("three_turns").generate([prompt], SAMPLING, round_index=5)
-    for rollout in group.rollouts:
-        lengths, seen = [], 50  # tokens before the second and the third turn
-        turns = np.split(rollout.token_ids, np.flatnonzero(np.diff(rollout.sampled.astype(int))) + 1)
-        for sampled, told in zip(turns[::2], turns[1::2], strict=False):
-            seen += len(sampled) + len(told)
-            lengths.append(seen)
-        assert rollout.episode.asked == sum(lengths)
-        # All but the last of a turn's tokens are in the cache when it ends, and of these whole blocks of 32.
-        cached = [50 + len(turns[0]) - 1, lengths[0] + len(turns[2]) - 1]
-        assert rollout.episode.cached == sum(32 * (tokens // 32) for tokens in cached) > 0
+    check_cache(play("three_turns").generate(long_prompts(1), SAMPLING, round_index=5))
 
 
 def test_an_episode_of_one_turn_is_the_ordinary_response_bit_by_bit(play, engine):
@@ -143,6 +151,26 @@ def test_what_ends_an_episode_scores_0_and_is_counted_by_kind(play, caplog):
         plays.kept["policy"].tell("more")
 
 
+def test_an_episode_that_holds_up_all_others_is_named(play, monkeypatch, caplog):
+    monkeypatch.setattr("pmpo_megatron.rollout.episodes.BLOCKED_S", 0.3)
+    play("blocking").generate(prompts(1), SAMPLING, round_index=0)
+    line = 1 + Path(plays.__file__).read_text().splitlines().index("    time.sleep(1.5)")
+    assert f"no episode has moved for 0.3 s: {plays.__file__}:{line} does not await" in caplog.text
+
+
+@pytest.mark.parametrize("divided", [True, False])
+def test_functions_score_an_episode_that_returns_no_reward(play, divided):
+    groups = play("scored_by_functions", divided=divided).generate(prompts(2), SAMPLING, round_index=0)
+    groups.append(play("once").generate(prompts(1), SAMPLING, round_index=0)[0])
+    scorer = RewardScorer(RewardConfig(functions={"tests.integration.rewards:letters": 2.0}, workers=1), max_tokens=120)
+    scored = scorer.score(groups)
+    scorer.close()
+    for group, (rewards, correct) in zip(groups[:2], scored[:2], strict=True):
+        assert rewards == tuple(2.0 * letters(rollout.text, []) for rollout in group.rollouts)
+        assert correct == tuple(reward / 2 >= 0.5 for reward in rewards)
+    assert scored[2][0] == tuple(len(rollout.text) for rollout in groups[2].rollouts)
+
+
 def test_recorded_episodes_come_back_bit_by_bit(play, tmp_path):
     recording = RecordingEngine(play("unsteady"), tmp_path / "rollouts.jsonl")
     made = recording.generate(prompts(), SAMPLING, round_index=0)
@@ -154,27 +182,28 @@ def test_recorded_episodes_come_back_bit_by_bit(play, tmp_path):
             assert np.array_equal(getattr(one.episode, name), value), name
 
 
-def test_an_engine_that_dies_in_an_episode_is_replaced_and_the_episode_goes_on(path):
-    engine = engine_for(path, engines=2, block_size=32)
-    playing = Playing(engine, path, "unsteady")
-    many = SamplingConfig(samples_per_prompt=24, max_tokens=120)
-    try:
-        expected = flat(playing.generate(prompts(), many, round_index=0))
-        restarts = []
-        engine.on_restart = restarts.append
+class TestTwoEngines:
+    @pytest.fixture(scope="class")
+    def two(self, path):
+        made = engine_for(path, engines=2, block_size=32)
+        yield made
+        made.close()
 
-        def kill() -> None:
-            time.sleep(0.3)
-            os.kill(engine.process_ids[1], signal.SIGKILL)
-
-        thread = threading.Thread(target=kill)
-        thread.start()
-        found = flat(playing.generate(prompts(), many, round_index=0))
-        thread.join()
-        assert [row[:2] for row in found] == [row[:2] for row in expected]
-    finally:
+    @pytest.mark.parametrize("divided", [True, False])
+    def test_the_next_turn_goes_where_the_keys_and_values_are(self, two, path, divided):
+        playing = Playing(two, path, "three_turns", divided=divided)
+        check_cache(playing.generate(long_prompts(5), SAMPLING, round_index=5 + divided))
         playing.close()
-        engine.close()
+
+    def test_one_that_dies_in_an_episode_is_replaced_and_the_episode_goes_on(self, two, path):
+        playing, restarts = Playing(two, path, "unsteady"), []
+        expected = flat(playing.generate(prompts(), SAMPLING, round_index=0))
+        two.on_restart = restarts.append
+        plays.kept["between turns"] = lambda: os.kill(two.process_ids[1], signal.SIGKILL)
+        found = flat(playing.generate(prompts(), SAMPLING, round_index=0))
+        assert [row[:2] for row in found] == [row[:2] for row in expected]
+        wait_until(lambda: restarts, timeout=250, what="the restart")
+        playing.close()
 
 
 def test_a_group_that_is_cancelled_leaves_nothing_behind(play, engine):
@@ -200,3 +229,14 @@ def test_a_group_that_is_cancelled_leaves_nothing_behind(play, engine):
 def test_what_is_no_episode_is_refused(name, words):
     with pytest.raises(ConfigError, match=f"episode.function: .*{words}"):
         find_episode(name)
+
+
+def test_the_guides_file_is_an_episode(tmp_path, monkeypatch):
+    """docs/rollouts.md: its file, written as it stands there; and its program behind a base_url."""
+    page = (Path(__file__).parents[2] / "docs/rollouts.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, block in enumerate(blocks):
+        (tmp_path / f"guide{number}.py").write_text(block)
+        find_episode(f"guide{number}:episode")
+    assert len(blocks) == 2
