@@ -98,13 +98,34 @@ class Prompt:
 
 
 @dataclass(frozen=True, eq=False)
+class Episode:
+    """What a trajectory of several turns has beside its tokens (`rollout.episodes`).
+
+    ``prompt_ids`` are what it began with; of each response token ``sampled`` says whether the policy sampled it or was told it.
+    ``reward`` is None where the run's reward functions score the text. ``cached`` of ``asked`` tokens before the turns after
+    the first were in the engine's cache. ``failure`` is the kind of what ended it, '' where it ended by itself.
+    """
+
+    prompt_ids: TokenIds
+    sampled: Booleans
+    reward: float | None
+    correct: bool | None  # None: as the reward says
+    turns: int
+    version: int  # the oldest that made one of the tokens; without any, the engine's when it began
+    cached: int = 0
+    asked: int = 0
+    failure: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Rollout:
-    """One sampled response.
+    """One sampled response, or the trajectory of an episode after its prompt.
 
     ``token_ids`` are the response tokens as sampled, the stop token included. ``log_probs`` (same length) are those of the
     distribution that was sampled from: temperature and truncation applied. ``versions`` (same length) is the number of the
-    weights that made each token, counted by the engine's updates. ``routes`` are those of the prompt's tokens and then of
-    these, where the engine was asked for them.
+    weights that made each token, counted by the engine's updates. Tokens that an episode told the policy have log-prob 0.
+    ``routes`` are those of the prompt's tokens and then of these, where the engine was asked for them.
     """
 
     token_ids: TokenIds
@@ -114,11 +135,22 @@ class Rollout:
     versions: npt.NDArray[np.int32]
     seed: int
     routes: Routes | None = None
+    cached: int = 0  # tokens of the prompt whose keys and values the engine had
+    episode: Episode | None = None
 
     @property
     def policy_version(self) -> int:
         """The oldest version that made one of the tokens."""
-        return int(self.versions.min())
+        return int(self.versions.min()) if self.episode is None else self.episode.version
+
+    @property
+    def sampled(self) -> Booleans:
+        """Of each token whether the policy sampled it."""
+        return np.ones(len(self.token_ids), dtype=np.bool_) if self.episode is None else self.episode.sampled
+
+    @property
+    def num_sampled(self) -> int:
+        return int(self.sampled.sum())
 
 
 @dataclass(frozen=True)
@@ -144,6 +176,12 @@ class Sample:
     truncated: bool  # the response hit the token limit
     advantage: float
     routes: Routes | None = None  # as in `Rollout`
+    sampled: Booleans | None = None  # of the response tokens; the others were told to the policy. None: all
+
+    @property
+    def num_sampled(self) -> int:
+        """Response tokens that the policy sampled: the trajectory's length in the objective."""
+        return len(self.response_ids) if self.sampled is None else int(self.sampled.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +191,7 @@ class TrajectoryTable:
     group_ids_N: Integers
     prompt_lengths_N: Integers  # tokens
     response_lengths_N: Integers  # tokens
+    sampled_lengths_N: Integers  # of them those that the policy sampled
     truncated_N: Booleans
     rewards_N: Float64s
     advantages_N: Float64s
@@ -164,6 +203,7 @@ class TrajectoryTable:
             group_ids_N=np.array([sample.group_id for sample in samples], dtype=np.int64),
             prompt_lengths_N=np.array([len(sample.prompt_ids) for sample in samples], dtype=np.int64),
             response_lengths_N=np.array([len(sample.response_ids) for sample in samples], dtype=np.int64),
+            sampled_lengths_N=np.array([sample.num_sampled for sample in samples], dtype=np.int64),
             truncated_N=np.array([sample.truncated for sample in samples], dtype=np.bool_),
             rewards_N=np.array(rewards, dtype=np.float64),
             advantages_N=np.array([sample.advantage for sample in samples], dtype=np.float64),
@@ -180,7 +220,7 @@ class PackedTrajectories:
     """Whole trajectories packed one after another, on the host: the same on every rank of a data-parallel replica.
 
     Every sequence is padded to the multiple that the parallel layout needs. Targets are shifted before any context-parallel
-    split, inside each sequence. ``trajectory_T[t]`` is the trajectory (0..N-1) whose *response* token is the target at ``t``,
+    split, inside each sequence. ``trajectory_T[t]`` is the trajectory (0..N-1) whose *sampled* token is the target at ``t``,
     -1 everywhere else, so position ``t`` carries log pi(targets_T[t] | tokens up to t). ``weights_N`` are c_i of the whole
     optimizer step (docs/objective.md, "The formulas"), so micro-batches only ever add up.
     """

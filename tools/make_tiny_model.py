@@ -27,6 +27,12 @@ def main() -> None:
         default=TinyModelConfig.slip_rate,
         help="how often the worst remembered fact is wrong in the solutions it learns from (default: %(default)s)",
     )
+    parser.add_argument(
+        "--call-rate",
+        type=float,
+        default=TinyModelConfig.call_rate,
+        help="how often a step of those solutions is asked of a calculator, as <17+25> (default: %(default)s)",
+    )
     parser.add_argument("--layers", type=int, default=TinyModelConfig.layers, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=TinyModelConfig.hidden_size, help="(default: %(default)s)")
     parser.add_argument(

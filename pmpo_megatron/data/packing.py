@@ -48,7 +48,7 @@ def pack(
         # The token before the first response token predicts it; the last response token predicts nothing of ours.
         first = start + len(sample.prompt_ids) - 1
         last = first + len(sample.response_ids)
-        trajectory[first:last] = number
+        trajectory[first:last] = number if sample.sampled is None else np.where(sample.sampled, number, -1)
         rollout_log_probs[first:last] = sample.rollout_log_probs
     return PackedTrajectories(
         tokens_T=torch.from_numpy(tokens),
@@ -67,11 +67,16 @@ def pack(
 
 
 def flatten(samples: Sequence[Sample], routes: RouteFormat | None = None) -> list[np.ndarray]:
-    """Token ids of prompts and responses, log-probs of the responses and, if wanted, the bytes of ``routes``, one sample after
-    another."""
+    """Token ids of prompts and responses, log-probs of the responses, which of their tokens were sampled (a response whose
+    tokens all were has no part in it) and, if wanted, the bytes of ``routes``; each sample by sample."""
     ids = [ids for sample in samples for ids in (sample.prompt_ids, sample.response_ids)]
     log_probs = [sample.rollout_log_probs for sample in samples]
-    arrays = [np.concatenate([*ids, np.empty(0, np.int32)]), np.concatenate([*log_probs, np.empty(0, np.float32)])]
+    sampled = [sample.sampled for sample in samples if sample.sampled is not None and not sample.sampled.all()]
+    arrays = [
+        np.concatenate([*ids, np.empty(0, np.int32)]),
+        np.concatenate([*log_probs, np.empty(0, np.float32)]),
+        np.concatenate([*sampled, np.empty(0, np.bool_)]).view(np.uint8),  # gloo does not send booleans
+    ]
     if routes is not None:
         parts = [sample.routes for sample in samples if sample.routes is not None]
         arrays.append(np.concatenate([*(part.reshape(-1) for part in parts), np.empty(0, routes.dtype)]).view(np.uint8))
@@ -81,8 +86,15 @@ def flatten(samples: Sequence[Sample], routes: RouteFormat | None = None) -> lis
 def flat_like(members: Integers, table: TrajectoryTable, routes: RouteFormat | None = None) -> list[tuple[int, npt.DTypeLike]]:
     """(length, type) of the arrays that `flatten` makes of the trajectories ``members``."""
     tokens, responses = int(table.lengths_N[members].sum()), int(table.response_lengths_N[members].sum())
-    like: list[tuple[int, npt.DTypeLike]] = [(tokens, np.int32), (responses, np.float32)]
+    marked = int(_marked_lengths(members, table).sum())
+    like: list[tuple[int, npt.DTypeLike]] = [(tokens, np.int32), (responses, np.float32), (marked, np.uint8)]
     return like if routes is None else [*like, (tokens * routes.token_bytes, np.uint8)]
+
+
+def _marked_lengths(members: Integers, table: TrajectoryTable) -> Integers:
+    """Tokens of each response that has told ones among them, 0 for the others."""
+    responses = table.response_lengths_N[members]
+    return np.where(table.sampled_lengths_N[members] < responses, responses, 0)
 
 
 def unflatten(
@@ -92,9 +104,10 @@ def unflatten(
     prompts, responses = table.prompt_lengths_N[members], table.response_lengths_N[members]
     ids = np.split(arrays[0], np.cumsum(np.stack([prompts, responses], axis=1)))[:-1]
     log_probs = np.split(arrays[1], np.cumsum(responses))[:-1]
+    marks = np.split(arrays[2].view(np.bool_), np.cumsum(_marked_lengths(members, table)))[:-1]
     chosen: Sequence[np.ndarray | None] = [None] * len(members)
     if routes is not None:
-        tokens = arrays[2].view(routes.dtype).reshape(-1, routes.layers, routes.per_token)
+        tokens = arrays[3].view(routes.dtype).reshape(-1, routes.layers, routes.per_token)
         chosen = np.split(tokens, np.cumsum(table.lengths_N[members]))[:-1]
     return [
         Sample(
@@ -105,9 +118,10 @@ def unflatten(
             rollout_log_probs=part,
             truncated=bool(table.truncated_N[number]),
             advantage=float(table.advantages_N[number]),
+            sampled=mark if len(mark) else None,
             routes=experts,
         )
-        for number, prompt_ids, response_ids, part, experts in zip(
-            members.tolist(), ids[::2], ids[1::2], log_probs, chosen, strict=True
+        for number, prompt_ids, response_ids, part, mark, experts in zip(
+            members.tolist(), ids[::2], ids[1::2], log_probs, marks, chosen, strict=True
         )
     ]

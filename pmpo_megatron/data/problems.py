@@ -34,6 +34,7 @@ class Memory:
     largest_rate: float = 0.0
     skew: float = 6.0
     seed: int = 0
+    call_rate: float = 0.0  # of steps that are asked of somebody else instead
 
     def recall(self, fact: str, result: Result, wrong: Sequence[Result], generator: np.random.Generator | None) -> Result:
         """``result`` of ``fact``, or the one among ``wrong`` that it is mistaken for; without ``generator`` no mistake."""
@@ -42,6 +43,10 @@ class Memory:
         digest = hashlib.sha256(f"{self.seed} {fact}".encode()).digest()
         rate = self.largest_rate * (int.from_bytes(digest[:4]) / 2**32) ** self.skew
         return wrong[digest[4] % len(wrong)] if generator.random() < rate else result
+
+    def asks(self, generator: np.random.Generator | None) -> bool:
+        """Whether the next step is asked of somebody else; never without ``generator``."""
+        return bool(generator is not None and self.call_rate and generator.random() < self.call_rate)
 
 
 PERFECT = Memory()

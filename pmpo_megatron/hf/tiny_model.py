@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ class TinyModelConfig:
     steps: int = 700
     tasks: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"arithmetic": (4, 5)})  # name -> levels
     slip_rate: float = 0.8  # of the worst fact
+    call_rate: float = 0.0  # of steps that are asked of a calculator
     positions: int = 256
     endless: bool = False  # no end token, so that responses go on to the limit; only without warm start
     seed: int = 0
@@ -80,7 +82,7 @@ def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokeni
     )
     if not config.experts:
         return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common))
-    mixture = dict(
+    mixture: dict[str, Any] = dict(
         head_dim=config.hidden_size // config.heads,
         num_experts=config.experts,
         num_experts_per_tok=config.experts_per_token,
@@ -111,7 +113,7 @@ def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokeniz
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _height((step + 1) / max(config.steps, 1)))
     generator = np.random.default_rng(config.seed)
-    memories = {task: Memory(config.slip_rate, TASKS[task].skew, seed=config.seed) for task in config.tasks}
+    memories = {task: Memory(config.slip_rate, TASKS[task].skew, config.seed, config.call_rate) for task in config.tasks}
     tasks, started = [*config.tasks], time.monotonic()
     for step in range(1, config.steps + 1):
         task = tasks[step % len(tasks)]

@@ -77,6 +77,7 @@ class _Stage:
         sizes: dict[bool, list[int]] = {False: [], True: []}
         for parameters, _, _ in buffers:
             sizes[parameters[0].spread].append(sum(p.numel for p in parameters))
+        gathered: tuple[tuple[int, float], ...]
         if not distributed:
             gathered = tuple((count, (STATES + item) * sum(sizes[spread])) for count, spread in firsts)
             return _Stage(0.0, gathered, 0.0, (STATES + item) * projections)

@@ -78,6 +78,14 @@ class RolloutConfig(Section):
     dtype: str = setting("auto", "of the engine's weights", choices=("auto", "float32", "bfloat16"))
     max_model_len: int | None = setting(None, "prompt and response at most; null: the model's limit", unit="tokens", minimum=1)
     max_num_seqs: int = setting(256, "requests in one batch of each engine", minimum=1, maximum=65536)
+    block_size: int | None = setting(
+        None,
+        "tokens in a block of the KV cache; whole blocks are reused, by responses to one prompt and by an episode's next turn. "
+        "null: vLLM's, 128 on CPU, where it must be a multiple of 32",
+        unit="tokens",
+        minimum=1,
+        maximum=65536,
+    )
     kv_cache_gib: float | None = setting(
         None, "each engine's KV cache on CPU (0.5), or on each GPU instead of a share of its memory", unit="GiB", minimum=0.001
     )
@@ -121,3 +129,16 @@ class RolloutConfig(Section):
                 raise ConfigError("hosts", f"{host!r} is not HOST:PORT")
         if self.engine == "replay" and self.record_to is not None:
             raise ConfigError("record_to", "records nothing new from engine 'replay'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeConfig(Section):
+    """Trajectories of several turns, by a function of your own (docs/rollouts.md, "Episodes: turns and tools")."""
+
+    function: str | None = setting(
+        None, "package.module:name of an async def episode(prompt, policy); null: a response is a single turn"
+    )
+    max_turns: int = setting(32, "turns that the policy samples in an episode, at most", minimum=1, maximum=10**6)
+    timeout_s: float = setting(
+        300.0, "time that an episode's own code and tools may take; the engine's is not counted", unit="s", above=0.0
+    )

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ import numpy as np
 
 from pmpo_megatron.errors import DataError, RolloutError
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
-from pmpo_megatron.rollout.engine import RolloutEngine
-from pmpo_megatron.types import Prompt, Rollout, RolloutGroup, RouteFormat, to_token_ids
+from pmpo_megatron.rollout.engine import EngineAround, RolloutEngine
+from pmpo_megatron.types import Episode, Prompt, Rollout, RolloutGroup, RouteFormat, to_token_ids
 
 FORMAT = 1
 
 
-class RecordingEngine:
-    """Another engine, whose rollouts are also appended to a file. Everything else goes to that engine."""
+class RecordingEngine(EngineAround):
+    """Another engine, whose rollouts are also appended to a file."""
 
     def __init__(self, engine: RolloutEngine, path: str | Path) -> None:
-        self._engine, self._path = engine, Path(path)
+        super().__init__(engine)
+        self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._round: int | None = None
         self._calls = 0  # within the round: dynamic sampling asks several times
@@ -43,15 +45,6 @@ class RecordingEngine:
         with self._path.open("a") as file:
             file.write(json.dumps(record, separators=(",", ":")) + "\n")
         return groups
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._engine, name, value)
 
 
 class ReplayEngine:
@@ -141,11 +134,16 @@ def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
             "finish_reason": r.finish_reason,
             "policy_version": r.policy_version,
             "seed": r.seed,
+            **({} if r.episode is None else {"episode": _episode_to_json(r.episode)}),
         }
         | ({} if r.routes is None else {"routes": base64.b64encode(r.routes.tobytes()).decode()})
         for r in group.rollouts
     ]
     return {"prompt": group.prompt.index, "problem": group.prompt.text, "rollouts": rollouts}
+
+
+def _episode_to_json(episode: Episode) -> dict[str, Any]:
+    return asdict(episode) | {"prompt_ids": episode.prompt_ids.tolist(), "sampled": episode.sampled.astype(int).tolist()}
 
 
 def _rollout(record: dict[str, Any], routes: RouteFormat | None) -> Rollout:
@@ -159,4 +157,17 @@ def _rollout(record: dict[str, Any], routes: RouteFormat | None) -> Rollout:
             raise DataError("holds no routes of a mixture's tokens; record with round.routing_replay rollout")
         experts = np.frombuffer(base64.b64decode(record["routes"]), dtype=routes.dtype)
         experts = experts.reshape(-1, routes.layers, routes.per_token)
-    return Rollout(token_ids, log_probs, record["text"], record["finish_reason"], versions, record["seed"], experts)
+    episode = None
+    if (values := record.get("episode")) is not None:
+        arrays = {"prompt_ids": to_token_ids(values["prompt_ids"]), "sampled": np.array(values["sampled"], dtype=np.bool_)}
+        episode = Episode(**(values | arrays))
+    return Rollout(
+        token_ids,
+        log_probs,
+        record["text"],
+        record["finish_reason"],
+        versions,
+        record["seed"],
+        routes=experts,
+        episode=episode,
+    )

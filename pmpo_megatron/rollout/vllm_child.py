@@ -1,6 +1,6 @@
 """The process that holds a vLLM engine: one step after another, messages between two steps, until its parent goes away.
 
-Messages in: ("add", (common parameters, prompts)), ("abort", names), ("call", (number, method, arguments)) and
+Messages in: ("add", [(parameters, prompts), ...]), ("abort", names), ("call", (number, method, arguments)) and
 ("resume", (version, recompute)). Out: ("ready" | "alive", None), ("finished", responses), ("value" | "error", (number,
 content)); an error without a number ends the process.
 """
@@ -104,7 +104,8 @@ class _Loop:
 
     def _take(self, kind: str, content: Any) -> None:
         if kind == "add":
-            self._add(*content)
+            for parameters, prompts in content:
+                self._add(parameters, prompts)
         elif kind == "abort":
             self._engine.abort_request(content)
         elif kind == "call":
@@ -112,7 +113,7 @@ class _Loop:
         elif kind == "resume":
             self._resume(*content)
 
-    def _add(self, common: dict[str, Any], prompts: list[tuple[np.ndarray, list[tuple[str, int]]]]) -> None:
+    def _add(self, parameters: dict[str, Any], prompts: list[tuple[np.ndarray, list[tuple[str, int]]]]) -> None:
         """One request for each (name, seed). The salt keeps prefixes that other weights computed from new requests.
 
         Text is needed while a response grows only to look for texts that end it; else it is made once, by `_plain`.
@@ -121,7 +122,7 @@ class _Loop:
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        common = common | {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": bool(common["stop"])}
+        common = parameters | {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": bool(parameters["stop"])}
         for token_ids, requests in prompts:
             prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=str(self._version))
             for name, seed in requests:
@@ -152,15 +153,17 @@ class _Loop:
 
 def _plain(
     output: Any, tokenizer: Any, routes: Routes | None
-) -> tuple[str, np.ndarray, np.ndarray, str, str, list[tuple[int, int]], Routes | None]:
-    """(request, token ids, log-prob of each, text, finish reason, (version, number of its tokens) in order, routes)."""
+) -> tuple[str, np.ndarray, np.ndarray, str, str, list[tuple[int, int]], int, Routes | None]:
+    """(request, token ids, log-probs, text, finish reason, (version, number of its tokens) in order, cached prompt tokens,
+    routes)."""
     [sample] = output.outputs
     token_ids = np.array(sample.token_ids, dtype=np.int32)
     pairs = zip(sample.token_ids, sample.logprobs, strict=True)
     log_probs = np.fromiter((entry[token].logprob for token, entry in pairs), dtype=np.float32, count=len(token_ids))
     versions = [(int(span.version), span.end - span.start) for span in sample.weight_versions]
     text = sample.text or whole_text(tokenizer, token_ids.tolist())
-    return output.request_id, token_ids, log_probs, text, sample.finish_reason, versions, routes
+    cached = output.num_cached_tokens or 0
+    return output.request_id, token_ids, log_probs, text, sample.finish_reason, versions, cached, routes
 
 
 def whole_text(tokenizer: Any, token_ids: list[int]) -> str:

@@ -73,6 +73,8 @@ def engine_settings(
     )
     if worker_extension is not None:
         settings["worker_extension_cls"] = worker_extension
+    if config.block_size is not None:
+        settings["block_size"] = config.block_size
     if config.max_model_len is not None:
         settings["max_model_len"] = config.max_model_len
     if config.expert_parallel:

@@ -144,6 +144,8 @@ def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nod
         in_flight=config.round.mode == "in_flight",
         routes=replayed_routes(config, read_shape(config.model.path)),
         logs=Path(config.run.directory) / "logs",
+        episode=config.episode,
+        longest_prompt=config.data.max_prompt_tokens,
     )
     thread.shutdown(wait=False)
     parts.callback(_end_engine, future)

@@ -25,6 +25,7 @@ from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.architecture import check_layout, expects_fused
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.rewards.functions import check_functions
+from pmpo_megatron.rollout.episodes import find_episode
 from pmpo_megatron.rollout.remote_process import own_nodes
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import round_up
@@ -66,6 +67,8 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     _check_experts(config, shape)
     _check_objective(config)
     check_functions(config.reward_functions(), config.rewards.code)
+    if config.episode.function is not None:
+        find_episode(config.episode.function)
     lines = [
         f"{_describe_model(config, shape)}; {weights}",
         _describe_layout(config, world_size, data_parallel),

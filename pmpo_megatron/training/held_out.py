@@ -44,7 +44,7 @@ class Evaluator:
         The engine sees a negative round number: seeds and recorded rollouts of evaluations are apart from training's.
         """
         groups = self._answer(self.sampling, -1 - round_index)
-        lengths = np.array([len(rollout.token_ids) for group in groups for rollout in group.group.rollouts])
+        lengths = np.array([rollout.num_sampled for group in groups for rollout in group.group.rollouts])
         metrics: dict[str, Metric] = {
             "eval/accuracy_mean": accuracy(groups),
             "eval/reward": Mean.of(np.array([np.mean(group.rewards) for group in groups])),

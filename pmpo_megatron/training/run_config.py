@@ -16,7 +16,7 @@ from pmpo_megatron.model.policy import ModelConfig
 from pmpo_megatron.monitor import MonitorConfig
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.rewards import RewardConfig
-from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig, check_temperature
+from pmpo_megatron.rollout.config import EpisodeConfig, RolloutConfig, SamplingConfig, check_temperature
 from pmpo_megatron.yaml_values import show
 
 
@@ -145,6 +145,7 @@ class RunConfig(Section):
     round: RoundConfig = setting(RoundConfig)
     sampling: SamplingConfig = setting(SamplingConfig)
     rollout: RolloutConfig = setting(RolloutConfig)
+    episode: EpisodeConfig = setting(EpisodeConfig)
     bridge: BridgeConfig = setting(BridgeConfig)
     rewards: RewardConfig = setting(RewardConfig)
     checkpoint: CheckpointConfig = setting(CheckpointConfig)
@@ -177,6 +178,8 @@ class RunConfig(Section):
             raise ConfigError(
                 name, "compares the trainer's log-probs with the engine's; round.old_log_probs must be recomputed"
             )
+        if self.round.routing_replay == "rollout" and self.episode.function is not None:
+            raise ConfigError("round.routing_replay", "rollout has no routes of the turns of episodes; use old")
         noted = {
             "round.routing_replay": self.round.routing_replay == "old",
             "objective.balance_coefficient": self.objective.balance_coefficient > 0,

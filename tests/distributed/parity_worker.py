@@ -26,6 +26,8 @@ from pmpo_megatron.types import PackedTrajectories, RouteFormat, Sample
 VOCAB = 250
 PROMPTS = (5, 20, 3, 8, 1, 12)
 RESPONSES = (4, 33, 17, 9, 25, 30)  # the first one's tokens all lie with context-parallel rank 1 of 2 (see micro_batches)
+TOLD = {1: slice(5, 12), 4: slice(0, 4)}  # tokens of these trajectories that were told to the policy
+SAMPLED_TOKENS = sum(RESPONSES) - 7 - 4
 TEMPERATURE = 0.8
 TYPICAL = -5.0  # of the fake rollout log-probs, whose scatter is also the staleness of the old log-probs
 STEPS = (
@@ -42,6 +44,8 @@ def samples() -> tuple[list[Sample], list[float]]:
     rng = np.random.default_rng(11)
     made, weights = [], []
     for index, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        sampled = np.ones(response, dtype=np.bool_)
+        sampled[TOLD.get(index, slice(0, 0))] = False
         made.append(
             Sample(
                 sample_id=100 + index,
@@ -51,6 +55,7 @@ def samples() -> tuple[list[Sample], list[float]]:
                 rollout_log_probs=(TYPICAL + 0.5 * rng.standard_normal(response)).astype(np.float32),
                 truncated=False,
                 advantage=float(rng.standard_normal()),
+                sampled=None if sampled.all() else sampled,
             )
         )
         weights.append(float(rng.uniform(0.05, 0.3)))

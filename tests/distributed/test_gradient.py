@@ -13,7 +13,7 @@ from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import read_shape
 from tests.distributed.gradient_worker import OPTIMIZER
 from tests.distributed.harness import run_ranks
-from tests.distributed.parity_worker import RESPONSES, STEPS, TEMPERATURE, micro_batches
+from tests.distributed.parity_worker import SAMPLED_TOKENS, STEPS, TEMPERATURE, micro_batches
 from tests.tiny_models import save_tiny_model
 from tests.tolerances import assert_near
 from tests.unit.algo.reference import reference_objective
@@ -43,8 +43,8 @@ def step_loss(model, batches, old, config):
                 gap = (old_T[chosen] - batch.rollout_log_probs_T[chosen]).mean()
                 gradient[chosen] *= min(float(gap.exp()), config.importance_cap)
         d = (log_probs - old_T)[response]  # the reference policy is the old one here
-        penalty = config.kl_coefficient * (torch.exp(-d) - 1 + d).sum() / sum(RESPONSES)
-        penalty = penalty - config.entropy_coefficient * entropy[response].sum() / sum(RESPONSES)
+        penalty = config.kl_coefficient * (torch.exp(-d) - 1 + d).sum() / SAMPLED_TOKENS
+        penalty = penalty - config.entropy_coefficient * entropy[response].sum() / SAMPLED_TOKENS
         surrogate = surrogate + (gradient * log_probs).sum() + penalty
         whole = whole + objective.detach() + penalty.detach()
     return surrogate, float(whole)

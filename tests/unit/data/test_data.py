@@ -38,7 +38,9 @@ def samples(lengths, seed=0, groups=1):
     for i, (prompt, response) in enumerate(lengths):
         ids = g.integers(5, 99, prompt + response).astype(np.int32)
         log_probs = g.normal(size=response).astype(np.float32)
-        made.append(Sample(i, i * groups // len(lengths), ids[:prompt], ids[prompt:], log_probs, i % 5 == 0, float(i) / 3))
+        sampled = np.arange(response) % 4 > 1 if i % 3 == 2 and response else None  # the first two of four were told
+        rest = (log_probs, i % 5 == 0, float(i) / 3, sampled)
+        made.append(Sample(i, i * groups // len(lengths), ids[:prompt], ids[prompt:], *rest))
     return made
 
 
@@ -76,9 +78,10 @@ def test_packed_trajectories_are_the_samples(multiple):
         ids = [*sample.prompt_ids.tolist(), *sample.response_ids.tolist()]
         assert packed.tokens_T[start : start + len(ids)].tolist() == ids
         where = (packed.trajectory_T == number).nonzero().flatten()
-        assert packed.targets_T[where].tolist() == sample.response_ids.tolist()
-        assert where.tolist() == list(range(start + len(sample.prompt_ids) - 1, start + len(ids) - 1))
-        assert np.array_equal(packed.rollout_log_probs_T[where].numpy(), sample.rollout_log_probs)
+        sampled = [k for k in range(len(sample.response_ids)) if sample.sampled is None or k % 4 > 1]
+        assert packed.targets_T[where].tolist() == sample.response_ids[sampled].tolist()
+        assert where.tolist() == [start + len(sample.prompt_ids) - 1 + k for k in sampled]
+        assert np.array_equal(packed.rollout_log_probs_T[where].numpy(), sample.rollout_log_probs[sampled])
         assert packed.position_ids_T[start : start + len(ids)].tolist() == list(range(len(ids)))
     assert packed.weights_N.numpy() == pytest.approx(weights) and packed.advantages_N.tolist() == pytest.approx(
         [sample.advantage for sample in given]
@@ -115,10 +118,10 @@ def test_weights_are_those_of_each_step(mask):
     steps = split_into_steps(table, steps=3, seed=1, round_index=0)
     found = step_weights(steps, table, kind="length", max_length=60, mask_truncated=mask)
     for members in steps:
-        total = sum(len(given[i].response_ids) for i in members)
-        for i in members:
+        lengths = {i: len(given[i].response_ids) if given[i].sampled is None else given[i].sampled.sum() for i in members}
+        for i, length in lengths.items():
             masked = mask and given[i].truncated
-            assert found[i] == pytest.approx(0.0 if masked else len(given[i].response_ids) / total)
+            assert found[i] == pytest.approx(0.0 if masked else length / sum(lengths.values()))
 
 
 def with_routes(given, routes):
@@ -133,12 +136,13 @@ def with_routes(given, routes):
 
 
 @pytest.mark.parametrize("routes", [None, RouteFormat(3, 2, 255), RouteFormat(1, 8, 256)])
-@pytest.mark.parametrize("members", [[], [5], [36, 0, 12]])
+@pytest.mark.parametrize("members", [[], [5], [4], [36, 0, 12, 8]])
 def test_samples_come_back_from_the_arrays_that_are_sent(members, routes):
     given = some_samples(groups=6) if routes is None else with_routes(some_samples(groups=6), routes)
     table, chosen = TrajectoryTable.of(given, [0.0] * len(given)), np.array(members, dtype=np.int64)
     arrays = flatten([given[i] for i in members], routes)
     assert [(len(array), array.dtype) for array in arrays] == flat_like(chosen, table, routes)
+    assert len(arrays[2]) == sum(len(given[i].response_ids) for i in members if given[i].sampled is not None)
     found = unflatten(arrays, chosen, table, routes)
     assert [sample.sample_id for sample in found] == members
     for one, other in zip(found, [given[i] for i in members], strict=True):

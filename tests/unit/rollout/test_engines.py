@@ -11,16 +11,15 @@ from pmpo_megatron.errors import ConfigError, RolloutError
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.remote_process import own_nodes
 from pmpo_megatron.rollout.vllm_child import whole_text
-from pmpo_megatron.rollout.vllm_jobs import Job, divide, missing_parts
+from pmpo_megatron.rollout.vllm_jobs import divide, make_jobs, missing_parts
 from pmpo_megatron.rollout.vllm_settings import Launch, engine_settings, visible_gpus
 from pmpo_megatron.types import Prompt
 
 
 def make_parts(count: int, samples: int) -> list:
     sampling = SamplingConfig(samples_per_prompt=samples)
-    return [
-        (Job(Prompt(10 * index, np.array([1, 2], np.int32), "", ()), sampling, 0), range(samples)) for index in range(count)
-    ]
+    prompts = [Prompt(10 * index, np.array([1, 2], np.int32), "", ()) for index in range(count)]
+    return [(job, range(samples)) for job in make_jobs(prompts, sampling, 0, divided=True)]
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3, 8])
@@ -33,7 +32,7 @@ def test_prompts_go_to_engines_in_turn_with_all_their_responses(engines):
 
 def test_what_an_engine_leaves_is_asked_again_prompt_by_prompt():
     jobs = [job for job, _ in make_parts(5, 4)]
-    jobs[2].take(f"{jobs[2].number}/1", np.array([5]), np.zeros(1), "", "stop", [(0, 1)])  # came, and nobody has noted it
+    jobs[2].take(f"{jobs[2].number}/1", np.array([5]), np.zeros(1), "", "stop", [(0, 1)], 0)  # came, and nobody has noted it
     names = [f"{jobs[which].number}/{sample}" for which, sample in ((4, 3), (2, 0), (0, 3), (2, 1), (3, 0))]
     known = {job.number: job for job in jobs if job is not jobs[3]}  # nobody waits for that one any more
     assert missing_parts(names, known) == [(jobs[0], [3]), (jobs[2], [0]), (jobs[4], [3])]
