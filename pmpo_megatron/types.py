@@ -175,8 +175,8 @@ class Sample:
     rollout_log_probs: Float32s  # of the response tokens
     truncated: bool  # the response hit the token limit
     advantage: float
-    routes: Routes | None = None  # as in `Rollout`
     sampled: Booleans | None = None  # of the response tokens; the others were told to the policy. None: all
+    routes: Routes | None = None  # as in `Rollout`
 
     @property
     def num_sampled(self) -> int:

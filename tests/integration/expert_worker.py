@@ -45,4 +45,4 @@ def mismatch(path: str, engine_dtypes: tuple[str, ...]) -> list[dict[str, np.nda
 
 
 def sample_of(group: RolloutGroup, rollout: Rollout) -> Sample:
-    return Sample(0, 0, group.prompt.token_ids, rollout.token_ids, rollout.log_probs, False, 0.0, rollout.routes)
+    return Sample(0, 0, group.prompt.token_ids, rollout.token_ids, rollout.log_probs, False, 0.0, routes=rollout.routes)
