@@ -27,6 +27,13 @@ def main() -> None:
         default=TinyModelConfig.slip_rate,
         help="how often the worst remembered fact is wrong in the solutions it learns from (default: %(default)s)",
     )
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        default=TinyModelConfig.vocabulary,
+        help="tokens learned from the tasks' texts, 300 at least; 0: one for each character, for arithmetic alone "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--layers", type=int, default=TinyModelConfig.layers, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=TinyModelConfig.hidden_size, help="(default: %(default)s)")
     parser.add_argument(
