@@ -110,6 +110,7 @@ def run_one(study: StudyConfig, directory: Path, seed: int, overrides: list[str]
         f"run.rounds={study.rounds}",
         f"run.seed={seed}",
         f"sampling.seed={seed}",
+        f"rollout.threads={threads}",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     with (directory / "log").open("ab") as log:
