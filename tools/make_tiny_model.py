@@ -33,6 +33,13 @@ def main() -> None:
         default=TinyModelConfig.call_rate,
         help="how often a step of those solutions is asked of a calculator, as <17+25> (default: %(default)s)",
     )
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        default=TinyModelConfig.vocabulary,
+        help="tokens learned from the tasks' texts, 300 at least; 0: one for each character, for arithmetic alone "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--layers", type=int, default=TinyModelConfig.layers, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=TinyModelConfig.hidden_size, help="(default: %(default)s)")
     parser.add_argument(

@@ -5,5 +5,5 @@
 #
 # Killed anywhere, the same command goes on; DIR/results.csv alone is enough to go on elsewhere. --only, --seeds and --rounds
 # make pieces: --only pmpo/mixture grpo/mixture --seeds 1. Programs run in the sandbox, which needs bubblewrap.
-start_model=(runs/domains-model --tasks arithmetic=4 programs=2,3 choices=1,2,3 --steps 1500)
+start_model=(runs/domains-model --tasks arithmetic=4 programs=2,3 choices=1,2,3 --vocabulary 600 --steps 1500)
 source "$(dirname "${BASH_SOURCE[0]}")/../common/study.sh"

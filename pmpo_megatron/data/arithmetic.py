@@ -15,7 +15,6 @@ from pmpo_megatron.data.problems import PERFECT, Memory, Problem
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8)
 SKEW = 6.0  # a problem of four operations takes about 14 facts
 SHORT_LEVELS = (1, 2, 3)
-WORDS: tuple[str, ...] = ()  # every character is a token
 
 
 def draw(level: int, generator: np.random.Generator) -> Problem:

@@ -57,11 +57,6 @@ DOES = {
 }
 KIND_OF = {thing: kind for kind, things in KINDS.items() for thing in things}
 CLASS_OF = {kind: name for name, kinds in CLASSES.items() for kind in kinds}
-_TERMS = (*KIND_OF, *KINDS, *HAS, *CLASSES, *DOES)
-WORDS = (
-    *sorted({f" {word}" for term in _TERMS for word in term.split()}),
-    *("Which", " is", "? A", " B", " C", " D", ";", "\\boxed{"),
-)
 
 
 def draw(level: int, generator: np.random.Generator) -> Problem:

@@ -17,18 +17,16 @@ class Task:
 
     Args:
         skew: of a `Memory` with which a minority of the problems is solved; the more facts a problem takes, the larger.
-        words: pieces of its texts that a tiny model takes as single tokens.
     """
 
     levels: tuple[int, ...]
     skew: float
-    words: tuple[str, ...]
     draw: Callable[[int, np.random.Generator], Problem]
     solve: Callable[..., str]  # (problem, memory=, generator=)
 
 
 TASKS = {
-    name: Task(module.LEVELS, module.SKEW, module.WORDS, module.draw, module.solve)
+    name: Task(module.LEVELS, module.SKEW, module.draw, module.solve)
     for name, module in (("arithmetic", arithmetic), ("programs", programs), ("choices", choices))
 }
 

@@ -42,11 +42,6 @@ CONDITIONS = {
 }
 STEP = re.compile(r"(?:if (?P<condition>.+?), |(?P<times>\d) times )?(?P<operation>.+)")
 INPUTS = (-100, -13, -10, -7, -4, -3, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 16, 18, 27, 50, 64, 99, 101)
-WORDS = (
-    *sorted({f" {word}" for phrase in (*OPERATIONS, *CONDITIONS) for word in phrase.split() if word != "{n}"}),
-    *("f:", ", then", " if", " times", "```\ndef f(x):\n", "    ", "if ", "for i in range(", "):\n", "x = ", "return x\n```"),
-    *("max(x,", "min(x,", "abs(x)", "==", "//", "x%", ":\n", "%"),
-)
 
 
 def draw(level: int, generator: np.random.Generator) -> Problem:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import re
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ logger = logging.getLogger(__name__)
 PAD, END = "<pad>", "<end>"
 ALPHABET = "0123456789+-*/=()., \n?:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\\{}$^_<>|"
 BATCH = 32
+TEXTS = 1000  # problems of each task from which a vocabulary is learned
 LEARNING_RATE = 4e-3
 
 
@@ -46,21 +46,38 @@ class TinyModelConfig:
     tasks: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"arithmetic": (4, 5)})  # name -> levels
     slip_rate: float = 0.8  # of the worst fact
     call_rate: float = 0.0  # of steps that are asked of a calculator
+    vocabulary: int = (
+        0  # tokens that are learned from the tasks' texts; 0: one for each character, which arithmetic needs alone
+    )
     positions: int = 256
     endless: bool = False  # no end token, so that responses go on to the limit; only without warm start
     seed: int = 0
 
 
-def make_tokenizer(words: Iterable[str] = ()) -> transformers.PreTrainedTokenizerFast:
-    """One token for each of ``words`` and for each other character; whatever is not in the alphabet is dropped."""
-    words = sorted(set(words), key=lambda word: (-len(word), word))  # the longest that fits
-    vocabulary = {token: number for number, token in enumerate([PAD, END, *ALPHABET, *words])}
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token for each character; whatever is not in the alphabet is dropped."""
+    vocabulary = {token: number for number, token in enumerate([PAD, END, *ALPHABET])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*map(re.escape, words), "."])), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=PAD, clean_up_tokenization_spaces=False
     )
+
+
+def learn_tokenizer(config: TinyModelConfig) -> transformers.PreTrainedTokenizerFast:
+    """Qwen2's kind, bytes and what is merged of them, learned from the tasks' texts.
+
+    Transformers reads the tokenizer of a Qwen2 checkpoint as this kind whatever it is, so that spaces come back with it alone.
+    """
+    symbols = [PAD, END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    kind = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, pad_token=PAD, eos_token=END)
+    texts = []
+    for task, levels in config.tasks.items():
+        for problem in make_problems(task, TEXTS, levels=levels, seed=config.seed):
+            texts += [problem.text, TASKS[task].solve(problem)]
+    return kind.train_new_from_iterator(texts, config.vocabulary, show_progress=False)
 
 
 def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedModel:
@@ -96,7 +113,7 @@ def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokeni
 def make_tiny_model(out: Path, config: TinyModelConfig) -> None:
     """Trains and writes the model to ``out``, complete or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(word for task in config.tasks for word in TASKS[task].words)
+    tokenizer = learn_tokenizer(config) if config.vocabulary else make_tokenizer()
     model = make_model(config, tokenizer)
     if config.endless:
         tokenizer.eos_token = None

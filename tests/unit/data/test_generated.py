@@ -10,8 +10,9 @@ from pmpo_megatron.data import arithmetic, choices
 from pmpo_megatron.data.generated import TASKS, make_problems
 from pmpo_megatron.data.problems import Memory, Problem, is_held_out
 from pmpo_megatron.data.prompts import DataConfig, load_prompts
+from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.errors import ConfigError
-from pmpo_megatron.hf.tiny_model import make_tokenizer
+from pmpo_megatron.hf.tiny_model import TinyModelConfig, make_tiny_model, make_tokenizer
 from pmpo_megatron.rewards.choice import choice
 from pmpo_megatron.rewards.code import CodeReward, check_sandbox
 from pmpo_megatron.rewards.code_tests import last_program
@@ -27,15 +28,16 @@ def test_problems_are_reproducible_and_held_out_ones_never_train(task):
     assert make_problems(task, 20, levels=levels, seed=1) == train[:20] != make_problems(task, 20, levels=levels, seed=2)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_tiny_models_tokens_are_the_text(task):
-    memory, generator = Memory(0.9, 1.0), np.random.default_rng(0)
-    tokenizer = make_tokenizer(word for name in TASKS for word in TASKS[name].words)
-    for problem in make_problems(task, 200):
-        solution = TASKS[task].solve(problem, memory=memory, generator=generator)
-        for text, most in ((problem.text, 48), (solution, 96)):
-            ids = tokenizer.encode(text)
-            assert tokenizer.decode(ids) == text and len(ids) <= most and tokenizer.unk_token_id not in ids
+def test_what_a_tiny_model_learns_of_all_tasks_is_the_text_also_after_it_is_loaded(tmp_path):
+    config = TinyModelConfig(tasks={name: task.levels for name, task in TASKS.items()}, vocabulary=600, steps=0, layers=1)
+    make_tiny_model(tmp_path / "model", config)
+    memory, generator, tokenizer = Memory(0.9, 1.0), np.random.default_rng(0), load_tokenizer(str(tmp_path / "model"))
+    assert len(tokenizer) == 600 and tokenizer.eos_token == "<end>"
+    for task, most in (("arithmetic", 320), ("programs", 100), ("choices", 24)):
+        for problem in make_problems(task, 100, levels=TASKS[task].levels, held_out=True):
+            for text in (problem.text, TASKS[task].solve(problem, memory=memory, generator=generator)):
+                ids = tokenizer.encode(text)
+                assert tokenizer.decode(ids) == text and len(ids) <= most
 
 
 def test_arithmetic_is_right():
