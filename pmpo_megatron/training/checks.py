@@ -61,6 +61,7 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     shape, weights = _check_model(config.model.path, dry_run=dry_run)
     check_layout(shape, config.parallel)
     check_lengths(config, shape)
+    check_experts(config)
     _check_attention(config)
     _check_objective(config)
     check_functions(config.reward_functions(), config.rewards.code)
@@ -153,6 +154,12 @@ def _check_attention(config: RunConfig) -> None:
             f"float32 with parallel.context = {config.parallel.context} has no attention in Transformer Engine; use bfloat16, "
             "or model.layers=local",
         )
+
+
+def check_experts(config: RunConfig) -> None:
+    """Raises ConfigError for an optimizer that has no checkpoint which loads on another layout of the experts."""
+    if config.parallel.expert > 1 and not config.optimizer.distributed:
+        raise ConfigError("optimizer.distributed", f"must be true with parallel.expert = {config.parallel.expert}")
 
 
 def check_lengths(config: RunConfig, shape: ModelShape) -> None:
