@@ -41,6 +41,7 @@ def expert_settings(experts: ExpertShape | None, layout: ParallelConfig, *, fuse
     """
     if experts is None:
         return {}
+    _complete_router()
     return dict(
         num_moe_experts=experts.num_experts,
         moe_router_topk=experts.per_token,
@@ -59,3 +60,10 @@ def expert_settings(experts: ExpertShape | None, layout: ParallelConfig, *, fuse
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor_size,
     )
+
+
+def _complete_router() -> None:
+    """Megatron-Core 0.16.1 defines this name only where Transformer Engine is, and its router asks for it everywhere."""
+    from megatron.core.transformer.moe import moe_utils
+
+    vars(moe_utils).setdefault("te_general_gemm", None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pmpo_megatron.hf.mapping import WeightMapping
+from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import read_shape
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity_worker import RESPONSES, TEMPERATURE, micro_batches
@@ -114,6 +115,9 @@ def assert_close(found, expected, what):
 def check_training(runs, world_size, layouts, name, kind, kinds=TRAINED):
     mapping = WeightMapping(read_shape(runs.models[kind]))
     reference, found = (runs.get(*which, "train", kinds) for which in ((1, SINGLE, "single"), (world_size, layouts, name)))
+    reader, streamed = SafetensorsReader(runs.models[kind]), found[0][kind]["streamed"]
+    assert streamed.keys() == mapping.hf_shapes.keys()
+    assert all(torch.equal(tensor, reader(name)) for name, tensor in streamed.items()), "what goes to the engine"
     for step in range(2):
         expected = whole(reference, kind, lambda r, s=step: r["gradients"][s], mapping)
         assert_close(whole(found, kind, lambda r, s=step: r["gradients"][s], mapping), expected, f"gradient {step}")

@@ -85,6 +85,10 @@ def test_a_reference_model_is_weights_alone():
         ({"rollout": {"gpu_memory_utilization": 0.9}}, "vLLM wants 71.2 GiB free when it starts"),
         ({"rollout": {"tensor_parallel": 28}}, "more than a node's 8 GPUs"),
         ({"rollout": {"max_model_len": 4000}}, "= 4024 tokens, above rollout.max_model_len = 4000"),
+        (
+            {"model": {"path": "Qwen/Qwen3-30B-A3B"}, "parallel": {"expert": 8}, "optimizer": {"distributed": False}},
+            "optimizer.distributed: must be true with parallel.expert = 8",
+        ),
     ],
 )
 def test_problems_name_the_setting(sections, message):
