@@ -159,7 +159,7 @@ def _check_attention(config: RunConfig) -> None:
 
 
 def check_experts(config: RunConfig, shape: ModelShape) -> None:
-    """Raises ConfigError for settings of a mixture of experts of a model that has none, and for an optimizer that has no checkpoint
+    """Raises ConfigError for settings of mixtures where the model is none, and for an optimizer that has no checkpoint
     which loads on another layout of the experts."""
     used = {
         "round.routing_replay": config.round.routing_replay != "off",
