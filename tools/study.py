@@ -64,9 +64,9 @@ def main() -> int:
 def run_all(study: StudyConfig, results: Results, options: argparse.Namespace) -> bool:
     """Runs what is missing, seed after seed, so that a piece of a study is as even as can be; True if all is done."""
     variants = study.variants()
-    configuration = (ROOT / study.config).read_text()
+    configuration = read_yaml(ROOT / study.config)
     for levels in pick(variants, options.only):  # what is wrong in a setting is said before anything runs
-        build(RunConfig, apply_overrides(read_yaml(ROOT / study.config), [*study.settings, *variants[levels]]))
+        build(RunConfig, apply_overrides(configuration, [*study.settings, *variants[levels]]))
     wanted = []
     for seed in range(1, study.seeds + 1):
         for levels in pick(variants, options.only):
@@ -105,6 +105,7 @@ def run_one(study: StudyConfig, directory: Path, seed: int, overrides: list[str]
         f"run.rounds={study.rounds}",
         f"run.seed={seed}",
         f"sampling.seed={seed}",
+        f"rollout.threads={threads}",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     with (directory / "log").open("ab") as log:

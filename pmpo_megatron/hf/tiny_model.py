@@ -7,6 +7,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedModel:
     """The untrained model, float32: a Qwen2, or a Qwen3 with a mixture of experts."""
     torch.manual_seed(config.seed)
-    common = dict(
+    common: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=3 * config.hidden_size,
@@ -76,7 +77,7 @@ def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokeni
     )
     if not config.experts:
         return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common))
-    mixture = dict(
+    mixture: dict[str, Any] = dict(
         head_dim=config.hidden_size // config.heads,
         num_experts=config.experts,
         num_experts_per_tok=config.experts_per_token,

@@ -57,6 +57,7 @@ def expert_settings(experts: ExpertShape | None, layout: ParallelConfig, *, fuse
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=fused,
+        moe_permute_fusion=fused,  # PyTorch's scatter_add_ would add a token's results up in another order every time on a GPU
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor_size,
     )

@@ -18,8 +18,8 @@ from scipy import stats
 from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.errors import DataError
 from pmpo_megatron.monitor.comparison_plots import curve_pictures, ess_against_p, heat_maps
-from pmpo_megatron.monitor.page import page
-from pmpo_megatron.monitor.study import COLLAPSE, GREEDY, SAMPLED, StudyConfig, Variant
+from pmpo_megatron.monitor.page import page, picture_file
+from pmpo_megatron.monitor.study import COLLAPSE, GREEDY, SAMPLED, UPDATES, StudyConfig, Variant
 
 CONFIDENCE = 0.95
 QUANTITIES = (
@@ -33,8 +33,9 @@ COLUMNS = (
     ("p, 95%", "objective/p_q95", "mean"),
     ("ESS / tokens", "objective/ess_fraction", "mean"),
     ("clipped", "objective/clip_fraction", "mean"),
-    ("gradient norm", "policy/grad_norm", "mean"),
-    ("its maximum", "policy/grad_norm_max", "max"),
+    ("gradient norm", UPDATES, "mean"),
+    ("its 99th percentile", UPDATES, "q99"),
+    ("its maximum", UPDATES, "max"),
 )
 
 
@@ -97,7 +98,7 @@ def _holm(verdicts: list[Verdict]) -> list[Verdict]:
 
 
 def write_comparison(study: StudyConfig, variants: Sequence[Variant], out: Path) -> list[str]:
-    """Writes the page about ``variants`` to ``out``; returns its verdicts as sentences.
+    """Writes the page about ``variants`` to ``out``, its pictures to ``pictures`` beside it; returns its verdicts.
 
     Raises:
         DataError: there is none.
@@ -121,7 +122,10 @@ def write_comparison(study: StudyConfig, variants: Sequence[Variant], out: Path)
         ("p as an inverse temperature", ess_against_p(variants)),
         ("Curves", curve_pictures(study, variants, interval_of_mean)),
     ):
-        cards = "".join(f'<div class="card">{svg}</div>' for svg in pictures)
+        cards = "".join(f'<div class="card">{svg}</div>' for svg in pictures.values())
+        for name, svg in pictures.items():
+            (out.parent / "pictures").mkdir(parents=True, exist_ok=True)
+            replace_text(out.parent / "pictures" / f"{name}.svg", picture_file(svg))
         sections += [f'<h2>{heading}</h2><div class="cards">{cards}</div>'] if pictures else []
     replace_text(out, page(study.title, subtitle, "\n".join(sections)))
     return sentences

@@ -1,4 +1,4 @@
-"""The pictures of a study: curves with confidence bands, heat maps over two axes, and ESS against p. SVG text."""
+"""The pictures of a study: curves with confidence bands, heat maps over two axes, and ESS against p. SVG text, by name."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ CURVES = (
 )
 
 
-def curve_pictures(study: StudyConfig, variants: Sequence[Variant], interval: Callable) -> list[str]:
+def curve_pictures(study: StudyConfig, variants: Sequence[Variant], interval: Callable) -> dict[str, str]:
     """Every curve for each set of variants that are compared with each other, where they are few enough to tell apart."""
-    pictures = []
+    pictures: dict[str, str] = {}
     for reference in dict.fromkeys(study.reference_of(variant.levels) for variant in variants):
         compared = [variant for variant in variants if study.reference_of(variant.levels) == reference]
         if len(compared) > NUM_SERIES:
             continue
         for metric, heading, label in CURVES:
             name = f"{metric}-{'-'.join(reference)}".replace("/", "-")
-            pictures += _curves(compared, metric, f"{heading} ({'/'.join(reference)} and others)", label, name, interval)
+            pictures |= _curves(compared, metric, f"{heading} ({'/'.join(reference)} and others)", label, name, interval)
     return pictures
 
 
-def _curves(variants: Sequence[Variant], metric: str, heading: str, label: str, name: str, interval: Callable) -> list[str]:
+def _curves(
+    variants: Sequence[Variant], metric: str, heading: str, label: str, name: str, interval: Callable
+) -> dict[str, str]:
     with figure() as (drawn, axes):
         for index, variant in enumerate(variants):
             rounds, values = variant.curves(metric)
@@ -45,22 +47,22 @@ def _curves(variants: Sequence[Variant], metric: str, heading: str, label: str, 
             if np.isfinite(half).all():
                 axes.fill_between(rounds, mean - half, mean + half, color=color(index), alpha=0.15, linewidth=0)
         if not axes.lines:
-            return []
+            return {}
         axes.set_title(heading)
         axes.set_ylabel(label)
         axes.set_xlabel("round")
         drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        return [to_svg(drawn, name)]
+        return {name: to_svg(drawn, name)}
 
 
-def heat_maps(study: StudyConfig, variants: Sequence[Variant], quantities: Sequence[tuple[str, str, str]]) -> list[str]:
+def heat_maps(study: StudyConfig, variants: Sequence[Variant], quantities: Sequence[tuple[str, str, str]]) -> dict[str, str]:
     """Mean over seeds of each quantity, and the share of collapsed runs, over the study's two axes."""
     if not study.heat_map:
-        return []
+        return {}
     names = list(study.axes)
     row, column = (names.index(axis) for axis in study.heat_map)
     others = [index for index in range(len(names)) if index not in (row, column)]
-    pictures = []
+    pictures: dict[str, str] = {}
     for fixed in dict.fromkeys(tuple(variant.levels[i] for i in others) for variant in variants):
         shown = [variant for variant in variants if tuple(variant.levels[i] for i in others) == fixed]
         where = ", ".join(f"{names[i]} {level}" for i, level in zip(others, fixed, strict=True))
@@ -72,7 +74,8 @@ def heat_maps(study: StudyConfig, variants: Sequence[Variant], quantities: Seque
             of_runs = {(v.levels[row], v.levels[column]): x for v, x in zip(shown, values, strict=True) if x}
             means = {levels: float(np.mean([*x.values()])) for levels, x in of_runs.items()}
             heading = title.capitalize() + (f" ({where})" if where else "")
-            pictures.append(_heat_map(study, means, heading, f"heat-{title}-{'-'.join(fixed)}".replace(" ", "-")))
+            name = "-".join(["heat", *title.split(), *fixed])
+            pictures[name] = _heat_map(study, means, heading, name)
     return pictures
 
 
@@ -95,7 +98,7 @@ def _heat_map(study: StudyConfig, means: dict[tuple[str, str], float], heading: 
         return to_svg(drawn, name)
 
 
-def ess_against_p(variants: Sequence[Variant]) -> list[str]:
+def ess_against_p(variants: Sequence[Variant]) -> dict[str, str]:
     """One point for each run: mean ESS / tokens against mean p, which is an inverse temperature: a larger one concentrates."""
     with figure() as (drawn, axes):
         for index, variant in enumerate(variants):
@@ -104,10 +107,10 @@ def ess_against_p(variants: Sequence[Variant]) -> list[str]:
             points = [p[s] for s in seeds], [ess[s] for s in seeds]
             axes.plot(*points, "o", label=variant.name, markersize=5, alpha=0.7, mec="none", color=color(index))
         if not any(np.size(line.get_xdata()) for line in axes.lines):
-            return []
+            return {}
         axes.set_title("ESS against p, means over each run")
         axes.set_xlabel("p")
         axes.set_ylabel("ESS / tokens")
         if len(variants) <= NUM_SERIES:
             drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        return [to_svg(drawn, "ess-p")]
+        return {"ess-p": to_svg(drawn, "ess-p")}

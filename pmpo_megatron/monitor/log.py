@@ -2,7 +2,8 @@
 
 Files in the run's directory:
     run.json            configuration, versions, times of start and resume
-    metrics.jsonl       {"step": 3, "time": 1700000000.0, "reward/mean": 0.5, ...}; several lines may share a step
+    metrics.jsonl       {"step": 3, "time": 1700000000.0, "reward/mean": 0.5, ...}; several lines may share a step;
+                        "updates/..." are lists, one number for each optimizer step
     trajectories.jsonl  {"step": 3, "p": [...], "ess": [...], ...}: one entry for each trajectory of the step
     rollouts.jsonl      {"step": 3, "prompt": ..., "response": ..., "reward": ...}: some responses of each step
     experts.jsonl       {"step": 3, "0": [...], ...}: of a mixture, how many tokens each expert of each layer got
@@ -85,6 +86,7 @@ class RunLog:
         step: int,
         metrics: Mapping[str, float | Metric],
         *,
+        updates: Mapping[str, Sequence[float]] | None = None,
         trajectories: Mapping[str, Sequence[float] | np.ndarray] | None = None,
         rollouts: Sequence[Mapping[str, Any]] = (),
         tokens: Sequence[Mapping[str, Any]] = (),
@@ -95,6 +97,7 @@ class RunLog:
         Args:
             step: finished steps, this one included.
             metrics: bare numbers, or metrics with their reduction, already combined over ranks.
+            updates: one number for each optimizer step within ``step``; they are in ``metrics.jsonl`` alone.
             trajectories: arrays of one length, one entry for each trajectory of the step.
             rollouts: responses for people; the first ``rollout_samples`` are saved.
             tokens: trajectories token by token, as `monitor.token_page` shows them.
@@ -102,7 +105,7 @@ class RunLog:
         """
         numbers = summarize(metrics)
         self._step = step
-        self._append("metrics", {"step": step, "time": round(time.time(), 3), **numbers})
+        self._append("metrics", {"step": step, "time": round(time.time(), 3), **numbers, **dict(updates or {})})
         if trajectories and self.config.trajectories:
             rounded = {name: round_significant(values) for name, values in trajectories.items()}
             self._append("trajectories", {"step": step, **rounded})

@@ -6,13 +6,14 @@ from html import escape
 
 from pmpo_megatron.monitor.style import DARK, LIGHT, css_variables
 
+COLORS = f"""
+:root {{ color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", sans-serif;
+  --page: #f5f5f2; --card: #ffffff; --ink: #1c1c1a; --muted: #6a6a66; --grid: #e4e4df; {css_variables(LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{
+  --page: #161615; --card: #20201f; --ink: #ecece8; --muted: #a3a39d; --grid: #383836; {css_variables(DARK)} }} }}"""
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", sans-serif;
-  --page: #f5f5f2; --card: #ffffff; --ink: #1c1c1a; --muted: #6a6a66; --grid: #e4e4df; {light} }}
-@media (prefers-color-scheme: dark) {{ :root {{
-  --page: #161615; --card: #20201f; --ink: #ecece8; --muted: #a3a39d; --grid: #383836; {dark} }} }}
+<title>{title}</title><style>{colors}
 * {{ box-sizing: border-box }}
 body {{ margin: 0 auto; max-width: 1180px; padding: 2rem 1rem 4rem; background: var(--page); color: var(--ink);
   font: 15px/1.5 var(--font) }}
@@ -35,5 +36,10 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; font-siz
 
 def page(title: str, subtitle: str, body: str) -> str:
     """The page as text; ``body`` is HTML, the others are plain text."""
-    colors = {"light": css_variables(LIGHT), "dark": css_variables(DARK)}
-    return PAGE.format(title=escape(title), subtitle=escape(subtitle), body=body, **colors)
+    return PAGE.format(title=escape(title), subtitle=escape(subtitle), body=body, colors=COLORS)
+
+
+def picture_file(svg: str) -> str:
+    """A page's picture ``svg`` as the text of a file of its own, for a document that shows it."""
+    svg = svg.replace("<svg ", '<svg style="background: var(--card)" ', 1)
+    return svg.replace(">", f"><style>{COLORS}</style>", 1)

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ METRICS = (
     *OBJECTIVE,
     "objective/clip_fraction",
     "policy/grad_norm",
-    "policy/grad_norm_max",
     "policy/entropy",
     "policy/skipped_steps",
     "rollout/length_mean",
@@ -40,6 +39,7 @@ METRICS = (
     "mismatch/mean_abs",
     "time/total_s",
 )
+UPDATES = "updates/grad_norm"  # one number for each optimizer step; a cell of the file holds those of a round
 WINDOW = 3  # rounds, of the means by which collapse is told
 COLLAPSE = (
     f"A run has collapsed if its mean training reward over the last {WINDOW} rounds is below half of its own best mean over "
@@ -90,7 +90,7 @@ class StudyConfig(Section):
         """What the variant ``levels`` is compared with."""
         return tuple(own if wanted == ANY else wanted for own, wanted in zip(levels, self.reference, strict=True))
 
-    def key(self, overrides: Sequence[str], configuration: str) -> str:
+    def key(self, overrides: Sequence[str], configuration: Mapping[str, Any]) -> str:
         """By which a row says what it was measured with: changes with every setting and with the budget."""
         text = json.dumps([configuration, *self.settings, *overrides, self.rounds])
         return hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -111,7 +111,7 @@ def read_study(path: Path, *, rounds: int | None = None, seeds: int | None = Non
 
 @dataclass(frozen=True)
 class Variant:
-    """One combination of levels and its finished runs: by seed, by metric, by round."""
+    """One combination of levels and its finished runs: by seed, by metric, by round (`UPDATES`: by optimizer step)."""
 
     levels: tuple[str, ...]
     runs: dict[int, dict[str, dict[int, float]]]
@@ -127,11 +127,12 @@ class Variant:
         return np.array(rounds), np.array([[points[number] for number in rounds] for points in series])
 
     def by_seed(self, metric: str, reduce: str) -> dict[int, float]:
-        """One number for each seed that has ``metric``: its ``last`` value, or the ``mean`` or ``max`` over the rounds."""
+        """One number for each seed that has ``metric``: its ``last`` value, ``mean``, 99th percentile (``q99``) or ``max``."""
         series = {
             seed: [run[metric][number] for number in sorted(run[metric])] for seed, run in self.runs.items() if metric in run
         }
         reductions: dict[str, Callable[[list[float]], Any]] = {"last": lambda v: v[-1], "mean": np.mean, "max": np.max}
+        reductions["q99"] = lambda values: np.quantile(values, 0.99)
         return {seed: float(reductions[reduce](values)) for seed, values in series.items()}
 
     def collapsed(self) -> dict[int, bool]:
@@ -157,7 +158,7 @@ class Results:
 
     def __init__(self, path: Path, study: StudyConfig) -> None:
         self.path, self.axes = path, list(study.axes)
-        self.columns = [*self.axes, "seed", "settings", "round", *METRICS]
+        self.columns = [*self.axes, "seed", "settings", "round", *METRICS, UPDATES]
         self.rows: list[dict[str, str]] = []
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
@@ -185,7 +186,8 @@ class Results:
         shared = dict(zip(self.axes, levels, strict=True)) | {"seed": str(seed), "settings": key}
         for record in run.metrics:
             values = {name: f"{float(record[name]):.6g}" for name in METRICS if name in record}
-            self.rows.append(shared | {"round": str(record["step"])} | values)
+            updates = " ".join(f"{value:.6g}" for value in record.get(UPDATES, ()))
+            self.rows.append(shared | {"round": str(record["step"]), UPDATES: updates} | values)
         lines = (",".join(row.get(name, "") for name in self.columns) for row in self.rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self.path, "\n".join([",".join(self.columns), *lines]) + "\n")
@@ -202,6 +204,9 @@ class Results:
                 run = found.setdefault(self._levels(row), {}).setdefault(int(row["seed"]), {})
                 for name in filter(row.get, METRICS):
                     run.setdefault(name, {})[int(row["round"])] = float(row[name])
+                for norm in row[UPDATES].split():
+                    norms = run.setdefault(UPDATES, {})
+                    norms[len(norms)] = float(norm)
             except (TypeError, ValueError) as error:
                 raise DataError(f"{self.path}:{number}: {error}") from None
         return [Variant(levels, runs) for levels, runs in found.items()]

@@ -204,7 +204,7 @@ def _all_gather(pieces: list[torch.Tensor], mine: torch.Tensor, group: Any = Non
         return torch.distributed.all_gather(pieces, mine, group=group, **options)
     whole, copies = mine.new_empty(sum(sizes), *mine.shape[1:]), torch.cat([mine] * len(pieces))
     torch.distributed.all_to_all_single(whole, copies, sizes, [len(mine)] * len(pieces), group=group)
-    for piece, received in zip(pieces, whole.split(sizes), strict=True):
+    for piece, received in zip(pieces, torch.split(whole, sizes), strict=True):
         piece.copy_(received)
     return None
 

@@ -259,9 +259,11 @@ class Trainer:
         staleness = trained - batch.versions
         metrics |= {"rollout/staleness": Mean.of(staleness), "rollout/staleness_max": Maximum(float(staleness.max()))}
         record = trajectory_record(results, batch.table.rewards_N)
+        updates = {"updates/grad_norm": [result.grad_norm for result in results if result.applied]}
         self.log.log(
             self.progress.round,
             metrics,
+            updates=updates,
             trajectories=record,
             rollouts=batch.examples,
             tokens=tokens,

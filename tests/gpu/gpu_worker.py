@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pmpo_megatron.algo.objective import PRESETS
-from pmpo_megatron.bridge.media import Broadcast
+from pmpo_megatron.bridge.media import Broadcast, join_medium
 from pmpo_megatron.model import architecture
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
@@ -59,3 +59,11 @@ def connect_and_hang(port: int, common: dict) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     Broadcast("nccl", rank=1, store=store, device=torch.device("cuda", 1), **common).connect()
     time.sleep(600)
+
+
+def add_one(description: dict) -> None:
+    """The second slot becomes the first plus one, in memory of another process on this GPU."""
+    device = torch.device("cuda", 0)
+    medium = join_medium(description, store=dist.HashStore(), device=device, elsewhere=False)
+    medium.slot(1).copy_(medium.slot(0) + 1)
+    torch.cuda.synchronize()

@@ -3,8 +3,8 @@
 
 A checkpoint of random weights in the chosen shape is written first, or --model names one. Every process gets the same
 micro-batches of packed trajectories; the first step, which allocates, is not counted. TFLOP/s counts 6 operations for each
-parameter that a token uses and token of a step, without attention and recomputation. Peak memory: of the GPU, or of the
-process on CPU.
+    from pmpo_megatron.planner import hardware_here
+    from pmpo_megatron.planner.parameters import active_parameters
 """
 
 from __future__ import annotations
@@ -109,8 +109,10 @@ def report(ranks: list[dict]) -> None:
     seconds = {name: max(statistics.median(rank[name]) for rank in ranks) for name in ("score", "step")}
     for name, value in seconds.items():
         print(f"{name:>6} {value:>9.3f} {one['tokens'] / value:>10.0f}")
-    rate = 6 * one["parameters"] * one["tokens"] / seconds["step"] / len(ranks) / 1e12
-    print(f"{rate:.3f} TFLOP/s for each process; peak memory {max(rank['peak'] for rank in ranks) / 2**30:.2f} GiB")
+    rate = 6 * one["parameters"] * one["tokens"] / seconds["step"] / len(ranks)
+    share = f" (MFU {rate / one['peak_flops']:.1%})" if one["peak_flops"] else ""
+    planned, peak = (max(rank[name] for rank in ranks) / 2**30 for name in ("planned", "peak"))
+    print(f"{rate / 1e12:.3f} TFLOP/s for each process{share}; planned {planned:.2f} GiB; peak memory {peak:.2f} GiB")
 
 
 def work(options: argparse.Namespace) -> None:
@@ -121,6 +123,7 @@ def work(options: argparse.Namespace) -> None:
     from pmpo_megatron.model.policy import ModelConfig, Policy
     from pmpo_megatron.model.step import optimizer_step, score
     from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
+    from pmpo_megatron.planner import hardware_here
     from pmpo_megatron.planner.parameters import active_parameters
 
     layout = {name: getattr(options, name) for name in LAYOUT}
@@ -145,10 +148,32 @@ def work(options: argparse.Namespace) -> None:
         "layers": "Transformer Engine" if transformer_engine_available() else "own layers (SDPA)",
         "parameters": active_parameters(policy.shape),
         "tokens": options.trajectory * options.trajectories * options.micro_batches * state.dp_size,
+        "peak_flops": hardware_here().peak_flops if on_gpu else None,
+        "planned": planned_bytes(options, policy, model),
         "peak": torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
     (options.out / f"rank{state.rank}").write_text(json.dumps(found))
     shut_down()
+
+
+def planned_bytes(options: argparse.Namespace, policy, model) -> float:
+    """What the planner counts for this rank: parameters, gradients, optimizer and activations."""
+    from pmpo_megatron.model.architecture import expects_fused
+    from pmpo_megatron.planner.activations import ActivationModel, activation_bytes
+    from pmpo_megatron.planner.parameters import state_bytes
+    from pmpo_megatron.units import ITEM_SIZE, resolve_dtype
+
+    state, dtype = policy.state, resolve_dtype(options.dtype, policy.state.device.type)
+    fixed = state_bytes(policy.shape, state.config, stage=state.pp_rank, replicas=state.dp_size * state.cp_size, dtype=dtype)
+    fused = expects_fused(model.layers) and state.device.type == "cuda"
+    activations = activation_bytes(
+        ActivationModel(policy.shape, state.config, options.recompute, ITEM_SIZE[dtype], fused=fused),
+        tokens=options.trajectory * options.trajectories / state.cp_size,
+        stage=state.pp_rank,
+        micro_batches=options.micro_batches,
+        chunk=model.log_prob_chunk,
+    )
+    return fixed.total + activations.total
 
 
 def pack_trajectories(options: argparse.Namespace, vocabulary: int, seed: int):

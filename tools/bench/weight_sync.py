@@ -43,13 +43,15 @@ def make_checkpoint(directory: Path, dtype: str, layers: int) -> None:
     make_tokenizer().save_pretrained(directory)
 
 
-def copy_time(size: int, repeats: int) -> float:
+def copy_time(size: int, repeats: int, device: str) -> float:
     """Median, after one that warms up."""
-    source, target = (torch.ones(size // 8, dtype=torch.int64) for _ in range(2))
+    source, target = (torch.ones(size // 8, dtype=torch.int64, device=device) for _ in range(2))
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
         target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
 
@@ -60,15 +62,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=QWEN_HALF_B["num_hidden_layers"], help="(default: %(default)s)")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="of vLLM (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="updates timed; the median counts (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     rank_environment()
     parallel = ParallelConfig()
-    state = initialize(parallel, device="cpu")
+    state = initialize(parallel, device=options.device)
     with tempfile.TemporaryDirectory() as directory:
         make_checkpoint(Path(directory), options.dtype, options.layers)
         policy = Policy.build(ModelConfig(path=directory, dtype=options.dtype), None, parallel, state)
         rollout = RolloutConfig(tensor_parallel=options.tensor_parallel, dtype=options.dtype, kv_cache_gib=0.1, threads=1)
-        engine = make_engine(rollout, model_path=directory, device="cpu", worker_extension=EXTENSION)
+        engine = make_engine(rollout, model_path=directory, device=options.device, worker_extension=EXTENSION)
         rows, size = [], 0
         for name, settings in {
             "bridge, every byte verified": dict(verify="full"),
@@ -84,7 +87,7 @@ def main() -> None:
             )
             size = reports[0].bytes
             bridge.close()
-        rows.append(("plain copy of the bytes", copy_time(size, options.repeats), 0.0))
+        rows.append(("plain copy of the bytes", copy_time(size, options.repeats, options.device), 0.0))
         engine.close()
     shut_down()
     report(rows, size, options)

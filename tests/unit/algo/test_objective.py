@@ -71,7 +71,7 @@ def test_matches_the_slow_reference(name, std, outlier):
             assert all(abs(p - row["p"]) < 1e-8 for p, row in zip(out.p_N.tolist(), rows, strict=True) if row["T"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 10**6),
     lengths=st.lists(st.integers(0, 40), min_size=0, max_size=5),
@@ -85,7 +85,7 @@ def test_property_matches_the_slow_reference(seed, lengths, std, outlier, name, 
     assert_matches_reference(make_batch(seed, lengths, std, outlier=outlier), CONFIGS[name], progress, tolerance=1e-8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     low=st.floats(0.01, 3.0),

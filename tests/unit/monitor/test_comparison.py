@@ -62,7 +62,12 @@ def test_report_says_what_differs_and_what_does_not(tmp_path):
     assert any(s.startswith("worse: worse than pmpo in final greedy accuracy (-0.397") for s in found)
     assert any(s.startswith("same: not told apart from pmpo in final greedy accuracy by 3 seeds") for s in found)
     page = (tmp_path / "r.html").read_text()
-    assert "0.910 ± 0.025" in page and page.count("<svg ") == 3 and "not told apart" in page and "0 of 3" in page
+    assert (
+        "0.910 ± 0.025" in page
+        and page.count("<svg ") == 3 == len([*(tmp_path / "pictures").iterdir()])
+        and "not told apart" in page
+        and "0 of 3" in page
+    )
 
 
 def test_only_seeds_in_common_are_compared(tmp_path):

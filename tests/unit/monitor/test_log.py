@@ -36,11 +36,13 @@ def contents(directory):
 
 def test_what_is_written_is_what_was_measured(tmp_path):
     log = RunLog(QUIET, tmp_path, run={"model": {"path": "x"}}, total_steps=3)
-    numbers = log.log(1, {"a": 1.0, "objective/p": Distribution([0.0, 1.0]), "bad": math.nan, "worse": -math.inf})
+    numbers = log.log(
+        1, {"a": 1.0, "objective/p": Distribution([0.0, 1.0]), "bad": math.nan, "worse": -math.inf}, updates={"u": [1, 2]}
+    )
     log_steps(log, [2])
     log.close()
     first, second = contents(tmp_path)["metrics"]
-    assert first["objective/p_mean"] == 0.5 == numbers["objective/p_mean"] and first["a"] == 1.0
+    assert first["objective/p_mean"] == 0.5 == numbers["objective/p_mean"] and first["a"] == 1.0 and first["u"] == [1, 2]
     assert math.isnan(float(first["bad"])) and float(first["worse"]) == -math.inf
     assert second["step"] == 2
     assert contents(tmp_path)["trajectories"] == [{"step": 2, "p": [0.12346, 2.0], "length": [3, 2]}]

@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.monitor.comparison import write_comparison
 from pmpo_megatron.monitor.read import read_run
-from pmpo_megatron.monitor.study import GREEDY, REWARD, Results, StudyConfig, has_collapsed, pick
+from pmpo_megatron.monitor.study import GREEDY, REWARD, UPDATES, Results, StudyConfig, has_collapsed, pick
 
 AXES = {"rule": {"ess": ["objective.preset=pmpo"], "p-1": ["objective.p=1"]}, "drift": {"4": ["a.b=4"], "16": ["a.b=16"]}}
 VALUES = dict(title="T", config="c.yaml", rounds=4, axes=AXES, reference=["ess", "*"], heat_map=["rule", "drift"])
@@ -16,7 +17,9 @@ VALUES = dict(title="T", config="c.yaml", rounds=4, axes=AXES, reference=["ess",
 
 def finished(directory, scale=1.0):
     directory.mkdir(parents=True)
-    rows = [{"step": 0, GREEDY: 0.1}] + [{"step": n, REWARD: scale * n, GREEDY: scale * n} for n in (1, 2, 3, 4)]
+    rows = [{"step": 0, GREEDY: 0.1}] + [
+        {"step": n, REWARD: scale * n, GREEDY: scale * n, UPDATES: [scale * n, 10.0 * n]} for n in (1, 2, 3, 4)
+    ]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return read_run(directory)
 
@@ -48,13 +51,17 @@ def test_what_is_wrong_in_a_study_is_named(change, words):
 
 def test_results_go_on_from_the_file_alone(tmp_path):
     study, path = build(StudyConfig, VALUES), tmp_path / "out" / "results.csv"
-    key = study.key(AXES["rule"]["ess"], "text")
+    key = study.key(AXES["rule"]["ess"], {})
     Results(path, study).add(("ess", "4"), 1, key, finished(tmp_path / "a"))
     again = Results(path, study)
     assert again.find(("ess", "4"), 1, key) and not again.find(("ess", "4"), 2, key) and not again.find(("ess", "16"), 1, key)
     again.add(("p-1", "4"), 1, key, finished(tmp_path / "b", scale=0.5))
     ess, other = Results(path, study).variants()
     assert ess.name == "ess/4" and ess.by_seed(GREEDY, "last") == {1: 4.0} and other.by_seed(REWARD, "mean") == {1: 1.25}
+    norms = [1, 10, 2, 20, 3, 30, 4, 40]
+    assert [ess.by_seed(UPDATES, name)[1] for name in ("mean", "q99", "max")] == pytest.approx(
+        [np.mean(norms), np.quantile(norms, 0.99), 40]
+    )
     rounds, values = ess.curves(GREEDY)
     assert rounds.tolist() == [0, 1, 2, 3, 4] and values.tolist() == [[0.1, 1.0, 2.0, 3.0, 4.0]]
     write_comparison(study, [ess, other], tmp_path / "r.html")
@@ -63,8 +70,8 @@ def test_results_go_on_from_the_file_alone(tmp_path):
 
 def test_results_of_other_settings_are_never_mixed(tmp_path):
     study, path = build(StudyConfig, VALUES), tmp_path / "results.csv"
-    keys = {study.key(["x=1"], "text"), study.key(["x=2"], "text"), study.key(["x=1"], "other")}
-    assert len(keys | {build(StudyConfig, VALUES | {"rounds": 5}).key(["x=1"], "text")}) == 4
+    keys = {study.key(["x=1"], {}), study.key(["x=2"], {}), study.key(["x=1"], {"run": {"seed": 2}})}
+    assert len(keys | {build(StudyConfig, VALUES | {"rounds": 5}).key(["x=1"], {})}) == 4
     Results(path, study).add(("ess", "4"), 1, "before", finished(tmp_path / "a"))
     with pytest.raises(DataError, match="ess/4, seed 1, was measured with other settings"):
         Results(path, study).find(("ess", "4"), 1, "now")

@@ -19,7 +19,7 @@ from pmpo_megatron.rewards import RewardPool
 from pmpo_megatron.rewards.code import CodeReward, check_sandbox
 from pmpo_megatron.rewards.code_tests import last_program, read_tests, same_output, same_value
 from pmpo_megatron.rewards.config import CodeConfig
-from pmpo_megatron.rewards.sandbox.box import Limits, Sandbox
+from pmpo_megatron.rewards.sandbox.box import Limits, Outcome, Sandbox
 from pmpo_megatron.rewards.sandbox.inside.program import decode, encode
 from pmpo_megatron.rewards.sandbox.syscalls import CLONE, REFUSED, filter_program
 from tests.unit.rewards.hostile import COSTLY, FORGERS, PROBES
@@ -149,10 +149,14 @@ def still_works(reward):
     """The sandbox, or the one in its place, shows nothing of what ran there before."""
     sandbox = reward._programs
     sandbox.limits, limits = PATIENT, sandbox.limits
-    look = "import os\nprint(os.listdir('/tmp'), len([p for p in os.listdir('/proc') if p.isdigit()]), 6 * 7)"
+    look = """if True:  # where the tests' own environment is below /tmp, its libraries are there inside, too
+        import os, sys
+        libraries = {name for path in sys.path for name in path.split("/")[2:3] if path.startswith("/tmp/")}
+        print(set(os.listdir("/tmp")) - libraries, len([p for p in os.listdir("/proc") if p.isdigit()]), 6 * 7)
+    """
     outcome = sandbox.run(look)
     sandbox.limits = limits
-    return outcome.well and outcome.output == "[] 2 42\n"
+    return outcome == Outcome("exit", 0, "set() 2 42\n")
 
 
 @sandboxed
