@@ -83,7 +83,7 @@ def learn_tokenizer(config: TinyModelConfig) -> transformers.PreTrainedTokenizer
 def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedModel:
     """The untrained model, float32: a Qwen2, or a Qwen3 with a mixture of experts."""
     torch.manual_seed(config.seed)
-    common = dict(
+    common: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=3 * config.hidden_size,

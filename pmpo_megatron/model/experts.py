@@ -41,6 +41,7 @@ def expert_settings(experts: ExpertShape | None, layout: ParallelConfig, *, fuse
     """
     if experts is None:
         return {}
+    _complete_router()
     return dict(
         num_moe_experts=experts.num_experts,
         moe_router_topk=experts.per_token,
@@ -56,6 +57,14 @@ def expert_settings(experts: ExpertShape | None, layout: ParallelConfig, *, fuse
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=fused,
+        moe_permute_fusion=fused,  # PyTorch's scatter_add_ would add a token's results up in another order every time on a GPU
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor_size,
     )
+
+
+def _complete_router() -> None:
+    """Megatron-Core 0.16.1 defines this name only where Transformer Engine is, and its router asks for it everywhere."""
+    from megatron.core.transformer.moe import moe_utils
+
+    vars(moe_utils).setdefault("te_general_gemm", None)

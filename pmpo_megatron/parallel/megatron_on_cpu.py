@@ -15,7 +15,6 @@ What needs it (0.16.1 file names; 0.19 has the same places and ``cuda.current_st
     tensor_parallel/random.py                                CUDA random states of dropout and recomputation
     tensor_parallel/layers.py, models/common/embeddings/*    parameters and frequencies on current_device()
     jit.py                                                   torch.compile of small fused functions: a compiler run on CPU
-    transformer/moe/moe_utils.py                             0.16.1: a name that is set only where Transformer Engine is
     transformer/moe/token_dispatcher.py                      split sizes, which reach the host only from a GPU
     tensor_parallel/mappings.py                              all_gather of uneven pieces, which gloo refuses
 
@@ -93,8 +92,6 @@ def _scope(module: types.ModuleType) -> None:
     """Gives one Megatron module the proxy, and its random-state helpers the CPU generator."""
     if module.__dict__.get("torch") is torch:
         module.__dict__["torch"] = _TORCH
-    if module.__name__ == "megatron.core.transformer.moe.moe_utils":
-        module.__dict__.setdefault("te_general_gemm", None)
     if module.__name__ == "megatron.core.transformer.moe.token_dispatcher":
         module.__dict__["maybe_move_tensor_to_cpu"] = _as_numbers
     if module.__name__ == "megatron.core.tensor_parallel.random":

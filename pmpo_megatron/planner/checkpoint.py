@@ -79,8 +79,8 @@ class _Stage:
             sizes[parameters[0].spread].append(sum(p.numel for p in parameters))
         gathered: tuple[tuple[int, float], ...]
         if not distributed:
-            gathered = tuple((count, (STATES + item) * sum(sizes[spread])) for count, spread in firsts)
-            return _Stage(0.0, gathered, 0.0, (STATES + item) * projections)
+            whole = tuple((count, (STATES + item) * float(sum(sizes[spread]))) for count, spread in firsts)
+            return _Stage(0.0, whole, 0.0, (STATES + item) * projections)
         copied = STATES * max(buffer.numel / ranks for _, buffer, ranks in buffers)
         gathered = tuple((count, _gathered(sizes[spread], item)) for count, spread in firsts)
         loading = STATES * sum(_most_read(*part) for part in buffers)

@@ -39,10 +39,12 @@ def mixture_bytes(shape: ModelShape, parallel: ParallelConfig, *, item: int, fus
     copies = busiest * experts.per_token * parallel.expert_tensor_size / parallel.tensor  # of a token, on the fullest rank
     width = experts.ffn_hidden_size / parallel.expert_tensor_size
     shared = (experts.shared_ffn_hidden_size or 0) / parallel.tensor
-    router = FLOAT32 * experts.num_experts / parallel.tensor
+    weights = experts.num_experts + 2 * experts.per_token if experts.normalized else 2 * experts.num_experts + experts.per_token
+    router = FLOAT32 * weights / parallel.tensor
     dispatched = item * copies * shape.hidden_size
-    products = 3 if fused else 5
-    kept = dispatched + copies * (item * products * width + FLOAT32) + item * products * shared + router
+    gated = item * (shape.hidden_size + 1) / parallel.tensor if shared else 0.0  # the shared expert's output, and its gate
+    # Ours, as a dense MLP: both halves of the first product, SiLU of one, and what the second takes; here also before weighing.
+    kept = dispatched + copies * item * (3 if fused else 6) * width + item * (3 if fused else 5) * shared + gated + router
     working = 2 * dispatched + item * 3 * (copies * width + shared) + 2 * router
     return MixtureBytes(kept, working)
 

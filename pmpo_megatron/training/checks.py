@@ -63,8 +63,8 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     shape, weights = _check_model(config.model.path, dry_run=dry_run)
     check_layout(shape, config.parallel)
     check_lengths(config, shape)
+    check_experts(config, shape)
     _check_attention(config)
-    _check_experts(config, shape)
     _check_objective(config)
     check_functions(config.reward_functions(), config.rewards.code)
     if config.episode.function is not None:
@@ -82,6 +82,8 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
     _in_section("rollout", lambda: own_nodes(config.rollout))
+    if config.rollout.expert_parallel and not (_on_gpu(config) or (dry_run and config.run.device == "auto")):
+        raise ConfigError("rollout.expert_parallel", "vLLM divides whole experts on GPUs only: on CPU it crashes; leave it out")
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("rollout.engine", "vllm is not installed; see the README for the requirements")
     if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
@@ -160,8 +162,9 @@ def _check_attention(config: RunConfig) -> None:
         )
 
 
-def _check_experts(config: RunConfig, shape: ModelShape) -> None:
-    """What is said of a mixture of experts of a model that has none, and what vLLM does on GPUs alone."""
+def check_experts(config: RunConfig, shape: ModelShape) -> None:
+    """Raises ConfigError for settings of mixtures where the model is none, and for an optimizer that has no checkpoint
+    which loads on another layout of the experts."""
     used = {
         "round.routing_replay": config.round.routing_replay != "off",
         "objective.balance_coefficient": config.objective.balance_coefficient > 0,
@@ -169,8 +172,8 @@ def _check_experts(config: RunConfig, shape: ModelShape) -> None:
     }
     for name in (name for name, is_used in used.items() if is_used and shape.experts is None):
         raise ConfigError(name, f"has no effect: {config.model.path} has no mixture of experts")
-    if config.rollout.expert_parallel and not _on_gpu(config):
-        raise ConfigError("rollout.expert_parallel", "vLLM divides whole experts on GPUs only: on CPU it crashes; leave it out")
+    if config.parallel.expert > 1 and not config.optimizer.distributed:
+        raise ConfigError("optimizer.distributed", f"must be true with parallel.expert = {config.parallel.expert}")
 
 
 def check_lengths(config: RunConfig, shape: ModelShape) -> None:

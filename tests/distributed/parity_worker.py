@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pmpo_megatron.algo.objective import PRESETS, ObjectiveConfig
+from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.config import build
 from pmpo_megatron.data.packing import pack
 from pmpo_megatron.model import step as step_module
@@ -120,6 +121,7 @@ def train(model: ModelConfig, parallel: ParallelConfig, state, distributed: bool
     # Adam's epsilon is large so that an update is smooth in the gradient, not its sign: rounding stays rounding.
     optimizer = OptimizerConfig(learning_rate=0.02, epsilon=0.05, weight_decay=0.1, clip_grad=0.5, distributed=distributed)
     policy = Policy.build(model, optimizer, parallel, state)
+    streamed = {name: tensor.clone() for name, tensor in WeightSource(policy)}
     batches = prepared(state)
     empty = sum(batch.num_trajectories > 0 and not len(batch.wanted) for batch in batches)
     stale = [staled(scored) for scored in score(policy, batches, temperature=TEMPERATURE)]
@@ -128,7 +130,7 @@ def train(model: ModelConfig, parallel: ParallelConfig, state, distributed: bool
     for objective in STEPS:
         results.append(optimizer_step(policy, stale, objective=objective, progress=0.5, temperature=TEMPERATURE))
     values = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
-    return dict(gradients=gradients, values=values, results=results, empty_shards=empty)
+    return dict(gradients=gradients, values=values, results=results, empty_shards=empty, streamed=streamed)
 
 
 def recording(policy: Policy, store: list):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pmpo_megatron.hf.mapping import WeightMapping
+from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import read_shape
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity_worker import SAMPLED_TOKENS, TEMPERATURE, micro_batches
@@ -19,6 +20,7 @@ TRAINED = ("qwen2", "qwen3-tied")
 MIXTURES = ("qwen2-moe", "qwen3-moe-mixed")
 DENSE = [kind for kind in KINDS if KINDS[kind][0] in ("Qwen2Config", "Qwen3Config", "LlamaConfig")]
 TOLERANCE = 1e-5
+MIXTURE_TOLERANCE = 5e-5  # few tokens meet an expert: fewer terms of both signs to a sum, 9e-6 seen
 
 SINGLE = {"single": {}, "recompute": dict(recompute="full"), "selective": dict(recompute="selective")}
 PAIR = {
@@ -104,26 +106,30 @@ def whole(ranks, kind, pick, mapping):
     return full
 
 
-def assert_close(found, expected, what):
+def assert_close(found, expected, what, tolerance):
     assert found.keys() >= expected.keys(), expected.keys() - found.keys()
     for name, reference in expected.items():
         error = (found[name] - reference).abs().max() / reference.abs().max().clamp(min=1e-12)
-        assert error <= TOLERANCE, f"{what} of {name}: relative error {error:.2e}"
+        assert error <= tolerance, f"{what} of {name}: relative error {error:.2e}"
 
 
 def check_training(runs, world_size, layouts, name, kind, kinds=TRAINED):
     mapping = WeightMapping(read_shape(runs.models[kind]))
     reference, found = (runs.get(*which, "train", kinds) for which in ((1, SINGLE, "single"), (world_size, layouts, name)))
+    tolerance = MIXTURE_TOLERANCE if kind in MIXTURES else TOLERANCE
+    reader, streamed = SafetensorsReader(runs.models[kind]), found[0][kind]["streamed"]
+    assert streamed.keys() == mapping.hf_shapes.keys()
+    assert all(torch.equal(tensor, reader(name)) for name, tensor in streamed.items()), "what goes to the engine"
     for step in range(2):
         expected = whole(reference, kind, lambda r, s=step: r["gradients"][s], mapping)
-        assert_close(whole(found, kind, lambda r, s=step: r["gradients"][s], mapping), expected, f"gradient {step}")
+        assert_close(whole(found, kind, lambda r, s=step: r["gradients"][s], mapping), expected, f"gradient {step}", tolerance)
     expected = whole(reference, kind, lambda r: r["values"], mapping)
-    assert_close(whole(found, kind, lambda r: r["values"], mapping), expected, "updated value")
+    assert_close(whole(found, kind, lambda r: r["values"], mapping), expected, "updated value", tolerance)
     for one, other in zip(reference[0][kind]["results"], found[-1][kind]["results"], strict=True):
         assert other.applied and other.problem is None
         for quantity in ("loss", "grad_norm", "entropy", "kl", "num_tokens", "learning_rate"):
             wanted = getattr(one, quantity)
-            assert getattr(other, quantity) == (wanted and pytest.approx(wanted, rel=TOLERANCE)), quantity
+            assert getattr(other, quantity) == (wanted and pytest.approx(wanted, rel=tolerance)), quantity
         order, reference_order = other.trajectories["sample_id"].argsort(), one.trajectories["sample_id"].argsort()
         for quantity, values in one.trajectories.items():
             assert other.trajectories[quantity][order] == pytest.approx(values[reference_order], rel=1e-4), quantity

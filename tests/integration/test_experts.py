@@ -76,10 +76,11 @@ def test_the_mismatch_of_a_bfloat16_engine_falls_when_its_routes_are_replayed(tm
     assert rounded["engine's"].mean() < 0.7 * rounded["own"].mean(), "what is left is the arithmetic's"
 
 
-def test_a_run_replays_the_engines_routes_and_reports_them(tmp_path):
+@pytest.mark.parametrize("mode", ["synchronous", pytest.param("in_flight", marks=pytest.mark.slow)])
+def test_a_run_replays_the_engines_routes_and_reports_them(mode, tmp_path):
     path, directory = save_model("qwen3-moe", tmp_path / "model"), tmp_path / "run"
     settings = ["round.routing_replay=rollout", "objective.balance_coefficient=0.01", "rollout.dtype=bfloat16", "run.rounds=2"]
-    runs.train(path, directory, *settings, processes=2)
+    runs.train(path, directory, *settings, f"round.mode={mode}", processes=2)
     rows = [row for row in runs.metrics(directory) if "routing/busiest_expert" in row]
     assert len(rows) == 2
     for row in rows:

@@ -1,7 +1,7 @@
 """What routing replay does where engine and trainer compute in different types: mismatch, clip fraction and p of short runs.
 
-Tiny models with a mixture of experts are warm-started on the quickstart's task; each is then trained with its configuration,
-a float32 trainer and a bfloat16 engine, for each value of ``round.routing_replay``. Means over the rounds.
+Each model, with a mixture of experts and made by tools/make_tiny_model.py, is trained with the quickstart's configuration, a
+float32 trainer and a bfloat16 engine, for each value of ``round.routing_replay``. Means over the rounds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from pmpo_megatron.hf.shape import read_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = {
@@ -26,9 +28,10 @@ COLUMNS = {
 }
 
 
-def run(*command: str | Path) -> None:
+def train(*arguments: str | Path) -> None:
     environment = dict(os.environ, PYTHONPATH=str(ROOT), TOKENIZERS_PARALLELISM="false")
-    subprocess.run([sys.executable, "-W", "ignore", *map(str, command)], cwd=ROOT, env=environment, check=True)
+    command = [sys.executable, "-W", "ignore", "-m", "pmpo_megatron.commands.train", *map(str, arguments)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def means(directory: Path) -> list[float]:
@@ -40,27 +43,21 @@ def means(directory: Path) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--experts", nargs="+", default=["8:2", "64:8"], help="experts and experts per token of each model")
-    parser.add_argument("--steps", type=int, default=200, help="of the warm start (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("models", type=Path, nargs="+", help="directories of Hugging Face checkpoints")
+    parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=16, help="in a round, each with 8 responses (default: %(default)s)")
     options = parser.parse_args()
-    lines = [f"    {'experts':>8} {'replay':>8}" + "".join(f" {heading:>14}" for heading in COLUMNS.values())]
-    with tempfile.TemporaryDirectory() as work:
-        for experts in options.experts:
-            count, _, per_token = experts.partition(":")
-            model = Path(work) / f"model-{count}"
-            sizes = ["--experts", count, "--experts-per-token", per_token, "--steps", str(options.steps)]
-            run(ROOT / "tools/make_tiny_model.py", "--out", model, *sizes)
-            for replay in ("off", "old", "rollout"):
-                directory = Path(work) / f"{count}-{replay}"
-                settings = [f"model.path={model}", f"run.directory={directory}", f"round.routing_replay={replay}"]
+    print(f"    {'experts':>8} {'replay':>8}" + "".join(f" {heading:>14}" for heading in COLUMNS.values()), flush=True)
+    for model in options.models:
+        experts = read_shape(model).experts
+        for replay in ("off", "old", "rollout"):
+            with tempfile.TemporaryDirectory() as work:
+                settings = [f"model.path={model}", f"run.directory={work}/run", f"round.routing_replay={replay}"]
                 settings += [f"run.rounds={options.rounds}", f"batch.prompts_per_round={options.prompts}"]
                 settings += ["rollout.dtype=bfloat16", "evaluation.data=null", "monitor.report=false"]
-                config = ["--config", ROOT / "examples/quickstart/config.yaml"]
-                run("-m", "pmpo_megatron.commands.train", *config, *settings)
-                lines.append(f"    {experts:>8} {replay:>8}" + "".join(f" {value:>14.4g}" for value in means(directory)))
-    print("\n".join(lines))
+                train("--config", ROOT / "examples/quickstart/config.yaml", *settings)
+                values = "".join(f" {value:>14.4g}" for value in means(Path(work) / "run"))
+            print(f"    {f'{experts.num_experts}:{experts.per_token}':>8} {replay:>8}{values}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ def test_prompts_go_to_engines_in_turn_with_all_their_responses(engines):
 
 def test_what_an_engine_leaves_is_asked_again_prompt_by_prompt():
     jobs = [job for job, _ in make_parts(5, 4)]
-    jobs[2].take(
-        f"{jobs[2].number}/1", np.array([5]), np.zeros(1), "", "stop", [(0, 1)], 0, None
-    )  # came, and nobody has noted it
+    answer = (np.array([5]), np.zeros(1), "", "stop", [(0, 1)], 0, None)
+    jobs[2].take(f"{jobs[2].number}/1", *answer)  # came, and nobody has noted it
     names = [f"{jobs[which].number}/{sample}" for which, sample in ((4, 3), (2, 0), (0, 3), (2, 1), (3, 0))]
     known = {job.number: job for job in jobs if job is not jobs[3]}  # nobody waits for that one any more
     assert missing_parts(names, known) == [(jobs[0], [3]), (jobs[2], [0]), (jobs[4], [3])]
