@@ -35,6 +35,8 @@ COLUMNS = (
     ("clipped", "objective/clip_fraction", "mean"),
     ("gradient norm", "policy/grad_norm", "mean"),
     ("its maximum", "policy/grad_norm_max", "max"),
+    ("staleness", "rollout/staleness", "mean"),
+    ("seconds a round", "time/total_s", "mean"),
 )
 
 
