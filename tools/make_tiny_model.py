@@ -22,7 +22,7 @@ def main() -> None:
         "--call-rate",
         type=float,
         default=TinyModelConfig.call_rate,
-        help="how often a step of those solutions is asked of a calculator, as <17+25> (default: %(default)s)",
+        help="how often a step of those solutions is left to a calculator, by a question mark (default: %(default)s)",
     )
     parser.add_argument("--layers", type=int, default=TinyModelConfig.layers, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=TinyModelConfig.hidden_size, help="(default: %(default)s)")

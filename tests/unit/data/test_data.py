@@ -171,6 +171,17 @@ def test_chains_are_worked_out_step_by_step_and_held_apart():
     assert solve(Problem("17+25-11=", "31", 4)) == "(7+5=12,1+2+1=4)42-11=(2-1=1,4-1=3)31 \\boxed{31}"
 
 
+def test_steps_that_are_left_to_a_calculator_are_right_whatever_is_remembered():
+    rng, worst = np.random.default_rng(0), Memory(largest_rate=1.0, skew=0.0)
+    ask = dict(memory=worst, generator=rng)
+    assert solve(Problem("17+25-11=", "31", 4), call_rate=1.0, **ask) == "?42-11=?31 \\boxed{31}"
+    for problem in make_problems(50, levels=(5,), seed=1):
+        solution = solve(problem, call_rate=1.0, **ask)
+        assert solution.endswith(f"\\boxed{{{problem.answer}}}") and solution.count("?") == problem.level
+    mixed = "".join(solve(problem, call_rate=0.25, **ask) for problem in make_problems(200, levels=(5,), seed=2))
+    assert 150 < mixed.count("?") < 350 and mixed.count("?") + mixed.count("(") == 1000
+
+
 def test_a_bad_memory_mistakes_the_same_facts_for_the_same_results_at_rates_of_their_own():
     memory, generator = Memory(largest_rate=0.9, skew=8.0), np.random.default_rng(0)
     facts = [(f"{a}+{b}", a + b) for a in range(10) for b in range(10)]
