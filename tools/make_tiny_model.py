@@ -31,7 +31,7 @@ def main() -> None:
         "--call-rate",
         type=float,
         default=TinyModelConfig.call_rate,
-        help="how often a step of those solutions is asked of a calculator, as <17+25> (default: %(default)s)",
+        help="how often a step of those solutions is left to a calculator, by a question mark (default: %(default)s)",
     )
     parser.add_argument(
         "--vocabulary",

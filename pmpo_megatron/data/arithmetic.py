@@ -48,8 +48,8 @@ def solve(problem: Problem, *, memory: Memory = PERFECT, generator: np.random.Ge
 
     ``17+25=`` gives ``7+5=12,1+2+1=4 \\boxed{42}``, and a chain such as ``17+25-11=`` goes on with what is left of it:
     ``(7+5=12,1+2+1=4)42-11=(2-1=1,4-1=3)31 \\boxed{31}``. What ``memory`` has wrong is written as it is recalled, and
-    what follows goes on from it. So often as its ``call_rate`` says, a step of a chain is not worked out but asked of a
-    calculator, which is never wrong: ``<17+25>42-11=``.
+        what follows goes on from it. So often as its ``call_rate`` says, a step of a chain is not worked out but left to a
+    calculator, which is never wrong, by a question mark: ``?42-11=``.
     """
     rest = problem.text.rstrip("=")
     if problem.level in SHORT_LEVELS:
@@ -60,7 +60,7 @@ def solve(problem: Problem, *, memory: Memory = PERFECT, generator: np.random.Ge
         called = memory.asks(generator)
         columns, value = _columns(match[0], PERFECT if called else memory, generator)
         rest = f"{value}{rest[match.end() :]}"
-        text += (f"<{match[0]}>" if called else f"({columns})") + f"{rest}="
+        text += ("?" if called else f"({columns})") + f"{rest}="
     return f"{text[:-1]} \\boxed{{{rest}}}"
 
 

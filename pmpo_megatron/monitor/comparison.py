@@ -36,6 +36,8 @@ COLUMNS = (
     ("gradient norm", UPDATES, "mean"),
     ("its 99th percentile", UPDATES, "q99"),
     ("its maximum", UPDATES, "max"),
+    ("staleness", "rollout/staleness", "mean"),
+    ("seconds a round", "time/total_s", "mean"),
 )
 
 

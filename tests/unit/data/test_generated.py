@@ -1,6 +1,7 @@
 """The generated tasks: right answers, wrong ones that fail, nothing of the test problems in training, and bad memories."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,3 +206,15 @@ def test_generated_sources_bring_what_their_rewards_need():
     for name, levels in (("programs", [5]), ("choices", [0]), ("choices", [])):
         with pytest.raises(ConfigError, match=rf"levels: .*the levels of {name} are 1 to"):
             DataConfig(source=name, levels=tuple(levels))
+
+
+def test_steps_that_are_left_to_a_calculator_are_right_whatever_is_remembered():
+    rng, worst = np.random.default_rng(0), Memory(largest_rate=1.0, skew=0.0)
+    always = dict(memory=replace(worst, call_rate=1.0), generator=rng)
+    assert arithmetic.solve(Problem("17+25-11=", "31", 4), **always) == "?42-11=?31 \\boxed{31}"
+    for problem in make_problems("arithmetic", 50, levels=(5,), seed=1):
+        solution = arithmetic.solve(problem, **always)
+        assert solution.endswith(f"\\boxed{{{problem.answer}}}") and solution.count("?") == problem.level
+    sometimes, problems = replace(worst, call_rate=0.25), make_problems("arithmetic", 200, levels=(5,), seed=2)
+    mixed = "".join(arithmetic.solve(problem, memory=sometimes, generator=rng) for problem in problems)
+    assert 150 < mixed.count("?") < 350 and mixed.count("?") + mixed.count("(") == 1000
