@@ -25,7 +25,9 @@ class SamplingConfig(Section):
         1.0, "nucleus; below 1 the ratio to the trainer's full distribution is biased", above=0.0, maximum=1.0
     )
     top_k: int = setting(0, "keep the k likeliest tokens; 0: all. Biased like top_p", minimum=0, maximum=2**31 - 1)
-    max_tokens: int = setting(3000, "response tokens at most", unit="tokens", minimum=1)
+    max_tokens: int = setting(
+        3000, "response tokens at most; of an episode those that it was told, too", unit="tokens", minimum=1
+    )
     stop: tuple[str, ...] = setting((), "texts that end a response, beside the tokenizer's end token")
     stop_token_ids: tuple[int, ...] = setting((), "tokens that end one too, e.g. 151645, <|im_end|>, with Qwen base models")
     seed: int = setting(0, "base of the requests' seeds", minimum=0)

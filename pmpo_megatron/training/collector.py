@@ -203,7 +203,8 @@ def example_rollouts(groups: Sequence[ScoredGroup], count: int) -> list[dict[str
             "tokens": rollout.num_sampled,
             "finish_reason": rollout.finish_reason,
             "policy_version": rollout.policy_version,
-            **({} if (episode := rollout.episode) is None else {"turns": episode.turns, "failure": episode.failure}),
+            **({} if (episode := rollout.episode) is None else {"turns": episode.turns}),
+            **({} if episode is None or not episode.failure else {"failure": episode.failure}),
         }
         for group, rollout, reward in chosen
     ]

@@ -24,6 +24,7 @@ async def three_turns(prompt, policy):
     """Sampled, told, sampled, told, sampled; the prompt's answer says how many told tokens."""
     for told in ("0123456789" * 4, [7, 8, 9]):
         await policy.sample(max_tokens=9)
+        kept.pop("between turns", lambda: None)()
         policy.tell(told)
     return len(await policy.sample(max_tokens=9))
 

@@ -32,6 +32,8 @@ def test_a_right_configuration_passes_and_writes_nothing(capfd, tmp_path):
         (["--world-size", "0"], "error: --world-size: 0 must be at least 1"),
         (["run.directory=/proc/version/x"], "error: run.directory: /proc/version/x: /proc/version is a file, not a directory"),
         (["monitor.wandb_project=x"], "error: monitor.wandb_project: needs the package wandb"),
+        (["episode.function=json:nothing"], "error: episode.function: 'json:nothing' cannot be imported: AttributeError"),
+        (["episode.function=json:dumps"], "error: episode.function: 'json:dumps' must be an async def episode(prompt, policy)"),
         (["rewards.functions={maths: 1}"], "error: rewards.functions: 'maths' is none of math, boxed, exact"),
         (["optimizer.learning_rate=[1"], "error: optimizer.learning_rate: '[1' is not valid YAML: "),
         (["data.source=/no/such.jsonl"], "error: data.source: /no/such.jsonl: No such file or directory"),
