@@ -10,4 +10,5 @@ case "${1:-}" in
 esac
 export MODEL="${MODEL:-runs/quickstart-moe-model}" MODEL_OPTIONS="--experts 8"
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../quickstart/run.sh" \
-    run.directory=runs/quickstart-moe round.routing_replay=rollout objective.balance_coefficient=0.01 "$@"
+    run.directory=runs/quickstart-moe run.rounds=12 optimizer.decay_steps=192 \
+    round.routing_replay=rollout objective.balance_coefficient=0.01 "$@"

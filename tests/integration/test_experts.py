@@ -85,7 +85,7 @@ def test_a_run_replays_the_engines_routes_and_reports_them(mode, tmp_path):
     assert len(rows) == 2
     for row in rows:
         assert 1 <= row["routing/busiest_expert"] <= 4 and row["routing/unused_experts"] == 0
-        assert 0 < row["routing/other_than_engine"] < 0.2
+        assert 0 < row["routing/other_than_engine"] < (0.2 if mode == "synchronous" else 1), "in flight the policy has moved"
     records = [json.loads(line) for line in (directory / "experts.jsonl").read_text().splitlines()]
     assert [len(record["0"]) for record in records] == [8, 8] and len(
         {sum(v) for k, v in records[0].items() if k != "step"}

@@ -55,10 +55,13 @@ def test_every_examples_configuration_is_valid(name):
 
 
 def test_the_quickstart_with_experts_has_the_configuration_of_the_other_and_replays_routes():
-    command = (EXAMPLES / "quickstart-moe/run.sh").read_text().splitlines()[-1]
-    overrides = [word for word in command.split() if "=" in word]
+    command = (EXAMPLES / "quickstart-moe/run.sh").read_text().splitlines()[-2:]
+    overrides = [word for line in command for word in line.split() if "=" in word]
     config = build(RunConfig, apply_overrides(read_yaml(EXAMPLES / "quickstart/config.yaml"), overrides))
-    assert config.round.routing_replay == "rollout" and config.run.directory == "runs/quickstart-moe"
+    assert (
+        config.round.routing_replay == "rollout"
+        and config.run.rounds * config.batch.steps_per_round == config.optimizer.decay_steps
+    )
 
 
 def test_every_folder_with_a_launch_script_is_tested_here():

@@ -16,6 +16,7 @@ import transformers
 from pmpo_megatron.convert import Options, hf_to_megatron, megatron_to_hf
 from pmpo_megatron.convert.hugging_face import SafetensorsStream, SafetensorsWeights
 from pmpo_megatron.convert.megatron import MegatronReader, MegatronWriter
+from pmpo_megatron.convert.stored_names import places
 from pmpo_megatron.errors import CheckpointError, MappingError
 from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.shape import read_shape
@@ -73,6 +74,18 @@ def test_round_trip_is_bit_exact(kind, dtype, tmp_path):
     assert len(set(index["weight_map"].values())) > 2 and index["metadata"]["total_size"] == back.num_bytes
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     assert torch.equal(logits(tmp_path / "back"), logits(source))
+
+
+def test_stacked_layers_of_a_model_with_experts_are_read(tmp_path, monkeypatch):
+    """As megatron-core writes them where all layers have experts and moe_layer_freq is 1: [layers, experts, ...]."""
+    source = save_tiny_model("qwen3-moe", tmp_path / "hf")
+    monkeypatch.setattr("pmpo_megatron.convert.megatron.places", lambda *parameter: places(*parameter)[::-1])
+    hf_to_megatron(source, tmp_path / "megatron")
+    monkeypatch.undo()
+    stored = MegatronReader(tmp_path / "megatron", read_shape(source)).metadata.state_dict_metadata
+    assert tuple(stored["decoder.layers.mlp.experts.experts.linear_fc1.weight"].size) == (4, 8, 48, 32)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", VERIFY)
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
 
 
 def test_special_values_survive(tmp_path):
