@@ -68,7 +68,7 @@ def learn_tokenizer(config: TinyModelConfig) -> transformers.PreTrainedTokenizer
     """
     symbols = [PAD, END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
-    kind = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, pad_token=PAD, eos_token=END)
+    kind = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=PAD, pad_token=PAD, eos_token=END)
     texts = []
     for task, levels in config.tasks.items():
         for problem in make_problems(task, TEXTS, levels=levels, seed=config.seed):
