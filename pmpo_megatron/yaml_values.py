@@ -78,7 +78,10 @@ _SHORT = _Short()
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """yaml.SafeLoader that refuses a mapping with the same key twice."""
+    """yaml.SafeLoader that refuses a mapping with the same key twice. ``on`` and ``off`` are words, as since YAML 1.2."""
+
+    resolvers = yaml.SafeLoader.yaml_implicit_resolvers.items()
+    yaml_implicit_resolvers = {first: rules for first, rules in resolvers if first not in ("o", "O")}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()

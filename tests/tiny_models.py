@@ -20,6 +20,7 @@ LLAMA3_SCALING = {
     "high_freq_factor": 2.0,  # neither this nor the original length is what Megatron has built in
     "original_max_position_embeddings": 32,
 }
+EXPERTS = dict(tie_word_embeddings=False, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24)
 KINDS = {
     "qwen2": ("Qwen2Config", dict(tie_word_embeddings=False)),
     "qwen2-tied": ("Qwen2Config", dict(tie_word_embeddings=True)),
@@ -27,6 +28,10 @@ KINDS = {
     "qwen3-tied": ("Qwen3Config", dict(tie_word_embeddings=True, head_dim=16)),
     "llama": ("LlamaConfig", dict(tie_word_embeddings=False)),
     "llama3-tied": ("LlamaConfig", dict(tie_word_embeddings=True, rope_parameters=LLAMA3_SCALING)),
+    "qwen3-moe": ("Qwen3MoeConfig", EXPERTS | dict(head_dim=16, norm_topk_prob=True)),
+    "qwen3-moe-mixed": ("Qwen3MoeConfig", EXPERTS | dict(head_dim=16, norm_topk_prob=False, mlp_only_layers=[0, 1])),
+    "qwen2-moe": ("Qwen2MoeConfig", EXPERTS | dict(shared_expert_intermediate_size=40, norm_topk_prob=False)),
+    "mixtral": ("MixtralConfig", dict(tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2)),
 }
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from pmpo_megatron.checkpoint.files import replace_text
-from pmpo_megatron.data.arithmetic import make_problems
+from pmpo_megatron.data.generated import make_problems
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.replay import RecordingEngine
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
@@ -193,7 +193,7 @@ class RandomEngine:
     def record(self, path: Path, *, rounds: int) -> None:
         """Responses to every problem of `TRAINING` in every round, to the file ``path``."""
         recording = RecordingEngine(self, path)  # type: ignore[arg-type]
-        texts = [problem.text for problem in make_problems(32)]
+        texts = [problem.text for problem in make_problems("arithmetic", 32)]
         ids = [np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32) for text in texts]
         prompts = [Prompt(index, token_ids, text, ()) for index, (text, token_ids) in enumerate(zip(texts, ids, strict=True))]
         for number in range(rounds):

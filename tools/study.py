@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pmpo_megatron.config import apply_overrides, build, read_yaml
-from pmpo_megatron.errors import PmpoError
+from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.monitor.comparison import write_comparison
 from pmpo_megatron.monitor.read import read_run
 from pmpo_megatron.monitor.study import Results, StudyConfig, pick, read_study
@@ -66,7 +66,12 @@ def run_all(study: StudyConfig, results: Results, options: argparse.Namespace) -
     variants = study.variants()
     configuration = read_yaml(ROOT / study.config)
     for levels in pick(variants, options.only):  # what is wrong in a setting is said before anything runs
-        build(RunConfig, apply_overrides(configuration, [*study.settings, *variants[levels]]))
+        config = build(RunConfig, apply_overrides(configuration, [*study.settings, *variants[levels]]))
+        known = config.evaluation.data.parts() if config.evaluation.data else {}
+        if missing := [source for source in study.sources if source not in known]:
+            raise ConfigError(
+                "sources", f"{missing[0]}: not in evaluation.data.sources, which has {', '.join(known) or 'none'}"
+            )
     wanted = []
     for seed in range(1, study.seeds + 1):
         for levels in pick(variants, options.only):

@@ -1,4 +1,4 @@
-# Sourced by the recipes' launch.sh, which sets NODES and SUMMARY and then calls `launch CONFIG "$@"`.
+# Sourced by the recipes' launch.sh, which sets NODES, SUMMARY and perhaps HARDWARE and then calls `launch CONFIG "$@"`.
 
 PROJECT_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
@@ -18,6 +18,7 @@ One command on each node. What follows the options overrides fields of the confi
   MASTER_ADDR     host of node 0; needed with more than one
   MASTER_PORT     a port that is free there (default: 29500)
   GPUS_PER_NODE   processes on each node (default: 8)
+  HARDWARE        with --dry-run: GPUs to plan for (default: ${HARDWARE:-what this machine has, or h100-80gb})
   ROLLOUT_PORT    with --rollout-node: where it listens (default: 7400)
   ROLLOUT_KEY     with --rollout-node: the run's rollout.key_file
   GLOO_SOCKET_IFNAME  network interface between nodes (default: found where the host's name means 127.0.1.1)
@@ -62,7 +63,8 @@ launch() {
         exec "$python" -m pmpo_megatron.commands.rollout_node --host 0.0.0.0 --port "${ROLLOUT_PORT:-7400}" --key-file "$ROLLOUT_KEY"
     fi
     if [ -n "$dry" ]; then
-        exec "$python" -m pmpo_megatron.commands.train --config "$config" --dry-run --world-size $((nodes * gpus)) "${overrides[@]}"
+        exec "$python" -m pmpo_megatron.commands.train --config "$config" --dry-run --world-size $((nodes * gpus)) \
+            ${HARDWARE:+--hardware "$HARDWARE"} "${overrides[@]}"
     fi
     if [ "$nodes" -eq 1 ]; then
         rendezvous=(--standalone)

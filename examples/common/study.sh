@@ -1,4 +1,5 @@
 # Sourced by the run.sh of a study: runs the study.yaml beside it with tools/study.py, in the project's environment.
+# start_model, if set before, is the model that all runs start from, and what tools/make_tiny_model.py makes it with.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../tools/environment.sh"
@@ -11,5 +12,6 @@ case " $* " in
 esac
 prepare_environment
 cd "$PROJECT_ROOT"
-[ -f runs/quickstart-model/config.json ] || "$PYTHON" tools/make_tiny_model.py --out runs/quickstart-model
+[ -n "${start_model[*]:-}" ] || start_model=(runs/quickstart-model)
+[ -f "${start_model[0]}/config.json" ] || "$PYTHON" tools/make_tiny_model.py --out "${start_model[@]}"
 exec "$PYTHON" tools/study.py "examples/$study/study.yaml" "$@" "${out[@]}"

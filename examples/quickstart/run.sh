@@ -14,6 +14,8 @@ prepare_environment
 cd "$PROJECT_ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}" TOKENIZERS_PARALLELISM=false
 
-[ -f runs/quickstart-model/config.json ] || "$PYTHON" tools/make_tiny_model.py --out runs/quickstart-model
+MODEL="${MODEL:-runs/quickstart-model}"
+# shellcheck disable=SC2086  # several words
+[ -f "$MODEL/config.json" ] || "$PYTHON" tools/make_tiny_model.py --out "$MODEL" ${MODEL_OPTIONS:-}
 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${NPROC_PER_NODE:-1}" \
-    -m pmpo_megatron.commands.train --config examples/quickstart/config.yaml "$@"
+    -m pmpo_megatron.commands.train --config examples/quickstart/config.yaml model.path="$MODEL" "$@"

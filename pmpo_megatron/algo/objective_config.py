@@ -50,6 +50,11 @@ class ObjectiveConfig(Section):
     kl_coefficient: float = setting(0.0, "weight of the KL to the reference model; 0: no reference", minimum=0.0)
     kl_estimator: str = setting("k3", "estimator of that KL", choices=("k1", "k2", "k3"))
     entropy_coefficient: float = setting(0.0, "weight of the entropy bonus", minimum=0.0)
+    balance_coefficient: float = setting(
+        0.0,
+        "weight of the load-balancing loss of each layer with a mixture of experts; its gradient is all that it adds",
+        minimum=0.0,
+    )
     importance: str = setting("none", "correction for the engine's log-probs", choices=("none", "token", "sequence"))
     importance_cap: float = setting(2.0, "truncation of that correction", unit="ratio", minimum=1.0)
 

@@ -20,7 +20,8 @@ class WeightSource:
     """Streams a policy's weights. Collective: every rank iterates, in step.
 
     Each parameter is gathered over its tensor-parallel group on the pipeline stage that owns it, by the first data- and
-    context-parallel replica, and sent to rank 0.
+    context-parallel replica, and sent to rank 0. An expert is gathered over its expert-tensor-parallel group, by the first of
+    the ranks with copies of it, wherever it lies.
 
     Args:
         device: of the tensors on rank 0: the policy's own, or the CPU.
@@ -30,15 +31,12 @@ class WeightSource:
     def __init__(self, policy: Policy, device: torch.device = CPU, rounding: str = "none") -> None:
         self.policy, self.state, self.device, self.rounding = policy, policy.state, device, rounding
         self.parameters = {local_name(name): parameter for name, parameter in policy.named_parameters()}
-        mine = (self.state.dp_rank, self.state.cp_rank, self.state.tp_rank, set(self.parameters))
+        entries = policy.mapping.entries
+        piece = {expert: self.state.tensor_piece(expert=expert)[0] for expert in (False, True)}
+        mine = {entry.megatron for entry in entries if self._gathers(entry) and piece[entry.expert is not None] == 0}
         ranks = gather_objects(mine, self.state)
         # The global rank that holds tensor-parallel piece 0 of each parameter, in the first replica.
-        self.owner = {
-            entry.megatron: next(
-                r for r, (dp, cp, tp, names) in enumerate(ranks) if dp == cp == tp == 0 and entry.megatron in names
-            )
-            for entry in policy.mapping.entries
-        }
+        self.owner = {e.megatron: next(r for r, names in enumerate(ranks) if e.megatron in names) for e in entries}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,13 +44,13 @@ class WeightSource:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor on ``device``) on rank 0; nothing on other ranks, which take part until the end all the same."""
-        first_replica = self.state.dp_rank == self.state.cp_rank == 0
         for entry in self.policy.mapping.entries:
             owner = self.owner[entry.megatron]
             whole = None
-            if first_replica and entry.megatron in self.parameters:
+            if self._gathers(entry):
                 shard = self.parameters[entry.megatron].detach()
-                pieces = [shard] if entry.tensor_parallel_dim is None else gather_tensor(shard, self.state.tp_group)
+                group = self.state.tp_group if entry.expert is None else self.state.etp_group
+                pieces = [shard] if entry.tensor_parallel_dim is None else gather_tensor(shard, group)
                 if self.state.rank == owner:
                     whole = entry.unshard(pieces).to(self.device)
             if owner != 0:
@@ -60,6 +58,11 @@ class WeightSource:
             if self.state.rank == 0 and whole is not None:
                 tensors = (round_matrix(tensor, self.rounding) for tensor in entry.split(whole))
                 yield from zip(entry.hf, tensors, strict=True)
+
+    def _gathers(self, entry: Entry) -> bool:
+        """Whether this rank is one of those that put ``entry`` together: it holds a piece of it, in the first replica."""
+        first = self.state.dp_rank == self.state.cp_rank == 0 if entry.expert is None else self.state.edp_rank == 0
+        return first and entry.megatron in self.parameters
 
     def _send_to_main(self, entry: Entry, whole: torch.Tensor | None, owner: int) -> torch.Tensor | None:
         """What rank 0 gets of ``owner``, which holds ``whole``; on other ranks what they were given."""

@@ -17,9 +17,10 @@ from pmpo_megatron.bridge.buckets import Piece, bucket_bytes, covered, pieces_in
 from pmpo_megatron.bridge.channel import Receiver
 from pmpo_megatron.bridge.fingerprint import fingerprint
 from pmpo_megatron.rollout.vllm_child import ELSEWHERE
+from pmpo_megatron.rollout.vllm_routes import RouteRecorder
 
 
-class WeightReceiver:
+class WeightReceiver(RouteRecorder):
     """Mixed into vLLM's worker, whose are ``self.model_runner``, ``model_config``, ``vllm_config`` and ``device``."""
 
     model_runner: Any
@@ -67,6 +68,7 @@ class WeightReceiver:
         in_files = manifest["channel"] is None
         tensors = read_files(manifest["files"]) if in_files else whole_tensors(self._pmpo_receive(manifest))
         with set_current_vllm_config(self.vllm_config):  # as vLLM's worker does around a load: kernels are chosen by it
+            _forget_packed_experts(model)
             initialize_layerwise_reload(model)
             try:
                 model.load_weights(_noting(tensors, fingerprints, manifest["verify"]))
@@ -140,6 +142,17 @@ def _noting(
     for name, tensor in tensors:
         fingerprints[name] = fingerprint(tensor, mode)
         yield name, tensor
+
+
+def _forget_packed_experts(model: Any) -> None:
+    """vLLM 0.32 on CPU packs a mixture's experts when it makes their kernel, so that a reload leaves them unpacked: without a
+    kernel it makes another. On GPUs the kernel stays: CUDA graphs hold its addresses.
+
+    To be deleted when ``UnquantizedFusedMoEMethod`` packs at every reload.
+    """
+    for module in model.modules():
+        if hasattr(module, "w13_weight") and module.w13_weight.device.type == "cpu":
+            module.quant_method.moe_kernel = None
 
 
 def _pack_output_layer(model: torch.nn.Module) -> None:

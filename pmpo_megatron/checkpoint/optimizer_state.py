@@ -12,28 +12,51 @@ from typing import Any
 
 import torch
 
+from pmpo_megatron.model.optimizer import parts_of
+
+FORMAT = "fully_reshardable"
 STATES = ("param", "exp_avg", "exp_avg_sq")  # Megatron's names: the float32 copy of the weights, and Adam's two moments
 
 
-def state_to_read(optimizer: Any, model_state: dict[str, Any]) -> dict[str, Any]:
-    """The sharded state dictionary with which dist_checkpointing reads a state of type ``fully_reshardable``.
+def state_to_read(optimizer: Any, model_state: dict[str, Any]) -> list[dict[int, Any]]:
+    """The sharded state of every part of ``optimizer`` with which dist_checkpointing reads a state of type `FORMAT`.
 
     Of a parameter that lies on several data-parallel ranks the one that owns its beginning is the main replica, so that each
     part is read as such once.
 
     Args:
-        optimizer: Megatron's, distributed; its own memory is made here if it has none yet.
+        optimizer: Megatron's, distributed.
         model_state: the model's sharded state dictionary, which says how parameters are split.
     """
-    [distributed] = getattr(optimizer, "chained_optimizers", [optimizer])
-    state = distributed.state_dict()
-    distributed.load_state_dict(state)
     described = _descriptions(model_state)
-    parameters = {
-        index: {name: _on_host(described[parameter], name, is_first) for name in STATES}
-        for index, parameter, is_first in owned_parameters(distributed)
-    }
-    return state | {"param_state": parameters, "param_state_sharding_type": "fully_reshardable"}
+    return [
+        {
+            index: {name: _on_host(described[parameter], name, is_first) for name in STATES}
+            for index, parameter, is_first in owned_parameters(part)
+        }
+        for part in parts_of(optimizer)
+    ]
+
+
+def load_state(optimizer: Any, saved: dict[Any, Any], states: list[dict[int, Any]]) -> None:
+    """Fills ``optimizer`` with ``states``, which were read as `state_to_read` says.
+
+    Args:
+        saved: what the checkpoint holds beside tensors. A run with other expert parallelism has saved other parts, each with
+            the number of updates, which is all that is taken: rates and decay are the schedule's.
+    """
+    groups = [group for part in _parts_of_saved(saved) for group in part["optimizer"]["param_groups"]]
+    step = max(group["step"] for group in groups)
+    for part, tensors in zip(parts_of(optimizer), states, strict=True):
+        state = part.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = step
+        part.load_state_dict(state | {"param_state": tensors, "param_state_sharding_type": FORMAT})
+
+
+def _parts_of_saved(saved: dict[Any, Any]) -> list[dict[str, Any]]:
+    """One dictionary, or one for each of several parts under its number (megatron-core 0.16.1 and 0.19.2, ChainedOptimizer)."""
+    return [saved] if "optimizer" in saved else [part for number, part in saved.items() if isinstance(number, int)]
 
 
 def owned_parameters(optimizer: Any) -> Iterator[tuple[int, torch.nn.Parameter, bool]]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pmpo_megatron.checkpoint import files
-from pmpo_megatron.checkpoint.optimizer_state import state_to_read
+from pmpo_megatron.checkpoint.optimizer_state import FORMAT, state_to_read
 from pmpo_megatron.errors import RankFailure
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.parallel.liveness import naming_ranks
@@ -23,7 +23,11 @@ from pmpo_megatron.parallel.random_state import get_random_state
 
 # The only optimizer format that loads on any other layout (megatron-core 0.16 and 0.19), gathered in the host's memory: by
 # default it is gathered on every GPU, which takes twice the float32 size of the rank's part of the model there.
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
+OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": FORMAT,
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,  # or the names would say how experts were spread
+}
 
 
 @dataclass
@@ -154,7 +158,7 @@ def sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
         # One chunk's dictionary under the bare name "model" is what the optimizer looks for.
         model_state = {key: value for chunk in chunks.values() for key, value in chunk.items()} if len(chunks) == 1 else chunks
         if is_loading and policy.optimizer.config.use_distributed_optimizer:
-            state["optimizer"] = state_to_read(policy.optimizer, model_state)
+            state["optimizer_states"] = state_to_read(policy.optimizer, model_state)
         else:
             state["optimizer"] = policy.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
         state["schedule"] = policy.scheduler.state_dict()

@@ -16,6 +16,7 @@ import torch
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.config import CheckpointConfig
 from pmpo_megatron.checkpoint.index import INDEX_FILE, read_index
+from pmpo_megatron.checkpoint.optimizer_state import load_state
 from pmpo_megatron.checkpoint.save import Save, sharded_state
 from pmpo_megatron.checkpoint.space import bytes_of, describe_bytes
 from pmpo_megatron.errors import CheckpointError
@@ -238,5 +239,8 @@ def load_sharded(policy: Policy, directory: Path) -> None:
     for index, module in enumerate(policy.modules):
         module.load_state_dict(loaded[f"model{index}"], strict=True)
     if policy.scheduler is not None:
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        if "optimizer_states" in loaded:
+            load_state(policy.optimizer, loaded["optimizer"], loaded["optimizer_states"])
+        else:
+            policy.optimizer.load_state_dict(loaded["optimizer"])
         policy.scheduler.load_state_dict(loaded["schedule"])

@@ -37,6 +37,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print every field with default and meaning, and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked without starting")
     parser.add_argument("--world-size", type=int, help="processes to assume for --dry-run (default: torchrun's, or 1)")
+    parser.add_argument("--hardware", help="GPUs to assume for --dry-run (default: this machine's; without any, h100-80gb)")
     return parser.parse_args(arguments)
 
 
@@ -72,13 +73,14 @@ def command(options: argparse.Namespace) -> int:
         print_config(options)
         return 0
     quiet_libraries()  # before any of them is imported
-    from pmpo_megatron.planner import memory_report
+    from pmpo_megatron.planner import hardware_named, memory_report
     from pmpo_megatron.training.checks import check_run
 
     config = load_config(options)
     if options.dry_run:
         world_size = options.world_size if options.world_size is not None else world_size_of_environment()
-        for line in [*check_run(config, world_size, dry_run=True).lines, *memory_report(config, world_size)]:
+        hardware = hardware_named(options.hardware) if options.hardware else None
+        for line in [*check_run(config, world_size, dry_run=True).lines, *memory_report(config, world_size, hardware)]:
             print(line)
         print("dry run: nothing wrong found")
         return 0

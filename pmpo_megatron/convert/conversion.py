@@ -109,7 +109,7 @@ def hf_to_megatron(hf: Path, out: Path, options: Options | None = None, *, allow
     num_bytes = sum(_num_bytes(whole, dtypes[name]) for name, whole in mapping.hf_shapes.items())
     checksums = Checksums(options.verify)
     with output_directory(out, force=options.force, inputs=[hf], num_bytes=num_bytes) as partial:
-        with closing(MegatronWriter(partial, num_layers=shape.num_layers)) as writer:
+        with closing(MegatronWriter(partial, shape)) as writer:
             for entry in options.follow("converting", len(mapping.entries), mapping.entries):
                 tensors = [options.cast(weights(name)) for name in entry.hf]
                 checksums.note(entry.hf, tensors)
@@ -143,8 +143,8 @@ def megatron_to_hf(
     mapping = WeightMapping(shape)
     if (checkpoint / files.MANIFEST).exists():
         _check_manifest(checkpoint, source, checksums=options.verify)
-    reader = MegatronReader(source)
-    reader.check(mapping.entries, num_layers=shape.num_layers)
+    reader = MegatronReader(source, shape)
+    reader.check(mapping.entries)
     stored = ((options.stored_as(reader.dtype(entry)), entry) for entry in mapping.entries)
     plan = [(name, dtype, whole) for dtype, entry in stored for name, whole in zip(entry.hf, entry.hf_shapes, strict=True)]
     num_bytes = sum(_num_bytes(whole, dtype) for _, dtype, whole in plan)
@@ -165,8 +165,8 @@ def megatron_to_hf(
 
 
 def _verify_megatron(directory: Path, mapping: WeightMapping, checksums: Checksums, options: Options) -> None:
-    reader = MegatronReader(directory)
-    reader.check(mapping.entries, num_layers=mapping.shape.num_layers)
+    reader = MegatronReader(directory, mapping.shape)
+    reader.check(mapping.entries)
     for entry in options.follow("verifying", len(mapping.entries), mapping.entries):
         checksums.compare(entry.hf, entry.split(reader(entry)), directory)
 

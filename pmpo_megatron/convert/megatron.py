@@ -1,10 +1,8 @@
 """Files of Megatron's dist_checkpointing (format torch_dist), written and read one tensor at a time, without Megatron.
 
 The format is torch.distributed.checkpoint's: ``.metadata`` (which tensor lies where), ``*.distcp`` (every tensor or piece of
-one as torch.save writes it, one after another), and Megatron's ``metadata.json`` and ``common.pt``. A parameter of all
-layers is one tensor with the layer as its first dimension, cut into one piece for each layer; its name is that of
-Transformer Engine's specification, whichever specification the model has (megatron-core 0.16 and 0.19,
-TransformerBlock.sharded_state_dict).
+one as torch.save writes it, one after another), and Megatron's ``metadata.json`` and ``common.pt``. Parameters of several
+layers or experts may be one tensor, cut into one piece for each (`stored_names`).
 """
 
 from __future__ import annotations
@@ -34,26 +32,14 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from pmpo_megatron.checkpoint.index import INDEX_FILE, read_index
+from pmpo_megatron.convert.stored_names import EXTRA_STATE, Place, object_names, places
 from pmpo_megatron.errors import CheckpointError
 from pmpo_megatron.hf.entries import Entry, VocabularyEntry
-from pmpo_megatron.hf.mapping import TRANSFORMER_ENGINE_NAMES
+from pmpo_megatron.hf.shape import ModelShape
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 DATA_FILE = "__0_0.distcp"
-LAYERS = "decoder.layers."
 MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
-EXTRA_STATE = "_extra_state"
-# Megatron's linear layers save an object of their own beside the weight; without Transformer Engine's float8 it is empty.
-LAYER_OBJECTS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-
-
-def stored_name(megatron_name: str) -> tuple[str, int | None]:
-    """(name in a checkpoint, layer or None) of a parameter named as in the local specification."""
-    if not megatron_name.startswith(LAYERS):
-        return megatron_name, None
-    layer, _, rest = megatron_name.removeprefix(LAYERS).partition(".")
-    fused = {plain: name for name, plain in TRANSFORMER_ENGINE_NAMES.items()}
-    return LAYERS + fused.get(rest, rest), int(layer)
 
 
 class MegatronWriter:
@@ -61,11 +47,11 @@ class MegatronWriter:
 
     Args:
         directory: exists already.
-        num_layers: of the model.
+        shape: of the model.
     """
 
-    def __init__(self, directory: Path, *, num_layers: int) -> None:
-        self.directory, self.num_layers = directory, num_layers
+    def __init__(self, directory: Path, shape: ModelShape) -> None:
+        self.directory, self.shape = directory, shape
         self._file = (directory / DATA_FILE).open("wb")
         self._tensors: dict[str, TensorStorageMetadata] = {}
         self._empty: dict[str, BytesStorageMetadata] = {}
@@ -73,18 +59,14 @@ class MegatronWriter:
 
     def add(self, megatron_name: str, tensor: torch.Tensor) -> None:
         """Writes a whole parameter (name of the local specification)."""
-        name, layer = stored_name(megatron_name)
-        if layer is None:
-            shape, offset = tuple(tensor.shape), [0] * tensor.dim()
-        else:
-            tensor = tensor.unsqueeze(0)
-            shape, offset = (self.num_layers, *tensor.shape[1:]), [layer] + [0] * (tensor.dim() - 1)
-        whole = self._tensors.setdefault(
-            name, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(shape), [])
-        )
+        place = places(megatron_name, self.shape)[0]
+        size, offset = torch.Size((*place.sizes, *tensor.shape)), [*place.index] + [0] * tensor.dim()
+        tensor = tensor.view(*[1] * len(place.index), *tensor.shape)
+        whole = self._tensors.setdefault(place.name, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, []))
         if whole.properties.dtype != tensor.dtype:
+            others = "layers" if self.shape.experts is None else "experts"
             raise CheckpointError(
-                f"{megatron_name} is {tensor.dtype}, in other layers {whole.properties.dtype}; choose one with --dtype"
+                f"{megatron_name} is {tensor.dtype}, in other {others} {whole.properties.dtype}; choose one with --dtype"
             )
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save writes the whole storage
@@ -92,19 +74,17 @@ class MegatronWriter:
         start = self._file.tell()
         with _without_zip_checksums():
             torch.save(tensor, self._file)
-        self._note(MetadataIndex(name, offset), start)
+        self._note(MetadataIndex(place.name, offset), start)
 
     def finish(self) -> None:
         """Writes the empty objects and the descriptions; everything is on disk afterwards."""
         empty = io.BytesIO()
         torch.save([None], empty)
-        for layer in range(self.num_layers):
-            for part in LAYER_OBJECTS:
-                name = f"{LAYERS}{part}.{EXTRA_STATE}/shard_{layer}_{self.num_layers}"
-                self._empty[name] = BytesStorageMetadata()
-                start = self._file.tell()
-                self._file.write(empty.getbuffer())
-                self._note(MetadataIndex(name), start)
+        for name in object_names(self.shape):
+            self._empty[name] = BytesStorageMetadata()
+            start = self._file.tell()
+            self._file.write(empty.getbuffer())
+            self._note(MetadataIndex(name), start)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -135,12 +115,15 @@ def _without_zip_checksums() -> Iterator[None]:
 class MegatronReader:
     """Reads parameters of a checkpoint saved on any layout, whole.
 
+    Args:
+        shape: of the model.
+
     Raises:
         CheckpointError: ``directory`` is not such a checkpoint, or a file of it is missing or cut short; names it.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, shape: ModelShape) -> None:
+        self.directory, self.shape = directory, shape
         self.metadata = read_index(directory / INDEX_FILE)
         self._reader = FileSystemReader(directory)
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
@@ -156,7 +139,7 @@ class MegatronReader:
     def dtype(self, entry: Entry) -> torch.dtype:
         return self._find(entry)[1].properties.dtype
 
-    def check(self, entries: tuple[Entry, ...], *, num_layers: int) -> None:
+    def check(self, entries: tuple[Entry, ...]) -> None:
         """Compares with the model before anything is read.
 
         Raises:
@@ -164,14 +147,12 @@ class MegatronReader:
         """
         used = set()
         for entry in entries:
-            name, stored, layer = self._find(entry)
-            shape, wanted = tuple(stored.size), self._shape(entry)
-            if layer is not None:
-                wanted = (num_layers, *wanted)
-            padded = isinstance(entry, VocabularyEntry) and shape[0] >= wanted[0] and shape[1:] == wanted[1:]
-            if shape != wanted and not padded:
-                raise CheckpointError(f"{self.directory}: {name} has shape {shape}; config.json says {wanted}")
-            used.add(name)
+            place, stored = self._find(entry)
+            size, wanted = tuple(stored.size), (*place.sizes, *self._shape(entry))
+            padded = isinstance(entry, VocabularyEntry) and size[0] >= wanted[0] and size[1:] == wanted[1:]
+            if size != wanted and not padded:
+                raise CheckpointError(f"{self.directory}: {place.name} has shape {size}; config.json says {wanted}")
+            used.add(place.name)
         if extra := sorted(set(self.names) - used):
             raise CheckpointError(f"{self.directory}: holds {', '.join(extra[:6])}, which the model of config.json has not")
 
@@ -181,14 +162,12 @@ class MegatronReader:
         Raises:
             CheckpointError: it is absent, incomplete or damaged; names it.
         """
-        name, stored, layer = self._find(entry)
+        place, stored = self._find(entry)
         shape = self._shape(entry)
         target = torch.empty(shape, dtype=stored.properties.dtype)
-        if layer is not None:
-            wanted = ChunkStorageMetadata(torch.Size([layer] + [0] * len(shape)), torch.Size([1, *shape]))
-        else:
-            wanted = ChunkStorageMetadata(torch.Size([0] * len(shape)), torch.Size(shape))
-        items = create_read_items_for_chunk_list(name, stored, [wanted])
+        offset = torch.Size([*place.index, *[0] * len(shape)])
+        wanted = ChunkStorageMetadata(offset, torch.Size([*[1] * len(place.index), *shape]))
+        items = create_read_items_for_chunk_list(place.name, stored, [wanted])
         if sum(item.lengths.numel() for item in items) != target.numel():
             raise CheckpointError(f"{self.directory}: {entry.megatron} is incomplete")
         try:
@@ -197,18 +176,16 @@ class MegatronReader:
             raise CheckpointError(f"{self.directory}: {entry.megatron} cannot be read: {error}") from None
         return target
 
-    def _find(self, entry: Entry) -> tuple[str, TensorStorageMetadata, int | None]:
-        """(stored name, description, layer): all layers stacked, or each under a name of its own (layer None)."""
-        described = self.metadata.state_dict_metadata
-        name, layer = stored_name(entry.megatron)
-        numbered = LAYERS + f"{layer}." + name.removeprefix(LAYERS)
-        for candidate, at in ((name, layer), (numbered, None)):
-            stored = described.get(candidate)
+    def _find(self, entry: Entry) -> tuple[Place, TensorStorageMetadata]:
+        """Where the parameter lies, and what the checkpoint says of that tensor."""
+        candidates = places(entry.megatron, self.shape)
+        for place in candidates:
+            stored = self.metadata.state_dict_metadata.get(place.name)
             if isinstance(stored, TensorStorageMetadata):
-                if at is not None and at >= stored.size[0]:
+                if any(at >= size for at, size in zip(place.index, stored.size, strict=False)):
                     break
-                return candidate, stored, at
-        raise CheckpointError(f"{self.directory}: parameter {entry.megatron} is missing (looked for {name})")
+                return place, stored
+        raise CheckpointError(f"{self.directory}: parameter {entry.megatron} is missing (looked for {candidates[0].name})")
 
     @staticmethod
     def _shape(entry: Entry) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Prompts from files, Hugging Face data sets or the generated task: read, put into a template, tokenised, filtered."""
+"""Prompts from files, Hugging Face data sets or generated tasks: read, put into a template, tokenised, filtered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pmpo_megatron.config import Section, build, setting, to_plain
-from pmpo_megatron.data.arithmetic import LEVELS, make_problems
+from pmpo_megatron.data.generated import TASKS, make_problems
 from pmpo_megatron.data.tokenizer import encode
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.types import Prompt, to_token_ids
@@ -34,14 +34,16 @@ class DataConfig(Section):
     """Where problems come from and how they become prompts."""
 
     source: str | None = setting(
-        None, "a .jsonl or .parquet file, a Hugging Face data set (name or directory), or 'arithmetic'; needed without sources"
+        None,
+        f"a .jsonl or .parquet file, a Hugging Face data set (name or directory), or a generated task ({', '.join(TASKS)}); "
+        "needed without sources",
     )
     sources: dict[str, dict[str, Any]] = setting(
         {}, "several sources instead: for each name the fields of this section that it has of its own"
     )
     weight: float = setting(1.0, "of one among several sources: its prompts are weight / (sum of weights) of all", above=0.0)
     rewards: dict[str, float] | None = setting(None, "weight of each reward function here; null: rewards.functions")
-    split: str = setting("train", "Hugging Face data set: its split; arithmetic: train or test, which never overlap")
+    split: str = setting("train", "Hugging Face data set: its split; generated: train or test, which never overlap")
     subset: str | None = setting(None, "Hugging Face data set: its configuration, where it has several")
     problem_field: str = setting("problem", "field that holds the problem")
     answer_field: str | None = setting(
@@ -52,11 +54,11 @@ class DataConfig(Section):
     system_prompt: str | None = setting(None, "template chat: the system message")
     max_prompt_tokens: int = setting(1024, "longer prompts are left out, and counted", unit="tokens", minimum=1)
     max_problems: int | None = setting(None, "problems that are read, from the first on; null: all", minimum=1)
-    problems: int = setting(4096, "arithmetic: problems generated", minimum=1, maximum=1_000_000)
+    problems: int = setting(4096, "generated: how many", minimum=1, maximum=1_000_000)
     levels: tuple[int, ...] = setting(
-        (1, 2, 3), "arithmetic: difficulty levels, taken in turn; from 4 on, so many dependent operations"
+        (1, 2, 3), "generated: difficulty levels, taken in turn; arithmetic from 4 on: so many dependent operations"
     )
-    seed: int = setting(0, "arithmetic: seed of the problems", minimum=0)
+    seed: int = setting(0, "generated: seed of the problems", minimum=0)
 
     def parts(self) -> dict[str, DataConfig]:
         """Every source by its name; where there is one alone it is called ''."""
@@ -77,7 +79,7 @@ class DataConfig(Section):
 
     def validate(self) -> None:
         if (self.source is None) != bool(self.sources):
-            raise ConfigError("source", "is required, or sources; not both: a file, a data set, or 'arithmetic'")
+            raise ConfigError("source", f"is required, or sources; not both: a file, a data set, or one of {', '.join(TASKS)}")
         if self.rewards == {}:
             raise ConfigError("rewards", "is empty: name a function, or null for those of rewards.functions")
         if self.sources:
@@ -88,11 +90,12 @@ class DataConfig(Section):
             )
         if self.system_prompt is not None and self.template != "chat":
             raise ConfigError("system_prompt", f"has no effect with template {self.template!r}; only with chat")
-        if self.source == "arithmetic":
+        if self.source in TASKS:
+            known = TASKS[self.source].levels
             if self.split not in ("train", "test"):
-                raise ConfigError("split", f"{self.split!r}: arithmetic has train and test")
-            if not self.levels or not set(self.levels) <= set(LEVELS):
-                raise ConfigError("levels", f"{list(self.levels)}: the levels are {LEVELS[0]} to {LEVELS[-1]}")
+                raise ConfigError("split", f"{self.split!r}: {self.source} has train and test")
+            if not self.levels or not set(self.levels) <= set(known):
+                raise ConfigError("levels", f"{list(self.levels)}: the levels of {self.source} are {known[0]} to {known[-1]}")
 
 
 @dataclass(frozen=True)
@@ -201,13 +204,14 @@ def read_rows(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _source(config: DataConfig) -> Iterable[tuple[str, dict[str, Any]]]:
-    if config.source == "arithmetic":
-        problems = make_problems(config.problems, levels=config.levels, seed=config.seed, held_out=config.split == "test")
+    assert config.source is not None  # one source
+    if config.source in TASKS:
+        held_out, answer = config.split == "test", config.answer_field or "answer"
+        problems = make_problems(config.source, config.problems, levels=config.levels, seed=config.seed, held_out=held_out)
         return (
-            (f"arithmetic {i}", {config.answer_field or "answer": p.answer, config.problem_field: p.text, "level": p.level})
+            (f"{config.source} {i}", {config.problem_field: p.text, answer: p.answer, "level": p.level, **p.fields})
             for i, p in enumerate(problems)
         )
-    assert config.source is not None  # one source
     path = Path(config.source)
     if path.suffix in (".jsonl", ".json"):
         return _json_lines(path)

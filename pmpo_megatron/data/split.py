@@ -99,7 +99,7 @@ def step_weights(
     """
     weights_N = np.zeros(len(table.lengths_N))
     for members in steps:
-        weights_N[members] = trajectory_weights(table.response_lengths_N[members].tolist(), kind, max_length=max_length)
+        weights_N[members] = trajectory_weights(table.sampled_lengths_N[members].tolist(), kind, max_length=max_length)
     return np.where(table.truncated_N, 0.0, weights_N) if mask_truncated else weights_N
 
 

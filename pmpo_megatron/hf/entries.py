@@ -20,7 +20,9 @@ class Entry:
     """A Megatron parameter and its Hugging Face tensors.
 
     ``tensor_parallel_dim`` is the dimension that tensor parallelism cuts, None where every rank holds the whole. ``parts``
-    of the parameter, stacked along dimension 0, are cut one by one, so that each rank holds a piece of every part.
+    of the parameter, stacked along dimension 0, are cut one by one, so that each rank holds a piece of every part. ``expert``
+    is the number of the routed expert that it belongs to: such a parameter lies on one of the expert-parallel ranks, and is
+    cut over the expert-tensor-parallel group. None: of all tokens.
     """
 
     megatron: str
@@ -28,6 +30,7 @@ class Entry:
     hf_shapes: tuple[tuple[int, ...], ...]
     tensor_parallel_dim: int | None = None
     parts: int = 1
+    expert: int | None = None
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -118,19 +121,24 @@ def decoder_entries(shape: ModelShape) -> Iterator[Entry]:
     table = ((shape.vocab_size, hidden),)
     yield VocabularyEntry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), table, 0, padded_rows=padded)
     for layer in range(shape.num_layers):
-        yield from _layer_entries(shape, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+        names = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        yield from _attention_entries(shape, *names)
+        yield Entry(f"{names[0]}pre_mlp_layernorm.weight", (f"{names[1]}post_attention_layernorm.weight",), ((hidden,),))
+        if shape.is_sparse(layer):
+            yield from _mixture_entries(shape, *names)
+        else:
+            yield from _mlp_entries(f"{names[0]}mlp.", f"{names[1]}mlp.", hidden, shape.ffn_hidden_size)
     yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ((hidden,),))
     if not shape.tied_embeddings:
         yield VocabularyEntry("output_layer.weight", ("lm_head.weight",), table, 0, padded_rows=padded)
 
 
-def _layer_entries(shape: ModelShape, megatron: str, hf: str) -> Iterator[Entry]:
-    hidden, ffn, head = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
+def _attention_entries(shape: ModelShape, megatron: str, hf: str) -> Iterator[Entry]:
+    hidden, head = shape.hidden_size, shape.head_dim
     queries, keys = shape.num_attention_heads * head, shape.num_query_groups * head
     names = tuple(f"{hf}self_attn.{x}_proj." for x in "qkv")
     grouped = dict(tensor_parallel_dim=0, groups=shape.num_query_groups, head_dim=head)
-    norm = ((hidden,),)
-    yield Entry(f"{megatron}input_layernorm.weight", (f"{hf}input_layernorm.weight",), norm)
+    yield Entry(f"{megatron}input_layernorm.weight", (f"{hf}input_layernorm.weight",), ((hidden,),))
     qkv_shapes = ((queries, hidden), (keys, hidden), (keys, hidden))
     yield QKVEntry(f"{megatron}self_attention.linear_qkv.weight", tuple(f"{n}weight" for n in names), qkv_shapes, **grouped)
     if shape.qkv_bias:
@@ -140,7 +148,36 @@ def _layer_entries(shape: ModelShape, megatron: str, hf: str) -> Iterator[Entry]
         for x in "qk":
             yield Entry(f"{megatron}self_attention.{x}_layernorm.weight", (f"{hf}self_attn.{x}_norm.weight",), ((head,),))
     yield Entry(f"{megatron}self_attention.linear_proj.weight", (f"{hf}self_attn.o_proj.weight",), ((hidden, queries),), 1)
-    yield Entry(f"{megatron}pre_mlp_layernorm.weight", (f"{hf}post_attention_layernorm.weight",), norm)
-    gate_up = (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight")
-    yield Entry(f"{megatron}mlp.linear_fc1.weight", gate_up, ((ffn, hidden), (ffn, hidden)), 0, parts=2)
-    yield Entry(f"{megatron}mlp.linear_fc2.weight", (f"{hf}mlp.down_proj.weight",), ((hidden, ffn),), 1)
+
+
+def _mixture_entries(shape: ModelShape, megatron: str, hf: str) -> Iterator[Entry]:
+    """Router, routed experts, and the shared expert with its gate, which Megatron names and keeps differently."""
+    hidden, experts = shape.hidden_size, shape.experts
+    assert experts is not None
+    written = experts.format
+    table = f"{hf}{written.module}"
+    yield Entry(f"{megatron}mlp.router.weight", (f"{table}gate.weight",), ((experts.num_experts, hidden),))
+    for number in range(experts.num_experts):
+        names = f"{megatron}mlp.experts.local_experts.{number}.", f"{table}experts.{number}."
+        yield from _mlp_entries(
+            *names, hidden, experts.ffn_hidden_size, expert=number, gate_up=written.gate_up, down=written.down
+        )
+    if experts.shared_ffn_hidden_size is not None:
+        gate, ours = f"{table}shared_expert_gate.weight", f"{megatron}mlp.shared_experts."
+        yield Entry(f"{ours}gate_weight", (gate,), ((1, hidden),))
+        yield from _mlp_entries(ours, f"{table}shared_expert.", hidden, experts.shared_ffn_hidden_size)
+
+
+def _mlp_entries(
+    megatron: str,
+    hf: str,
+    hidden: int,
+    ffn: int,
+    *,
+    expert: int | None = None,
+    gate_up: tuple[str, str] = ("gate_proj", "up_proj"),
+    down: str = "down_proj",
+) -> Iterator[Entry]:
+    names = tuple(f"{hf}{x}.weight" for x in gate_up)
+    yield Entry(f"{megatron}linear_fc1.weight", names, ((ffn, hidden), (ffn, hidden)), 0, parts=2, expert=expert)
+    yield Entry(f"{megatron}linear_fc2.weight", (f"{hf}{down}.weight",), ((hidden, ffn),), 1, expert=expert)

@@ -24,6 +24,27 @@ COLUMNS = (
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "rope_theta": 1e6, "torch_dtype": "bfloat16"}
 QWEN2_MATH = QWEN2 | {"rope_theta": 1e4}
 QWEN3 = QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
+QWEN2_MOE = QWEN2 | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+}
+QWEN3_MOE = QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "moe_intermediate_size": 768,
+}
+QWEN3_MOE_235B = QWEN3_MOE | {"moe_intermediate_size": 1536}
+MIXTRAL = QWEN2 | {
+    "architectures": ["MixtralForCausalLM"],
+    "rms_norm_eps": 1e-5,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 LLAMA3 = {
     "architectures": ["LlamaForCausalLM"],
     "rms_norm_eps": 1e-5,
@@ -49,6 +70,7 @@ ROWS: dict[str, tuple[dict[str, Any], tuple]] = {
     "Qwen/Qwen2.5-14B-Instruct": (QWEN2, (5120, 13824, 48, 40, 8, 152064, False, 32768)),
     "Qwen/Qwen2.5-32B-Instruct": (QWEN2, (5120, 27648, 64, 40, 8, 152064, False, 32768)),
     "Qwen/Qwen2.5-72B-Instruct": (QWEN2, (8192, 29568, 80, 64, 8, 152064, False, 32768)),
+    "Qwen/Qwen2.5-Coder-7B": (QWEN2, (3584, 18944, 28, 28, 4, 152064, False, 32768)),
     "Qwen/Qwen2.5-Math-1.5B": (QWEN2_MATH, (1536, 8960, 28, 12, 2, 151936, True, 4096)),
     "Qwen/Qwen2.5-Math-7B": (QWEN2_MATH, (3584, 18944, 28, 28, 4, 152064, False, 4096)),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (QWEN2_MATH, (1536, 8960, 28, 12, 2, 151936, False, 131072)),
@@ -59,6 +81,11 @@ ROWS: dict[str, tuple[dict[str, Any], tuple]] = {
     "Qwen/Qwen3-8B": (QWEN3, (4096, 12288, 36, 32, 8, 151936, False, 40960)),
     "Qwen/Qwen3-14B": (QWEN3, (5120, 17408, 40, 40, 8, 151936, False, 40960)),
     "Qwen/Qwen3-32B": (QWEN3, (5120, 25600, 64, 64, 8, 151936, False, 40960)),
+    "Qwen/Qwen1.5-MoE-A2.7B": (QWEN2_MOE, (2048, 5632, 24, 16, 16, 151936, False, 8192)),
+    "Qwen/Qwen3-30B-A3B": (QWEN3_MOE, (2048, 6144, 48, 32, 4, 151936, False, 40960)),
+    "Qwen/Qwen3-30B-A3B-Base": (QWEN3_MOE, (2048, 6144, 48, 32, 4, 151936, False, 32768)),
+    "Qwen/Qwen3-235B-A22B": (QWEN3_MOE_235B, (4096, 12288, 94, 64, 4, 151936, False, 40960)),
+    "mistralai/Mixtral-8x7B-v0.1": (MIXTRAL, (4096, 14336, 32, 32, 8, 32000, False, 32768)),
     "meta-llama/Llama-3.1-8B": (LLAMA3, (4096, 14336, 32, 32, 8, 128256, False, 131072)),
     "meta-llama/Llama-3.1-8B-Instruct": (LLAMA3, (4096, 14336, 32, 32, 8, 128256, False, 131072)),
     "meta-llama/Llama-3.3-70B-Instruct": (LLAMA3, (8192, 28672, 80, 64, 8, 128256, False, 131072)),

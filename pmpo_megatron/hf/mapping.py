@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,9 @@ TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+LAYER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.*)")
+EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<number>\d+)\.(?P<weight>.*)")
+GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<weight>linear_fc[12]\.weight)(?P<number>\d+)")
 
 
 def local_name(name: str) -> str:
@@ -27,13 +31,19 @@ def local_name(name: str) -> str:
     return name
 
 
-def global_name(name: str, layer_offset: int) -> str:
-    """``name`` of a parameter of a pipeline stage's chunk with the layer's number counted over the whole model."""
-    prefix = "decoder.layers."
-    if not name.startswith(prefix):
+def global_name(name: str, layer_offset: int, expert_offset: int = 0) -> str:
+    """``name`` of a parameter of a pipeline stage's chunk with layer and expert counted over the whole model.
+
+    Experts are numbered from ``expert_offset`` on this rank, and always named as in the local layer specification: Transformer
+    Engine's grouped products have ``mlp.experts.linear_fc1.weight3`` for ``mlp.experts.local_experts.3.linear_fc1.weight``.
+    """
+    match = LAYER.fullmatch(name)
+    if match is None:
         return name
-    layer, _, rest = name.removeprefix(prefix).partition(".")
-    return f"{prefix}{int(layer) + layer_offset}.{rest}"
+    layer, rest = int(match["layer"]) + layer_offset, match["rest"]
+    if expert := EXPERT.fullmatch(rest) or GROUPED_EXPERT.fullmatch(rest):
+        rest = f"mlp.experts.local_experts.{int(expert['number']) + expert_offset}.{expert['weight']}"
+    return f"decoder.layers.{layer}.{rest}"
 
 
 @dataclass(frozen=True)
@@ -90,23 +100,21 @@ class WeightMapping:
         self,
         parameters: Iterable[tuple[str, torch.Tensor]],
         read: Callable[[str], torch.Tensor],
-        *,
-        rank: int,
-        size: int,
+        piece: Callable[[Entry], tuple[int, int]],
     ) -> None:
         """Fills this rank's parameters from Hugging Face tensors, one parameter in memory at a time.
 
         Args:
-            parameters: (Megatron name with global layer number, shard to fill in place).
+            parameters: (Megatron name with global layer and expert numbers, shard to fill in place).
             read: gives a Hugging Face tensor by name.
-            rank, size: of this rank's tensor-parallel group.
+            piece: (which, of how many) this rank holds of a parameter that tensor parallelism cuts.
 
         Raises:
             MappingError: a parameter or tensor has no counterpart, or another shape, or is not finite.
         """
         for name, parameter in parameters:
             entry = self.entry(name)
-            shard = entry.shard(entry.merge([read(tensor) for tensor in entry.hf]), rank, size)
+            shard = entry.shard(entry.merge([read(tensor) for tensor in entry.hf]), *piece(entry))
             if shard.shape != parameter.shape:
                 raise MappingError(f"{name}: Megatron has shape {tuple(parameter.shape)}, the checkpoint {tuple(shard.shape)}")
             with torch.no_grad():

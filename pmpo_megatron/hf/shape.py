@@ -9,20 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pmpo_megatron.errors import MappingError
+from pmpo_megatron.hf.config_values import integer, positive
+from pmpo_megatron.hf.experts import ExpertFormat, ExpertShape, read_experts
 from pmpo_megatron.units import round_up
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-LARGEST = {
-    "num_hidden_layers": 4096,
-    "num_attention_heads": 1 << 14,
-    "num_key_value_heads": 1 << 14,
-    "head_dim": 1 << 14,
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 22,
-    "vocab_size": 1 << 24,
-    "max_position_embeddings": 1 << 31,
-    "original_max_position_embeddings": 1 << 31,
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +46,11 @@ class ModelShape:
     qk_norm: bool
     max_position_embeddings: int
     dtype: str  # of the checkpoint's tensors: float32, bfloat16, float16
+    experts: ExpertShape | None = None
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether ``layer`` has a mixture of experts instead of one MLP."""
+        return self.experts is not None and self.experts.sparse_layers[layer]
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Rows of the embedding that Megatron allocates: a multiple of 64 and of the tensor-parallel size.
@@ -71,6 +67,7 @@ class Architecture:
 
     qkv_bias: bool = False  # biases on q, k and v
     qk_norm: bool = False  # RMSNorm on every query and key head
+    experts: ExpertFormat | None = None
     refused: Mapping[str, str] = field(default_factory=dict)  # switches of config.json that must be off, and what is supported
 
 
@@ -80,10 +77,25 @@ REFUSED = {
     "mlp_bias": "only MLPs without bias are supported",
 }
 NO_BIAS = {"attention_bias": "only attention without biases is supported"}
+NO_WINDOW = {"sliding_window": "only full attention is supported"}
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(refused=NO_BIAS),  # Llama 2, 3, 3.1, 3.2, 3.3, DeepSeek-R1-Distill-Llama
     "Qwen2ForCausalLM": Architecture(qkv_bias=True),  # Qwen2, Qwen2.5, Qwen2.5-Math, DeepSeek-R1-Distill-Qwen
     "Qwen3ForCausalLM": Architecture(qk_norm=True, refused=NO_BIAS),  # Qwen3 dense
+    "Qwen2MoeForCausalLM": Architecture(  # Qwen1.5-MoE, Qwen2-57B-A14B
+        qkv_bias=True, experts=ExpertFormat(shared_width="shared_expert_intermediate_size")
+    ),
+    "Qwen3MoeForCausalLM": Architecture(qk_norm=True, experts=ExpertFormat(), refused=NO_BIAS),  # Qwen3-30B-A3B, 235B-A22B
+    "MixtralForCausalLM": Architecture(
+        experts=ExpertFormat(
+            width="intermediate_size",
+            always_normalized=True,
+            module="block_sparse_moe.",
+            gate_up=("w1", "w3"),
+            down="w2",
+        ),
+        refused=NO_WINDOW,
+    ),
 }
 
 
@@ -141,6 +153,8 @@ def _shape(config: Mapping[str, Any], name: str) -> ModelShape:
     for switch, supported in {**REFUSED, **architecture.refused}.items():
         if config.get(switch):
             raise MappingError(f"{switch} is {json.dumps(config[switch]):.80}; {supported}")
+    if architecture.qkv_bias and config.get("qkv_bias") is False:
+        raise MappingError("qkv_bias is false; only attention with biases is supported for this architecture")
     heads, groups, head_dim = _heads(config)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
@@ -148,36 +162,38 @@ def _shape(config: Mapping[str, Any], name: str) -> ModelShape:
     if config.get("hidden_act", "silu") != "silu":
         raise MappingError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
     theta, scaling = _rope(config)
+    num_layers = integer(config, "num_hidden_layers")
     return ModelShape(
         architecture=name,
-        vocab_size=_integer(config, "vocab_size"),
-        hidden_size=_integer(config, "hidden_size"),
-        num_layers=_integer(config, "num_hidden_layers"),
+        vocab_size=integer(config, "vocab_size"),
+        hidden_size=integer(config, "hidden_size"),
+        num_layers=num_layers,
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=head_dim,
-        ffn_hidden_size=_integer(config, "intermediate_size"),
-        norm_epsilon=_positive(config, "rms_norm_eps"),
+        ffn_hidden_size=integer(config, "intermediate_size"),
+        norm_epsilon=positive(config, "rms_norm_eps"),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=architecture.qkv_bias,
         qk_norm=architecture.qk_norm,
-        max_position_embeddings=_integer(config, "max_position_embeddings"),
+        max_position_embeddings=integer(config, "max_position_embeddings"),
         dtype=dtype,
+        experts=read_experts(config, architecture.experts, num_layers) if architecture.experts else None,
     )
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """(query heads, key-value heads, elements of a head)."""
-    heads = _integer(config, "num_attention_heads")
-    groups = _integer(config, "num_key_value_heads", default=heads)
+    heads = integer(config, "num_attention_heads")
+    groups = integer(config, "num_key_value_heads", default=heads)
     if heads % groups:
         raise MappingError(f"num_key_value_heads {groups} must divide num_attention_heads {heads}")
-    hidden = _integer(config, "hidden_size")
+    hidden = integer(config, "hidden_size")
     if config.get("head_dim") is None and hidden % heads:
         raise MappingError(f"num_attention_heads {heads} must divide hidden_size {hidden}, because head_dim is missing")
-    head_dim = _integer(config, "head_dim", default=hidden // heads)
+    head_dim = integer(config, "head_dim", default=hidden // heads)
     if head_dim % 2:
         raise MappingError(f"head_dim is {head_dim}; rotary embedding needs an even one")
     return heads, groups, head_dim
@@ -189,32 +205,15 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if share != 1.0:
         raise MappingError(f"partial_rotary_factor is {share}; only rotary embedding of whole heads is supported")
-    theta = _positive({"rope_theta": parameters.get("rope_theta") or config.get("rope_theta") or 10000.0}, "rope_theta")
+    theta = positive({"rope_theta": parameters.get("rope_theta") or config.get("rope_theta") or 10000.0}, "rope_theta")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise MappingError(f"rope scaling {kind!r} is not supported; supported: default, llama3")
     return theta, RopeScaling(
-        factor=_positive(parameters, "factor"),
-        low_freq_factor=_positive(parameters, "low_freq_factor"),
-        high_freq_factor=_positive(parameters, "high_freq_factor"),
-        original_max_position_embeddings=_integer(parameters, "original_max_position_embeddings"),
+        factor=positive(parameters, "factor"),
+        low_freq_factor=positive(parameters, "low_freq_factor"),
+        high_freq_factor=positive(parameters, "high_freq_factor"),
+        original_max_position_embeddings=integer(parameters, "original_max_position_embeddings"),
     )
-
-
-def _integer(values: Mapping[str, Any], name: str, *, default: int | None = None) -> int:
-    """The whole number ``name``, from 1 to what any model has (`LARGEST`): a slip must not become a layout that never ends."""
-    value = values[name] if default is None else values.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST[name]:
-        raise MappingError(f"{name} is {value!r:.80}; it must be a whole number from 1 to {LARGEST[name]}")
-    return value
-
-
-def _positive(values: Mapping[str, Any], name: str) -> float:
-    value = values[name]
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1e30:
-        raise MappingError(f"{name} is {value!r:.80}; it must be a number above 0")
-    return float(value)

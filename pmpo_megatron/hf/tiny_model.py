@@ -1,25 +1,29 @@
-"""A tiny model for the generated task: its tokenizer, its supervised warm start, a normal Hugging Face checkpoint."""
+"""A tiny model for the generated tasks: its tokenizer, its supervised warm start, a normal Hugging Face checkpoint."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from pmpo_megatron.data.arithmetic import Memory, Problem, make_problems, solve
+from pmpo_megatron.data.generated import TASKS, make_problems
+from pmpo_megatron.data.problems import Memory, Problem
 
 logger = logging.getLogger(__name__)
 
 PAD, END = "<pad>", "<end>"
 ALPHABET = "0123456789+-*/=()., \n?:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\\{}$^_<>|"
 BATCH = 32
+TEXTS = 1000  # problems of each task from which a vocabulary is learned
 LEARNING_RATE = 4e-3
 
 
@@ -27,7 +31,7 @@ LEARNING_RATE = 4e-3
 class TinyModelConfig:
     """Sizes and training of the tiny model.
 
-    The worked solutions that it learns from are those of somebody who misremembers: most sums and differences of digits are
+    The worked solutions that it learns from are those of somebody who misremembers: most facts, such as sums of digits, are
     nearly always right, some are more often wrong than right (`Memory`). So it knows the method, and neither its best guess
     nor what it samples solves most problems: both are left to learn from rewards.
     """
@@ -36,9 +40,15 @@ class TinyModelConfig:
     hidden_size: int = 128
     heads: int = 4
     key_value_heads: int = 2
+    experts: int = 0  # of every layer's mixture; 0: one MLP of three times the hidden size instead
+    experts_per_token: int = 2
     steps: int = 700
-    levels: tuple[int, ...] = (4, 5)
+    tasks: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"arithmetic": (4, 5)})  # name -> levels
     slip_rate: float = 0.8  # of the worst fact
+    call_rate: float = 0.0  # of steps that are asked of a calculator
+    vocabulary: int = (
+        0  # tokens that are learned from the tasks' texts; 0: one for each character, which arithmetic needs alone
+    )
     positions: int = 256
     endless: bool = False  # no end token, so that responses go on to the limit; only without warm start
     seed: int = 0
@@ -55,31 +65,55 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2ForCausalLM:
-    """The untrained model, float32."""
+def learn_tokenizer(config: TinyModelConfig) -> transformers.PreTrainedTokenizerFast:
+    """Qwen2's kind, bytes and what is merged of them, learned from the tasks' texts.
+
+    Transformers reads the tokenizer of a Qwen2 checkpoint as this kind whatever it is, so that spaces come back with it alone.
+    """
+    symbols = [PAD, END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    kind = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=PAD, pad_token=PAD, eos_token=END)
+    texts = []
+    for task, levels in config.tasks.items():
+        for problem in make_problems(task, TEXTS, levels=levels, seed=config.seed):
+            texts += [problem.text, TASKS[task].solve(problem)]
+    return kind.train_new_from_iterator(texts, config.vocabulary, show_progress=False)
+
+
+def make_model(config: TinyModelConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedModel:
+    """The untrained model, float32: a Qwen2, or a Qwen3 with a mixture of experts."""
     torch.manual_seed(config.seed)
-    return transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=3 * config.hidden_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.key_value_heads,
-            max_position_embeddings=config.positions,
-            tie_word_embeddings=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=None if config.endless else tokenizer.eos_token_id,
-            bos_token_id=None,
-            dtype="float32",
-        )
+    common: dict[str, Any] = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.key_value_heads,
+        max_position_embeddings=config.positions,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=None if config.endless else tokenizer.eos_token_id,
+        bos_token_id=None,
+        dtype="float32",
     )
+    if not config.experts:
+        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common))
+    mixture: dict[str, Any] = dict(
+        head_dim=config.hidden_size // config.heads,
+        num_experts=config.experts,
+        num_experts_per_tok=config.experts_per_token,
+        moe_intermediate_size=3 * config.hidden_size // config.experts_per_token,  # as much work per token as without
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+    )
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**common, **mixture))
 
 
 def make_tiny_model(out: Path, config: TinyModelConfig) -> None:
     """Trains and writes the model to ``out``, complete or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
+    tokenizer = learn_tokenizer(config) if config.vocabulary else make_tokenizer()
     model = make_model(config, tokenizer)
     if config.endless:
         tokenizer.eos_token = None
@@ -92,16 +126,19 @@ def make_tiny_model(out: Path, config: TinyModelConfig) -> None:
 
 
 def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, config: TinyModelConfig) -> None:
-    """Supervised training on problems and solutions, the loss on the solutions alone; prints its progress."""
+    """Supervised training on problems and solutions, a task in each step, the loss on the solutions alone; prints progress."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _height((step + 1) / max(config.steps, 1)))
-    generator, memory = np.random.default_rng(config.seed), Memory(config.slip_rate, seed=config.seed)
-    started = time.monotonic()
+    generator = np.random.default_rng(config.seed)
+    memories = {task: Memory(config.slip_rate, TASKS[task].skew, config.seed, config.call_rate) for task in config.tasks}
+    tasks, started = [*config.tasks], time.monotonic()
     for step in range(1, config.steps + 1):
-        problems = make_problems(BATCH, levels=config.levels, seed=config.seed + step)
-        solutions = [solve(problem, memory=memory, generator=generator) for problem in problems]
+        task = tasks[step % len(tasks)]
+        problems = make_problems(task, BATCH, levels=config.tasks[task], seed=config.seed + step)
+        solutions = [TASKS[task].solve(problem, memory=memories[task], generator=generator) for problem in problems]
         ids, labels = encode(problems, solutions, tokenizer)
-        loss = model(input_ids=ids, labels=labels).loss
+        balanced = {"output_router_logits": True} if config.experts else {}  # adds the load-balancing loss
+        loss = model(input_ids=ids, labels=labels, **balanced).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -17,6 +17,7 @@ from torch import nn
 
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.shape import ModelShape
+from pmpo_megatron.model.experts import check_expert_layout, expert_settings
 from pmpo_megatron.parallel.collectives import gather_objects
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState
 
@@ -65,13 +66,13 @@ def fused_layers(wanted: str, state: ParallelState) -> bool:
 
 def check_layout(shape: ModelShape, config: ParallelConfig) -> None:
     """Raises ConfigError if the model cannot be split as asked; names the setting and what would be right."""
-    for name, value in (
-        ("num_attention_heads", shape.num_attention_heads),
-        ("num_query_groups", shape.num_query_groups),
-        ("ffn_hidden_size", shape.ffn_hidden_size),
-    ):
+    divided = {"num_attention_heads": shape.num_attention_heads, "num_query_groups": shape.num_query_groups}
+    if shape.experts is None or not all(shape.experts.sparse_layers):
+        divided["ffn_hidden_size"] = shape.ffn_hidden_size
+    for name, value in divided.items():
         if value % config.tensor:
             raise ConfigError("parallel.tensor", f"{config.tensor} must divide the model's {name} = {value}")
+    check_expert_layout(shape.experts, config)
     stages = config.pipeline * (config.virtual_pipeline or 1)
     if shape.num_layers % stages:
         raise ConfigError(
@@ -126,8 +127,8 @@ def transformer_config(shape: ModelShape, state: ParallelState, *, dtype: torch.
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        **_pipeline_settings(state),
-        **_recompute_settings(recompute),
+        **_recompute_settings(recompute, shape),
+        **(_pipeline_settings(state) | expert_settings(shape.experts, layout, fused=fused)),
     )
 
 
@@ -146,11 +147,12 @@ def _pipeline_settings(state: ParallelState) -> dict:
     return settings
 
 
-def _recompute_settings(recompute: str) -> dict[str, Any]:
+def _recompute_settings(recompute: str, shape: ModelShape) -> dict[str, Any]:
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if recompute == "selective":  # attention never stores its scores here: the MLP's activations are the large ones
-        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+        modules = ["mlp"] if shape.experts is None else ["mlp", "moe"]
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {}
 
 
@@ -191,16 +193,34 @@ def _build_chunk(shape: ModelShape, config: Any, state: ParallelState, chunk: in
 
 
 def _layer_specification(config: Any, virtual: int | None, fused: bool) -> Any:
-    if fused:
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    """Of the layers of one chunk, or of one layer like all others."""
+    from megatron.core.models.gpt import gpt_layer_specs
 
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    if fused and config.num_moe_experts is None:
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    if fused:
+        return gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=virtual)
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from pmpo_megatron.model.layers import RMSNorm
+
+    dense, sparse = _own_layer(config, None), None
+    if config.num_moe_experts is not None:
+        sparse = _own_layer(config, config.num_moe_experts)
+    first = get_transformer_layer_offset(config, vp_stage=virtual)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage=virtual))
+    specs = [sparse if sparse is not None and config.moe_layer_freq[layer] else dense for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def _own_layer(config: Any, num_experts: int | None) -> Any:
+    """Specification of a layer on PyTorch alone, with an MLP or with ``num_experts``."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from pmpo_megatron.model.layers import CoreAttention, HostLengthsAttention, RMSNorm
 
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     parts.self_attention.module = HostLengthsAttention
@@ -208,8 +228,10 @@ def _layer_specification(config: Any, virtual: int | None, fused: bool) -> Any:
     attention.core_attention = CoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    count = get_num_layers_to_build(config, vp_stage=virtual)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    if num_experts is not None:  # or checkpoints would have the norm of a layer with experts under another name than on GPUs
+        kept = parts.sharded_state_dict_keys_map
+        parts.sharded_state_dict_keys_map = {name: key for name, key in kept.items() if name != "pre_mlp_layernorm."}
+    return layer
 
 
 def rotary_frequencies(shape: ModelShape) -> torch.Tensor:

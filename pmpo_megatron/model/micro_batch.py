@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from pmpo_megatron.model.layers import PackedSequences, packed_sequences
+from pmpo_megatron.model.routing import Routing, make_routing
 from pmpo_megatron.parallel.shards import check_boundaries, context_indices, sequence_multiple
 from pmpo_megatron.parallel.state import ParallelState
 from pmpo_megatron.types import PackedTrajectories
@@ -32,6 +33,7 @@ class MicroBatch:
     sample_ids: tuple[int, ...]  # N of them
     sequences: PackedSequences  # with the boundaries of the sequences over all context-parallel ranks
     num_response_tokens: int  # over all context-parallel ranks
+    routing: Routing  # for the routers of a mixture of experts: told the engine's routes if these are replayed
 
     @property
     def num_tokens(self) -> int:
@@ -53,7 +55,8 @@ class ScoredMicroBatch:
     batch: MicroBatch
     old_log_probs_T: torch.Tensor
     reference_log_probs_T: torch.Tensor | None  # None: there is no reference model
-    kept_T: torch.Tensor | None = None  # bool [T]: tokens whose gradient counts; None: all
+    kept_T: torch.Tensor | None  # bool [T]: tokens whose gradient counts; None: all
+    routing: Routing  # told what the optimizer step replays, with the counts of the scoring
 
 
 def prepare(packed: PackedTrajectories, state: ParallelState) -> MicroBatch:
@@ -82,4 +85,5 @@ def prepare(packed: PackedTrajectories, state: ParallelState) -> MicroBatch:
         sample_ids=packed.sample_ids,
         sequences=packed_sequences(packed.boundaries, context_size=state.cp_size, device=state.device),
         num_response_tokens=int((packed.trajectory_T >= 0).sum()),
+        routing=make_routing(packed.padding_T[here], None if packed.routes_T is None else packed.routes_T[here], state),
     )

@@ -106,6 +106,11 @@ def make_optimizer(chunks: Sequence[torch.nn.Module], config: OptimizerConfig) -
     return get_megatron_optimizer(settings, list(chunks))
 
 
+def parts_of(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers inside ``optimizer``: experts spread over expert-parallel ranks have one of their own."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def apply_gradients(optimizer: Any, config: OptimizerConfig) -> tuple[float, bool]:
     """Clips by the global norm and updates; a gradient with NaN or inf updates nothing.
 
@@ -120,8 +125,9 @@ def apply_gradients(optimizer: Any, config: OptimizerConfig) -> tuple[float, boo
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         return norm, False
-    parameters = optimizer.get_parameters()
-    if config.clip_grad > 0 and parameters:
-        clip_grad_by_total_norm_fp32(parameters, config.clip_grad, norm)
+    for part in parts_of(optimizer):
+        parameters = part.get_parameters()
+        if config.clip_grad > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, config.clip_grad, norm)
     optimizer.step_with_ready_grads()
     return norm, True

@@ -17,6 +17,7 @@ from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.log_probs import score_hidden_states
 from pmpo_megatron.model.optimizer import LearningRateSchedule, OptimizerConfig, make_optimizer
+from pmpo_megatron.model.routing import Router, place_routers
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState
 from pmpo_megatron.units import resolve_dtype
 
@@ -55,6 +56,7 @@ class Policy:
         optimizer, scheduler: None for a model that is only scored.
         config: Megatron's TransformerConfig.
         log_prob_chunk: tokens whose logits exist at once.
+        routers: of each chunk; none where no layer has experts.
     """
 
     chunks: tuple[Any, ...]
@@ -65,6 +67,7 @@ class Policy:
     state: ParallelState
     config: Any
     log_prob_chunk: int
+    routers: tuple[tuple[Router, ...], ...]
 
     @staticmethod
     def build(model: ModelConfig, optimizer: OptimizerConfig | None, parallel: ParallelConfig, state: ParallelState) -> Policy:
@@ -87,14 +90,15 @@ class Policy:
         config = transformer_config(shape, state, dtype=dtype, recompute=model.recompute, fused=fused)
         chunks = build_chunks(shape, config, state, fused=fused)
         load_weights(chunks, mapping, model.path, state)
+        common = shape, mapping, state, config, model.log_prob_chunk, tuple(place_routers(chunk, shape) for chunk in chunks)
         if optimizer is None:
             for chunk in chunks:
                 chunk.requires_grad_(False)
-            return Policy(tuple(chunks), None, None, shape, mapping, state, config, model.log_prob_chunk)
+            return Policy(tuple(chunks), None, None, *common)
         wrapped = [_wrap(chunk, config, optimizer, first=index == 0) for index, chunk in enumerate(chunks)]
         megatron_optimizer = make_optimizer(wrapped, optimizer)
         schedule = LearningRateSchedule(megatron_optimizer, optimizer)
-        return Policy(tuple(wrapped), megatron_optimizer, schedule, shape, mapping, state, config, model.log_prob_chunk)
+        return Policy(tuple(wrapped), megatron_optimizer, schedule, *common)
 
     @property
     def modules(self) -> tuple[Any, ...]:
@@ -102,8 +106,8 @@ class Policy:
         return tuple(chunk.module if self.optimizer is not None else chunk for chunk in self.chunks)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(Megatron name with the layer's number counted over the whole model, this rank's shard)."""
-        return named_parameters(self.modules)
+        """(Megatron name with layer and expert counted over the whole model, this rank's shard)."""
+        return named_parameters(self.modules, self.state)
 
     def score_hidden_states(
         self,
@@ -135,13 +139,14 @@ class Policy:
         self.optimizer.zero_grad()
 
 
-def named_parameters(modules: Iterable[Any]) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters(modules: Iterable[Any], state: ParallelState) -> Iterator[tuple[str, nn.Parameter]]:
     """What `Policy.named_parameters` gives, for unwrapped chunks."""
     for module in modules:
         layers = module.decoder.layers
-        offset = layers[0].layer_number - 1 if len(layers) else 0  # Megatron counts from 1
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0  # Megatron counts from 1
+        first_expert = state.ep_rank * (module.config.num_moe_experts or 0) // state.ep_size
         for name, parameter in module.named_parameters():
-            yield global_name(name, offset), parameter
+            yield global_name(name, first_layer, first_expert), parameter
 
 
 def load_weights(chunks: Iterable[nn.Module], mapping: WeightMapping, path: str, state: ParallelState) -> None:
@@ -152,8 +157,8 @@ def load_weights(chunks: Iterable[nn.Module], mapping: WeightMapping, path: str,
     """
     reader = SafetensorsReader(path)
     mapping.check_names(reader.names, where=str(path))
-    parameters = list(named_parameters(chunks))
-    mapping.load(parameters, reader, rank=state.tp_rank, size=state.tp_size)
+    parameters = list(named_parameters(chunks, state))
+    mapping.load(parameters, reader, lambda entry: state.tensor_piece(expert=entry.expert is not None))
     if state.world_size == 1:
         absent = sorted(mapping.by_megatron.keys() - {local_name(name) for name, _ in parameters} - {"output_layer.weight"})
         if absent:

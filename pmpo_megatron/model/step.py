@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,12 @@ from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.model.micro_batch import MicroBatch, ScoredMicroBatch
 from pmpo_megatron.model.optimizer import LearningRateSchedule, apply_gradients
 from pmpo_megatron.model.policy import Policy
+from pmpo_megatron.model.routing import Routing, add_counts, balance_weights
+from pmpo_megatron.model.schedule import run_schedule
 from pmpo_megatron.model.step_results import MicroResult, StepResult, collect_results
 from pmpo_megatron.parallel.collectives import gather_objects, sum_over
 from pmpo_megatron.parallel.liveness import naming_ranks
 from pmpo_megatron.parallel.state import ParallelState
-
-Work = tuple[MicroBatch, Callable[..., Any]]
 
 
 def score(
@@ -37,21 +38,25 @@ def score(
     reference: Policy | None = None,
     recompute: bool = True,
     rejection: Rejection | None = None,
+    replay: bool = False,
 ) -> list[ScoredMicroBatch]:
     """Each micro-batch with the log-probs of its response tokens under ``policy`` and ``reference``, without gradient.
 
     Args:
         recompute: False: those that the rollout engine gave are taken for the policy's.
         rejection: which tokens' gradients count.
+        replay: optimizer steps send tokens to the experts that they are sent to here; of a mixture of experts.
     """
     last = policy.state.is_last_stage
+    routings = [Routing(item.routing.padding_t, item.routing.told) for item in micro_batches]
     if recompute:
-        old = _log_probs_of(policy, micro_batches, temperature=temperature)
+        old = _log_probs_of(policy, micro_batches, routings, temperature=temperature)
     else:
         old = [item.rollout_log_probs_T if last else torch.empty(0) for item in micro_batches]
     others: Sequence[torch.Tensor | None] = [None] * len(micro_batches)
     if reference is not None:
         others = _log_probs_of(reference, micro_batches, temperature=temperature)
+    noted = [replace(each, told=(each.routes or each.told) if replay else {}) for each in routings]
     kept: list[torch.Tensor | None] = [None] * len(micro_batches)
     if rejection is not None and last:
         sum_over_shards = sum_over(policy.state.cp_group)
@@ -61,10 +66,12 @@ def score(
             )
             for item, log_probs_T in zip(micro_batches, old, strict=True)
         ]
-    return [ScoredMicroBatch(*parts) for parts in zip(micro_batches, old, others, kept, strict=True)]
+    return [ScoredMicroBatch(*parts) for parts in zip(micro_batches, old, others, kept, noted, strict=True)]
 
 
-def _log_probs_of(policy: Policy, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[torch.Tensor]:
+def _log_probs_of(
+    policy: Policy, micro_batches: Sequence[MicroBatch], routings: Sequence[Routing] | None = None, *, temperature: float
+) -> list[torch.Tensor]:
     """Log-probs of every micro-batch as `ScoredMicroBatch` holds them.
 
     The same model code, packing and chunks as in `optimizer_step`: where the weights did not change in between, the
@@ -76,7 +83,7 @@ def _log_probs_of(policy: Policy, micro_batches: Sequence[MicroBatch], *, temper
 
     work = [(item, functools.partial(collect, item)) for item in micro_batches]
     with torch.no_grad(), naming_ranks("scoring"):
-        log_probs = _run_schedule(policy, work, forward_only=True)
+        log_probs = run_schedule(policy, work, routings, forward_only=True)
     return log_probs if policy.state.is_last_stage else [torch.empty(0)] * len(work)
 
 
@@ -131,7 +138,8 @@ def optimizer_step(
     work = [(item.batch, functools.partial(loss, item)) for item in micro_batches]
     policy.zero_gradients()
     with naming_ranks("an optimizer step"):
-        results = _run_schedule(policy, work, forward_only=False)
+        routings = _routings_of_step(policy, micro_batches, objective.balance_coefficient)
+        results = run_schedule(policy, work, routings, forward_only=False)
         totals, trajectories = collect_results(results, batches, state)
     return _update(policy, policy.scheduler, totals, trajectories, step_tokens)
 
@@ -188,32 +196,13 @@ def _evaluate(
     return MicroResult(output.surrogate + penalty, output, entropy, kl, penalty)
 
 
-def _run_schedule(policy: Policy, work: Sequence[Work], *, forward_only: bool) -> list[Any]:
-    """Megatron's schedule over ``work``: micro-batches, and what takes the hidden states of each on the last stage.
-
-    Returns:
-        on the last stage what these returned, beside the loss where there is a backward; else an empty list.
-    """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    def forward_step(iterator: Iterator[Work], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-        batch, take = next(iterator)
-        hidden = model(batch.tokens_1T, batch.position_ids_1T, None, packed_seq_params=batch.sequences)
-        return hidden, take
-
-    iterators = [iter(work) for _ in policy.chunks]
-    run = get_forward_backward_func()
-    results: list[Any] = run(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=list(policy.chunks) if len(policy.chunks) > 1 else policy.chunks[0],
-        num_microbatches=len(work),
-        seq_length=max(batch.num_tokens for batch, _ in work),
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
-    return results
+def _routings_of_step(policy: Policy, micro_batches: Sequence[ScoredMicroBatch], coefficient: float) -> list[Routing]:
+    """What each micro-batch's routers are told. Collective where there is a load-balancing loss."""
+    noted, balance = [item.routing for item in micro_batches], {}
+    if coefficient:
+        counts = add_counts(noted, policy.shape, policy.state)
+        balance = balance_weights(counts, policy.shape, coefficient, policy.state)
+    return [Routing(each.padding_t, each.told, balance) for each in noted]
 
 
 def _check_arguments(policy: Policy, micro_batches: Sequence[ScoredMicroBatch], objective: ObjectiveConfig) -> None:

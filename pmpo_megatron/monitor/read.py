@@ -24,6 +24,7 @@ class RunRecord:
     trajectories: tuple[dict[str, Any], ...]
     rollouts: tuple[dict[str, Any], ...]
     tokens: tuple[dict[str, Any], ...]
+    experts: tuple[dict[str, Any], ...]
 
     @property
     def step_name(self) -> str:
@@ -68,7 +69,7 @@ def read_run(directory: str | Path, *, label: str | None = None) -> RunRecord:
         steps.setdefault(record["step"], {}).update(record)
     if not steps:
         raise DataError(f"{path} is empty: the run has not finished a step yet")
-    optional = {name: directory / f"{name}.jsonl" for name in ("trajectories", "rollouts", "tokens")}
+    optional = {name: directory / f"{name}.jsonl" for name in ("trajectories", "rollouts", "tokens", "experts")}
     return RunRecord(
         label=label or description.get("title") or directory.resolve().name,
         directory=directory,

@@ -13,7 +13,7 @@ import numpy as np
 
 from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.monitor.page import page
-from pmpo_megatron.monitor.plots import PLOTS, held_out
+from pmpo_megatron.monitor.plots import PLOTS, held_out, sources
 from pmpo_megatron.monitor.progress import format_count, format_seconds
 from pmpo_megatron.monitor.read import RunRecord, read_runs
 from pmpo_megatron.monitor.style import NUM_SERIES
@@ -39,7 +39,11 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, title: str | No
 
 def render(runs: Sequence[RunRecord], *, title: str | None = None, token_pages: Mapping[str, str] | None = None) -> str:
     """The page as text, with links to the ``token_pages`` of runs (by label, relative to the page)."""
-    sections = [f'<h2>Summary</h2><div class="card">{summary_table(runs)}</div>', _links(token_pages or {})]
+    sections = [
+        f'<h2>Summary</h2><div class="card">{summary_table(runs)}</div>',
+        source_section(runs),
+        _links(token_pages or {}),
+    ]
     for heading, plots in PLOTS.items():
         if pictures := [svg for plot in plots if (svg := plot(runs)) is not None]:
             cards = "".join(f'<div class="card">{svg}</div>' for svg in pictures)
@@ -79,6 +83,25 @@ def summary_table(runs: Sequence[RunRecord]) -> str:
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<table><tr>{''.join(f'<th>{name}</th>' for name in header)}</tr>{''.join(rows)}</table>"
+
+
+def source_section(runs: Sequence[RunRecord]) -> str:
+    """One row for each source of each run that has several: what it learned there, and what p did."""
+    columns = (
+        ("held-out, first to last", "eval/{}/accuracy_mean", False),
+        ("greedy, first to last", "eval/{}/greedy_accuracy_mean", False),
+        ("reward, first to last", "source/{}/reward_mean", False),
+        ("p, last", "source/{}/p_mean", True),
+        ("ESS / tokens, last", "source/{}/ess_fraction", True),
+        ("clipped / tokens, last", "source/{}/clip_fraction", True),
+    )
+    rows = []
+    for run in runs:
+        for name in dict.fromkeys([*sources(run, "source", "reward_mean"), *sources(run, "eval", "accuracy_mean")]):
+            cells = [run.label, name, *(ends(run, metric.format(name), last_only=last) for _, metric, last in columns)]
+            rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    header = "".join(f"<th>{heading}</th>" for heading in ("run", "source", *(heading for heading, *_ in columns)))
+    return f'<h2>Sources</h2><div class="card"><table><tr>{header}</tr>{"".join(rows)}</table></div>' if rows else ""
 
 
 def ends(run: RunRecord, name: str, *, last_only: bool = False) -> str:

@@ -39,6 +39,7 @@ METRICS = (
     "mismatch/mean_abs",
     "time/total_s",
 )
+OF_SOURCES = (GREEDY, SAMPLED, REWARD, *OBJECTIVE[:2], "objective/ess_fraction", "objective/clip_fraction")
 UPDATES = "updates/grad_norm"  # one number for each optimizer step; a cell of the file holds those of a round
 WINDOW = 3  # rounds, of the means by which collapse is told
 COLLAPSE = (
@@ -60,6 +61,7 @@ class StudyConfig(Section):
     axes: dict[str, Any] = setting(help="axis -> level -> list of overrides")
     reference: tuple[str, ...] = setting(help=f"a level of every axis: what others are compared with; {ANY}: their own level")
     heat_map: tuple[str, ...] = setting((), "two axes, rows and columns; one map for each combination of the others")
+    sources: tuple[str, ...] = setting((), "sources of the data that are compared one by one, too")
 
     def validate(self) -> None:
         for axis, levels in self.axes.items():
@@ -78,6 +80,11 @@ class StudyConfig(Section):
         if self.heat_map and (len(self.heat_map) != 2 or not set(self.heat_map) <= set(self.axes)):
             raise ConfigError("heat_map", f"{list(self.heat_map)}: must be two of {', '.join(self.axes)}")
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is kept of every round: one number each."""
+        return (*METRICS, *(of_source(metric, source) for source in self.sources for metric in OF_SOURCES))
+
     def variants(self) -> dict[tuple[str, ...], list[str]]:
         """Levels, one of each axis, and the overrides that they stand for."""
         choices = [[(str(level), overrides) for level, overrides in axis.items()] for axis in self.axes.values()]
@@ -94,6 +101,13 @@ class StudyConfig(Section):
         """By which a row says what it was measured with: changes with every setting and with the budget."""
         text = json.dumps([configuration, *self.settings, *overrides, self.rounds])
         return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def of_source(metric: str, source: str) -> str:
+    """The name of ``metric`` where it is measured on one source alone (see `training.sources` and `training.held_out`)."""
+    section, _, name = metric.partition("/")
+    prefix = {"eval": f"eval/{source}/", "reward": f"source/{source}/reward_", "objective": f"source/{source}/"}[section]
+    return f"{prefix}{name}"
 
 
 def read_study(path: Path, *, rounds: int | None = None, seeds: int | None = None) -> StudyConfig:
@@ -127,11 +141,16 @@ class Variant:
         return np.array(rounds), np.array([[points[number] for number in rounds] for points in series])
 
     def by_seed(self, metric: str, reduce: str) -> dict[int, float]:
-        """One number for each seed that has ``metric``: its ``last`` value, ``mean``, 99th percentile (``q99``) or ``max``."""
+        """One number for each seed that has ``metric``: ``first``, ``last``, ``mean``, ``max`` or ``q99``, a percentile."""
         series = {
             seed: [run[metric][number] for number in sorted(run[metric])] for seed, run in self.runs.items() if metric in run
         }
-        reductions: dict[str, Callable[[list[float]], Any]] = {"last": lambda v: v[-1], "mean": np.mean, "max": np.max}
+        reductions: dict[str, Callable[[list[float]], Any]] = {
+            "first": lambda v: v[0],
+            "last": lambda v: v[-1],
+            "mean": np.mean,
+            "max": np.max,
+        }
         reductions["q99"] = lambda values: np.quantile(values, 0.99)
         return {seed: float(reductions[reduce](values)) for seed, values in series.items()}
 
@@ -157,8 +176,8 @@ class Results:
     """
 
     def __init__(self, path: Path, study: StudyConfig) -> None:
-        self.path, self.axes = path, list(study.axes)
-        self.columns = [*self.axes, "seed", "settings", "round", *METRICS, UPDATES]
+        self.path, self.axes, self.metrics = path, list(study.axes), study.metrics
+        self.columns = [*self.axes, "seed", "settings", "round", *self.metrics, UPDATES]
         self.rows: list[dict[str, str]] = []
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
@@ -185,7 +204,7 @@ class Results:
         """Adds the finished ``run`` and replaces the file in one step."""
         shared = dict(zip(self.axes, levels, strict=True)) | {"seed": str(seed), "settings": key}
         for record in run.metrics:
-            values = {name: f"{float(record[name]):.6g}" for name in METRICS if name in record}
+            values = {name: f"{float(record[name]):.6g}" for name in self.metrics if name in record}
             updates = " ".join(f"{value:.6g}" for value in record.get(UPDATES, ()))
             self.rows.append(shared | {"round": str(record["step"]), UPDATES: updates} | values)
         lines = (",".join(row.get(name, "") for name in self.columns) for row in self.rows)
@@ -202,7 +221,7 @@ class Results:
         for number, row in enumerate(self.rows, 2):
             try:
                 run = found.setdefault(self._levels(row), {}).setdefault(int(row["seed"]), {})
-                for name in filter(row.get, METRICS):
+                for name in filter(row.get, self.metrics):
                     run.setdefault(name, {})[int(row["round"])] = float(row[name])
                 for norm in row[UPDATES].split():
                     norms = run.setdefault(UPDATES, {})

@@ -15,6 +15,8 @@ What needs it (0.16.1 file names; 0.19 has the same places and ``cuda.current_st
     tensor_parallel/random.py                                CUDA random states of dropout and recomputation
     tensor_parallel/layers.py, models/common/embeddings/*    parameters and frequencies on current_device()
     jit.py                                                   torch.compile of small fused functions: a compiler run on CPU
+    transformer/moe/token_dispatcher.py                      split sizes, which reach the host only from a GPU
+    tensor_parallel/mappings.py                              all_gather of uneven pieces, which gloo refuses
 
 Delete this module when Megatron-Core accepts a device where it now asks CUDA for the current one.
 """
@@ -90,6 +92,8 @@ def _scope(module: types.ModuleType) -> None:
     """Gives one Megatron module the proxy, and its random-state helpers the CPU generator."""
     if module.__dict__.get("torch") is torch:
         module.__dict__["torch"] = _TORCH
+    if module.__name__ == "megatron.core.transformer.moe.token_dispatcher":
+        module.__dict__["maybe_move_tensor_to_cpu"] = _as_numbers
     if module.__name__ == "megatron.core.tensor_parallel.random":
         module.__dict__.update(
             _lazy_call=lambda function, **kwargs: function(),
@@ -188,6 +192,23 @@ def _factory_on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torc
     return factory
 
 
+def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron's ``maybe_move_tensor_to_cpu`` makes of a tensor on a GPU; its own leaves one on the CPU a tensor."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _all_gather(pieces: list[torch.Tensor], mine: torch.Tensor, group: Any = None, **options: Any) -> Any:
+    """torch's ``all_gather``, also of pieces with unequal numbers of rows: experts get unequally many tokens."""
+    sizes = [len(piece) for piece in pieces]
+    if len(set(sizes)) == 1:
+        return torch.distributed.all_gather(pieces, mine, group=group, **options)
+    whole, copies = mine.new_empty(sum(sizes), *mine.shape[1:]), torch.cat([mine] * len(pieces))
+    torch.distributed.all_to_all_single(whole, copies, sizes, [len(mine)] * len(pieces), group=group)
+    for piece, received in zip(pieces, torch.split(whole, sizes), strict=True):
+        piece.copy_(received)
+    return None
+
+
 def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.get_rng_state()
 
@@ -230,7 +251,9 @@ _CUDA = _Proxy(
         "nvtx": types.SimpleNamespace(range_push=_nothing, range_pop=_nothing, mark=_nothing),
     },
 )
+_DISTRIBUTED = _Proxy(torch.distributed, {"all_gather": _all_gather})
 _TORCH = _Proxy(
     torch,
-    {name: _factory_on_cpu(getattr(torch, name)) for name in FACTORIES} | {"cuda": _CUDA, "device": _Device},
+    {name: _factory_on_cpu(getattr(torch, name)) for name in FACTORIES}
+    | {"cuda": _CUDA, "device": _Device, "distributed": _DISTRIBUTED},
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,8 +11,7 @@ import torch.distributed as dist
 from pmpo_megatron.config import Section, setting
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.parallel import liveness
-
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+from pmpo_megatron.parallel.environment import choose_device, rank_variables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +24,8 @@ class ParallelConfig(Section):
         None, "model chunks on each pipeline stage (interleaved schedule); null: not interleaved", minimum=2
     )
     context: int = setting(1, "context-parallel size: each sequence's tokens are split", minimum=1)
+    expert: int = setting(1, "expert-parallel size: a mixture's experts are spread over so many ranks", minimum=1)
+    expert_tensor: int | None = setting(None, "tensor-parallel size inside an expert; null: as tensor", minimum=1)
     sequence_parallel: bool = setting(False, "split activations outside matrix products over the tensor-parallel ranks")
     timeout_s: float = setting(1800.0, "longest wait in a collective before the run fails", unit="s", minimum=0.001)
     heartbeat_s: float = setting(5.0, "how often each rank says that it lives", unit="s", minimum=0.001)
@@ -36,6 +36,13 @@ class ParallelConfig(Section):
             raise ConfigError("sequence_parallel", "needs tensor > 1: it splits over the tensor-parallel ranks")
         if self.virtual_pipeline is not None and self.pipeline == 1:
             raise ConfigError("virtual_pipeline", f"{self.virtual_pipeline} needs pipeline > 1")
+        if self.tensor % self.expert_tensor_size:
+            raise ConfigError("expert_tensor", f"{self.expert_tensor} must divide tensor = {self.tensor}")
+        if self.expert == 1 and self.expert_tensor_size != self.tensor:
+            # Megatron-Core 0.16.1 then takes every rank's experts for copies of the same gradients: they drift apart.
+            raise ConfigError(
+                "expert_tensor", f"{self.expert_tensor} with tensor {self.tensor} needs expert > 1; or leave it out"
+            )
         if self.heartbeat_s * 4 > self.stall_s:
             raise ConfigError("stall_s", f"{self.stall_s:g} s must be at least four heartbeats of {self.heartbeat_s:g} s")
 
@@ -44,11 +51,15 @@ class ParallelConfig(Section):
         """Processes that share one copy of the model."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def expert_tensor_size(self) -> int:
+        return self.expert_tensor or self.tensor
+
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model in ``world_size`` processes.
 
         Raises:
-            ConfigError: ``world_size`` is not a multiple of tensor * pipeline * context.
+            ConfigError: ``world_size`` is not a multiple of tensor * pipeline * context, or experts do not fit in it.
         """
         if world_size % self.model_size:
             raise ConfigError(
@@ -56,12 +67,31 @@ class ParallelConfig(Section):
                 f"tensor {self.tensor} * pipeline {self.pipeline} * context {self.context} = {self.model_size} "
                 f"must divide the {world_size} processes",
             )
+        self.expert_data_parallel_size(world_size)
         return world_size // self.model_size
+
+    def expert_data_parallel_size(self, world_size: int) -> int:
+        """Copies of an expert in ``world_size`` processes.
+
+        Raises:
+            ConfigError: ``world_size`` is not a multiple of expert * expert_tensor * pipeline.
+        """
+        size = self.expert * self.expert_tensor_size * self.pipeline
+        if world_size % size:
+            raise ConfigError(
+                "expert",
+                f"expert {self.expert} * expert_tensor {self.expert_tensor_size} * pipeline {self.pipeline} = {size} must "
+                f"divide the {world_size} processes",
+            )
+        return world_size // size
 
 
 @dataclass(frozen=True)
 class ParallelState:
     """Who this process is. Ranks order as tensor, context, data, pipeline: tensor neighbours have adjacent ranks.
+
+    For experts the same ranks of a pipeline stage order as expert-tensor, expert, expert-data; ``edp_rank`` counts the copies
+    of an expert.
 
     ``control_group`` spans all ranks on CPU tensors (gloo), whatever the device; ``world_group`` uses the device.
     """
@@ -79,10 +109,16 @@ class ParallelState:
     cp_rank: int
     dp_size: int
     dp_rank: int
+    ep_size: int
+    ep_rank: int
+    etp_size: int
+    etp_rank: int
+    edp_rank: int
     tp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    etp_group: dist.ProcessGroup
     world_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
 
@@ -104,6 +140,10 @@ class ParallelState:
         """Model chunks on this rank."""
         return self.config.virtual_pipeline or 1
 
+    def tensor_piece(self, *, expert: bool) -> tuple[int, int]:
+        """(which, of how many) piece this rank holds of a matrix that tensor parallelism cuts, an expert's or another."""
+        return (self.etp_rank, self.etp_size) if expert else (self.tp_rank, self.tp_size)
+
     def ranks_of_replica(self, replica: int) -> list[int]:
         """The ranks whose ``dp_rank`` is ``replica``: a whole copy of the model."""
         return [rank for rank in range(self.world_size) if rank // (self.tp_size * self.cp_size) % self.dp_size == replica]
@@ -120,9 +160,10 @@ class ParallelState:
         """One line for logs: layout and device."""
         interleaved = f" x{self.config.virtual_pipeline} interleaved" if self.config.virtual_pipeline else ""
         sequence = "+SP" if self.config.sequence_parallel else ""
+        experts = f" EP{self.ep_size} ETP{self.etp_size}" if self.ep_size > 1 else ""
         return (
             f"{self.world_size} processes on {self.device.type}: TP{self.tp_size}{sequence} PP{self.pp_size}"
-            f"{interleaved} CP{self.cp_size} DP{self.dp_size}"
+            f"{interleaved} CP{self.cp_size} DP{self.dp_size}{experts}"
         )
 
 
@@ -138,9 +179,9 @@ def initialize(config: ParallelConfig, *, device: str | None = None, seed: int =
         ConfigError: torchrun's variables are missing, the layout does not fit the number of processes, or the device
             does not fit the machine.
     """
-    rank, world_size, local_rank = _rank_variables()
+    rank, world_size, local_rank = rank_variables()
     config.data_parallel_size(world_size)
-    chosen = _choose_device(device, local_rank)
+    chosen = choose_device(device, local_rank)
     timeout = timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -162,31 +203,6 @@ def shut_down(*, keep_world: bool = False) -> None:
         dist.destroy_process_group()
 
 
-def _rank_variables() -> tuple[int, int, int]:
-    missing = [name for name in RANK_VARIABLES if name not in os.environ]
-    if missing:
-        raise ConfigError("environment", f"{', '.join(missing)} not set; start the program with torchrun")
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-
-
-def _choose_device(device: str | None, local_rank: int) -> torch.device:
-    available = torch.cuda.is_available()
-    if device in (None, "auto"):
-        device = "cuda" if available else "cpu"
-    if device == "cpu":
-        if available:  # Megatron asks CUDA for its device wherever CUDA answers
-            raise ConfigError("run.device", "cpu on a machine with GPUs needs CUDA_VISIBLE_DEVICES= in the environment")
-        return torch.device("cpu")
-    if device != "cuda":
-        raise ConfigError("run.device", f"{device!r} is not one of 'cpu', 'cuda', 'auto'")
-    if not available:
-        raise ConfigError("run.device", "cuda, but PyTorch sees no GPU here; use cpu, or install a CUDA build of PyTorch")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError("run.device", f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
 def _initialize_megatron(config: ParallelConfig, seed: int) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -197,6 +213,8 @@ def _initialize_megatron(config: ParallelConfig, seed: int) -> None:
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline,
         context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor_size,
         distributed_timeout_minutes=config.timeout_s / 60,
     )
     torch.manual_seed(seed)
@@ -223,6 +241,8 @@ def _read_state(
     tp, pp = ps.get_tensor_model_parallel_group(), ps.get_pipeline_model_parallel_group()
     cp = ps.get_context_parallel_group()
     dp, dp_cp = ps.get_data_parallel_group(), ps.get_data_parallel_group(with_context_parallel=True)
+    ep, etp = ps.get_expert_model_parallel_group(), ps.get_expert_tensor_parallel_group()
+    edp = ps.get_expert_data_parallel_group()
     return ParallelState(
         config=config,
         rank=rank,
@@ -237,10 +257,16 @@ def _read_state(
         cp_rank=cp.rank(),
         dp_size=dp.size(),
         dp_rank=dp.rank(),
+        ep_size=ep.size(),
+        ep_rank=ep.rank(),
+        etp_size=etp.size(),
+        etp_rank=etp.rank(),
+        edp_rank=edp.rank(),
         tp_group=tp,
         cp_group=cp,
         dp_group=dp,
         dp_cp_group=dp_cp,
+        etp_group=etp,
         world_group=_world_group(),
         control_group=control_group,
     )

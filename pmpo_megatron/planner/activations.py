@@ -6,7 +6,8 @@ scores) gives equation 1, s b h (34 + 5 a s / h); equation 4 divides by the tens
 parallelism. Ours is a Llama or Qwen layer (RMSNorm, grouped queries, SwiGLU, no dropout), and the attention keeps no
 scores but one float per query and head (FlashAttention, arXiv 2205.14135, section 3.1), so the terms are counted anew in
 `layer_terms`. The count for our own layers on CPU is exact, which a test shows on real processes; that of Transformer
-Engine's layers follows the same tensors and is an estimate, as are the working buffers.
+Engine's layers follows the same tensors and is an estimate, as are the working buffers. A mixture of experts (`experts`) takes
+the place of the MLP; where some layers have one and others not, every layer is taken for the mean of all.
 
 Legend: h hidden size, q and k width of all query heads and of all key heads, f width of the MLP, t tensor-parallel size,
 L tokens of the micro-batch on one context-parallel rank.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.parallel.state import ParallelConfig
+from pmpo_megatron.planner.experts import MixtureBytes, mixture_bytes
 
 FLOAT32 = 4
 
@@ -48,7 +50,7 @@ class ActivationModel:
             "norms": self.item * self._hidden() * 2,
             "attention": self.item * (self._hidden() + attention + normalised) + FLOAT32 * shape.num_attention_heads / tensor,
             "mlp input": self.item * self._hidden(),
-            "mlp": self.item * 3 * shape.ffn_hidden_size / tensor,
+            "mlp": self._dense * self.item * 3 * shape.ffn_hidden_size / tensor + self._mixture().kept,
         }
         return terms if self.fused else self._unfused(terms, queries, keys)
 
@@ -70,7 +72,7 @@ class ActivationModel:
         return terms | {
             "norms": 2 * (2 * self.item * self._hidden() + self._inverse_rms()),
             "attention": self.item * (self._hidden() + attention) + FLOAT32 * scalars,
-            "mlp": self.item * 5 * shape.ffn_hidden_size / tensor,
+            "mlp": self._dense * self.item * 5 * shape.ffn_hidden_size / tensor + self._mixture().kept,
         }
 
     def layer_kept(self) -> float:
@@ -83,7 +85,7 @@ class ActivationModel:
             # which the norm keeps anyway, is where the recomputation starts; ours starts after the norm.
             terms.pop("mlp")
             if self.fused:
-                terms.pop("mlp input")
+                terms["mlp input"] *= 1 - self._dense  # the norm before experts is a layer of its own, whose output they keep
         return sum(terms.values())
 
     def ends_kept(self, *, last: bool) -> float:
@@ -100,13 +102,17 @@ class ActivationModel:
         An estimate: the MLP's backward pass holds the gradients of its three products and, under sequence parallelism,
         the gathered input and the gradient before it is scattered (2205.05198 section 4.2.2).
         """
-        mlp = self.item * 3 * self.shape.ffn_hidden_size / self.parallel.tensor
+        mlp = self._dense * self.item * 3 * self.shape.ffn_hidden_size / self.parallel.tensor + self._mixture().working
         again = {"none": 0.0, "selective": mlp, "full": sum(self.layer_terms().values())}[self.recompute]
         return mlp + self.item * (2 * self.shape.hidden_size + self._hidden()) + again
 
     def weight_gradient(self) -> float:
         """Bytes of the largest weight gradient of a layer, before it is added to the float32 buffer."""
-        return self.item * 2 * self.shape.ffn_hidden_size * self.shape.hidden_size / self.parallel.tensor
+        experts, dense = self.shape.experts, 2 * self.shape.ffn_hidden_size * self.shape.hidden_size / self.parallel.tensor
+        if experts is None:
+            return self.item * dense
+        here = experts.num_experts / self.parallel.expert if self.fused else 1  # grouped products make those of all experts
+        return self.item * here * 2 * experts.ffn_hidden_size * self.shape.hidden_size / self.parallel.expert_tensor_size
 
     def log_prob_chunk(self, chunk: int, tokens: float) -> float:
         """Bytes at the log-probs' peak, in the backward pass (`model.log_probs._ChunkedLogProbs`).
@@ -123,6 +129,19 @@ class ActivationModel:
     def embedding_gradient(self) -> float:
         rows = self.shape.padded_vocab_size(self.parallel.tensor) / self.parallel.tensor
         return self.item * rows * self.shape.hidden_size
+
+    @property
+    def _dense(self) -> float:
+        """Share of the layers that have one MLP."""
+        return 1 - (self.shape.experts.num_sparse_layers / self.shape.num_layers if self.shape.experts else 0)
+
+    def _mixture(self) -> MixtureBytes:
+        """Bytes per token of L in a layer with experts, times the share of such layers."""
+        if self.shape.experts is None:
+            return MixtureBytes(0.0, 0.0)
+        found = mixture_bytes(self.shape, self.parallel, item=self.item, fused=self.fused)
+        share = 1 - self._dense
+        return MixtureBytes(share * found.kept, share * found.working)
 
     def _inverse_rms(self) -> float:
         """Bytes per token of L that a norm keeps beside its input: one number for each row that this rank has."""

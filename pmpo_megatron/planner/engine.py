@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 
 from pmpo_megatron.hf.shape import ModelShape
+from pmpo_megatron.planner.experts import experts_left_out
 from pmpo_megatron.planner.hardware import Hardware
-from pmpo_megatron.planner.parameters import total_parameters
+from pmpo_megatron.planner.parameters import active_parameters, total_parameters
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.units import GIB, ITEM_SIZE, resolve_dtype
 
@@ -46,12 +47,20 @@ def engine_bytes(shape: ModelShape, rollout: RolloutConfig, hardware: Hardware) 
     kv_per_token = 2 * shape.num_layers * groups * shape.head_dim * item
     weights = item * total_parameters(shape) / size
     logits = 3 * 4 * rollout.max_num_seqs * shape.vocab_size  # log-probs in float32, sorted or copied: an assumption
-    widest = PREFILL_TOKENS * item * (4 * shape.hidden_size + 3 * shape.ffn_hidden_size / size)
+    widest = PREFILL_TOKENS * item * (4 * shape.hidden_size + 3 * _width(shape) / size)
     forward = max(logits, widest) + (0 if rollout.enforce_eager else CUDA_GRAPHS_GIB * GIB)
     if rollout.kv_cache_gib is not None:
         return EngineBytes(weights, forward, rollout.kv_cache_gib * GIB, kv_per_token)
     share = rollout.gpu_memory_utilization * hardware.memory_gib * GIB
     return EngineBytes(weights, forward, share - weights - forward, kv_per_token)
+
+
+def _width(shape: ModelShape) -> float:
+    """Of the widest layer's MLP or, for one token, experts, with the copies of its hidden state that go to them."""
+    experts = shape.experts
+    if experts is None:
+        return shape.ffn_hidden_size
+    return experts.per_token * (experts.ffn_hidden_size + shape.hidden_size / 3) + (experts.shared_ffn_hidden_size or 0)
 
 
 def split_problem(shape: ModelShape, size: int) -> str | None:
@@ -131,10 +140,11 @@ def generation_time(
 def decoding_step(
     shape: ModelShape, rollout: RolloutConfig, engine: EngineBytes, hardware: Hardware, *, running: int, context: float
 ) -> float:
-    """Seconds in which every running request gets one token."""
-    read = engine.weights + running * context * engine.kv_per_token
+    """Seconds in which every running request gets one token. Of experts those are read that some request needs."""
+    unused = (1 - active_parameters(shape) / total_parameters(shape)) * experts_left_out(shape, running)
+    read = engine.weights * (1 - unused) + running * context * engine.kv_per_token
     memory = read / (hardware.memory_bytes_per_s * hardware.decode_memory_efficiency)
-    flops = 2 * total_parameters(shape) / rollout.tensor_parallel * running
+    flops = 2 * active_parameters(shape) / rollout.tensor_parallel * running
     compute = flops / (hardware.peak_flops * hardware.matmul_efficiency)
     reduce = 2 * shape.num_layers * ALL_REDUCE_S if rollout.tensor_parallel > 1 else 0.0
     return max(memory, compute) + reduce + hardware.decode_overhead_s

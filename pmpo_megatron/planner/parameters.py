@@ -3,7 +3,8 @@
 Rules (megatron-core 0.16.1 distributed/param_and_grad_buffer.py, 0.19.2 optimizer/param_layout.py): parameters lie in one
 buffer for each model chunk, in reverse order of the module. With the distributed optimizer each starts at a multiple of 64
 elements, a bucket ends at a multiple of lcm(data-parallel size, 128), and a shared embedding has a bucket of its own; each
-data-parallel rank (context-parallel ranks count as such) owns an equal contiguous part of every bucket.
+data-parallel rank (context-parallel ranks count as such) owns an equal contiguous part of every bucket. Experts that are spread
+over expert-parallel ranks lie in a second buffer, which the ranks with copies of the same experts share in the same way.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Parameter:
     name: str
     numel: int
     shared_embedding: bool = False
+    spread: bool = False  # an expert's, where expert-parallel ranks hold different ones
 
 
 def chunk_parameters(shape: ModelShape, parallel: ParallelConfig, *, stage: int, chunk: int = 0) -> list[Parameter]:
@@ -36,8 +38,10 @@ def chunk_parameters(shape: ModelShape, parallel: ParallelConfig, *, stage: int,
     vocabulary = shape.padded_vocab_size(parallel.tensor) // parallel.tensor * shape.hidden_size
     duplicated = shape.tied_embeddings and parallel.pipeline > 1  # the last stage has a copy of the embedding
     parameters = [Parameter("embedding.word_embeddings.weight", vocabulary, duplicated)] if first else []
-    for layer in range(shape.num_layers // (parallel.pipeline * chunks)):
-        parameters += layer_parameters(shape, parallel.tensor, f"decoder.layers.{layer}.")
+    count = shape.num_layers // (parallel.pipeline * chunks)
+    before = (chunk * parallel.pipeline + stage) * count
+    for layer in range(count):
+        parameters += layer_parameters(shape, parallel, before + layer, f"decoder.layers.{layer}.")
     if last:
         parameters.append(Parameter("decoder.final_layernorm.weight", shape.hidden_size))
         if duplicated or not shape.tied_embeddings:
@@ -45,9 +49,10 @@ def chunk_parameters(shape: ModelShape, parallel: ParallelConfig, *, stage: int,
     return parameters
 
 
-def layer_parameters(shape: ModelShape, tensor: int, prefix: str = "") -> list[Parameter]:
-    """One transformer layer's parameters on one of ``tensor`` tensor-parallel ranks."""
-    hidden, queries = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+def layer_parameters(shape: ModelShape, parallel: ParallelConfig, layer: int, prefix: str = "") -> list[Parameter]:
+    """The parameters of transformer layer ``layer`` on one rank."""
+    tensor, hidden = parallel.tensor, shape.hidden_size
+    queries = shape.num_attention_heads * shape.head_dim
     qkv = queries + 2 * shape.num_query_groups * shape.head_dim
     sizes = {"input_layernorm.weight": hidden, "self_attention.linear_proj.weight": queries * hidden // tensor}
     sizes["self_attention.linear_qkv.weight"] = qkv * hidden // tensor
@@ -56,15 +61,54 @@ def layer_parameters(shape: ModelShape, tensor: int, prefix: str = "") -> list[P
     if shape.qk_norm:
         sizes |= {"self_attention.q_layernorm.weight": shape.head_dim, "self_attention.k_layernorm.weight": shape.head_dim}
     sizes["pre_mlp_layernorm.weight"] = hidden
+    if shape.is_sparse(layer):
+        return [Parameter(prefix + name, numel) for name, numel in sizes.items()] + _mixture_parameters(shape, parallel, prefix)
     sizes["mlp.linear_fc1.weight"] = 2 * shape.ffn_hidden_size * hidden // tensor
     sizes["mlp.linear_fc2.weight"] = shape.ffn_hidden_size * hidden // tensor
     return [Parameter(prefix + name, numel) for name, numel in sizes.items()]
 
 
+def _mixture_parameters(shape: ModelShape, parallel: ParallelConfig, prefix: str) -> list[Parameter]:
+    """Router, this rank's experts, and the shared expert of a layer."""
+    hidden, experts = shape.hidden_size, shape.experts
+    assert experts is not None
+    parameters = [Parameter(f"{prefix}mlp.router.weight", experts.num_experts * hidden)]
+    width = experts.ffn_hidden_size * hidden // parallel.expert_tensor_size
+    for number in range(experts.num_experts // parallel.expert):
+        for name, numel in (("linear_fc1", 2 * width), ("linear_fc2", width)):
+            full_name = f"{prefix}mlp.experts.local_experts.{number}.{name}.weight"
+            parameters.append(Parameter(full_name, numel, spread=parallel.expert > 1))
+    if experts.shared_ffn_hidden_size is not None:
+        shared = experts.shared_ffn_hidden_size * hidden // parallel.tensor
+        sizes = {"gate_weight": hidden, "linear_fc1.weight": 2 * shared, "linear_fc2.weight": shared}
+        parameters += [Parameter(f"{prefix}mlp.shared_experts.{name}", numel) for name, numel in sizes.items()]
+    return parameters
+
+
+def spread_parameters(shape: ModelShape, parallel: ParallelConfig) -> float:
+    """Elements of experts that a rank shares with the ranks of the same experts only; a mean over pipeline stages."""
+    if shape.experts is None or parallel.expert == 1:
+        return 0.0
+    expert = 3 * shape.experts.ffn_hidden_size * shape.hidden_size / parallel.expert_tensor_size
+    return shape.experts.num_sparse_layers / parallel.pipeline * shape.experts.num_experts / parallel.expert * expert
+
+
+@functools.lru_cache(maxsize=256)
 def total_parameters(shape: ModelShape) -> int:
     """Parameters of the whole model as in its Hugging Face checkpoint: no padding, tied embeddings once."""
     vocabulary = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
-    return vocabulary + shape.hidden_size + shape.num_layers * sum(p.numel for p in layer_parameters(shape, 1))
+    whole = ParallelConfig()
+    layers = sum(p.numel for layer in range(shape.num_layers) for p in layer_parameters(shape, whole, layer))
+    return vocabulary + shape.hidden_size + layers
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Of `total_parameters` those that one token uses: of a layer's routed experts as many as it is sent to."""
+    if shape.experts is None:
+        return total_parameters(shape)
+    unused = shape.experts.num_experts - shape.experts.per_token
+    expert = 3 * shape.experts.ffn_hidden_size * shape.hidden_size
+    return total_parameters(shape) - shape.experts.num_sparse_layers * unused * expert
 
 
 @dataclass(frozen=True)
@@ -123,6 +167,17 @@ def lay_out(parameters: list[Parameter], *, replicas: int, distributed: bool) ->
     return Buffer(bucket, tuple(ranges), tuple(buckets))
 
 
+@functools.lru_cache(maxsize=256)
+def chunk_buffers(
+    shape: ModelShape, parallel: ParallelConfig, *, stage: int, chunk: int, replicas: int, distributed: bool = True
+) -> list[tuple[list[Parameter], Buffer, int]]:
+    """(parameters, their buffer, ranks that share it) for everything of a model chunk, and for its spread experts."""
+    parameters = chunk_parameters(shape, parallel, stage=stage, chunk=chunk)
+    copies = replicas * parallel.tensor // (parallel.expert * parallel.expert_tensor_size)
+    parts = ([p for p in parameters if not p.spread], replicas), ([p for p in parameters if p.spread], copies)
+    return [(part, lay_out(part, replicas=ranks, distributed=distributed), ranks) for part, ranks in parts if part]
+
+
 @dataclass(frozen=True)
 class StateBytes:
     """What training keeps from step to step on one rank."""
@@ -148,7 +203,7 @@ def state_bytes(
     *,
     stage: int,
     replicas: int,
-    replica: int | None = None,
+    replica: tuple[int, int] | None = None,
     dtype: str = "bfloat16",
     distributed: bool = True,
     trained: bool = True,
@@ -157,7 +212,7 @@ def state_bytes(
 
     Args:
         replicas: data-parallel times context-parallel size, over which a distributed optimizer is sharded.
-        replica: which of them; None: the one that owns most.
+        replica: which of them, and which of those with the same experts; None: the one that owns most.
         dtype: of the parameters; bfloat16 ones have float32 master copies in the optimizer.
         trained: False for a reference model, which has parameters only.
     """
@@ -168,10 +223,11 @@ def state_bytes(
         if not trained:
             total += StateBytes(item * sum(p.numel for p in parameters), 0, 0)
             continue
-        buffer = lay_out(parameters, replicas=replicas, distributed=distributed)
-        if not distributed:
-            owned = buffer.numel
-        else:
-            owned = buffer.most_owned(replicas) if replica is None else buffer.owned(replica, replicas)
-        total += StateBytes(item * buffer.numel, 4 * buffer.numel, owned * (12 if item == 2 else 8))
+        buffers = chunk_buffers(shape, parallel, stage=stage, chunk=chunk, replicas=replicas, distributed=distributed)
+        for which, (_, buffer, ranks) in enumerate(buffers):
+            if not distributed:
+                owned = buffer.numel
+            else:
+                owned = buffer.most_owned(ranks) if replica is None else buffer.owned(replica[which], ranks)
+            total += StateBytes(item * buffer.numel, 4 * buffer.numel, owned * (12 if item == 2 else 8))
     return total

@@ -20,7 +20,7 @@ from pmpo_megatron.planner.engine import (
 )
 from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.memory import GpuMemory, kinds_of_gpu
-from pmpo_megatron.planner.parameters import state_bytes, total_parameters
+from pmpo_megatron.planner.parameters import spread_parameters, state_bytes, total_parameters
 from pmpo_megatron.planner.records import Load, Plan, RoundTime
 from pmpo_megatron.planner.timing import StepTime, TrainingCost
 from pmpo_megatron.planner.verdict import find_notes, find_problems
@@ -91,6 +91,7 @@ def _training_cost(
         recompute=config.model.recompute,
         chunk=config.model.log_prob_chunk,
         rank_parameters=max(gpu.state.gradients for gpu in gpus) / 4,  # gradients are float32
+        rank_expert_parameters=spread_parameters(shape, config.parallel),
     )
 
 

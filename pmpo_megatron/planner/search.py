@@ -70,7 +70,7 @@ def _preference(candidate: Plan) -> float:
 
 
 def layouts(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hardware) -> Iterator[ParallelConfig]:
-    """Every layout worth a look: tensor parallel inside a node, context parallel for long sequences only."""
+    """Every layout worth a look: tensor parallel inside a node, context parallel for long sequences only, whole experts."""
     longest = config.data.max_prompt_tokens + config.sampling.max_tokens
     for tensor in _powers_of_two(hardware.gpus_per_node):
         for context in _powers_of_two(max(1, longest // LEAST_PIECE)):
@@ -78,20 +78,24 @@ def layouts(config: RunConfig, shape: ModelShape, world_size: int, hardware: Har
                 if world_size % (tensor * context * pipeline):
                     continue
                 for virtual in (None, 2, 4) if pipeline > 1 else (None,):
-                    parallel = replace(
-                        config.parallel,
-                        tensor=tensor,
-                        sequence_parallel=tensor > 1,
-                        context=context,
-                        pipeline=pipeline,
-                        virtual_pipeline=virtual,
-                    )
-                    if _possible(parallel, shape):
-                        yield parallel
+                    for expert in _powers_of_two(shape.experts.num_experts if shape.experts else 1):
+                        parallel = replace(
+                            config.parallel,
+                            tensor=tensor,
+                            sequence_parallel=tensor > 1,
+                            context=context,
+                            pipeline=pipeline,
+                            virtual_pipeline=virtual,
+                            expert=expert,
+                            expert_tensor=1 if expert > 1 else None,  # whole experts make larger products
+                        )
+                        if _possible(parallel, shape, world_size):
+                            yield parallel
 
 
-def _possible(parallel: ParallelConfig, shape: ModelShape) -> bool:
+def _possible(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> bool:
     try:
+        parallel.data_parallel_size(world_size)
         check_layout(shape, parallel)
     except ConfigError:
         return False

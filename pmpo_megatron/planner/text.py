@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pmpo_megatron.planner.engine import engine_nodes
 from pmpo_megatron.planner.memory import COLUMNS, GpuMemory
-from pmpo_megatron.planner.parameters import total_parameters
+from pmpo_megatron.planner.parameters import active_parameters, total_parameters
 from pmpo_megatron.planner.records import Plan
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import GIB
@@ -16,17 +16,19 @@ def layout_text(config: RunConfig, world_size: int) -> str:
     """Parallel layout, micro-batch and recomputation, in one line."""
     parallel = config.parallel
     interleaved = f" x{parallel.virtual_pipeline} interleaved" if parallel.virtual_pipeline else ""
+    experts = f" EP{parallel.expert} ETP{parallel.expert_tensor_size}" if parallel.expert > 1 else ""
     return (
         f"TP{parallel.tensor}{'+SP' if parallel.sequence_parallel else ''} PP{parallel.pipeline}{interleaved} "
-        f"CP{parallel.context} DP{parallel.data_parallel_size(world_size)}, micro-batches of "
+        f"CP{parallel.context} DP{parallel.data_parallel_size(world_size)}{experts}, micro-batches of "
         f"{config.batch.max_tokens_per_micro_batch} tokens, recompute {config.model.recompute}"
     )
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    size = total_parameters(plan.shape) / 1e9
+    size, active = total_parameters(plan.shape) / 1e9, active_parameters(plan.shape) / 1e9
+    used = f", of which a token uses {active:.2f}" if plan.shape.experts else ""
     lines = [
-        f"plan: {plan.config.model.path} ({size:.2f} billion parameters) on {plan.world_size} x {plan.hardware.name}",
+        f"plan: {plan.config.model.path} ({size:.2f} billion parameters{used}) on {plan.world_size} x {plan.hardware.name}",
         f"layout: {layout_text(plan.config, plan.world_size)}",
         *memory_table(plan),
         _recompute_line(plan),
@@ -98,6 +100,8 @@ def _checkpoint_line(plan: Plan) -> str:
 def _communication_line(plan: Plan) -> str:
     volume = plan.step.communication
     parts = [("tensor", volume.tensor), ("context", volume.context), ("pipeline", volume.pipeline), ("data", volume.data)]
+    if plan.shape.experts is not None:
+        parts.insert(3, ("experts", volume.experts))
     sent = ", ".join(f"{name} {amount / GIB:.1f}" for name, amount in parts)
     return f"sent by each GPU in an optimizer step, GiB: {sent}"
 

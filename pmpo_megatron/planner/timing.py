@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.parallel.state import ParallelConfig
+from pmpo_megatron.planner.experts import mixture_flops, mixture_traffic
 from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.parameters import layer_parameters
 
@@ -38,8 +39,9 @@ class Communication:
     tensor: float
     context: float
     pipeline: float
+    experts: float
     data: float
-    model_seconds: float  # tensor, context and pipeline
+    model_seconds: float  # tensor, context, pipeline and experts
     data_seconds: float
 
 
@@ -64,6 +66,7 @@ class TrainingCost:
     Attributes:
         recompute, chunk: as `model.recompute` and `model.log_prob_chunk` of the configuration.
         rank_parameters: elements on the rank that holds most.
+        rank_expert_parameters: of them, those that only ranks with the same experts have.
     """
 
     shape: ModelShape
@@ -73,16 +76,19 @@ class TrainingCost:
     recompute: str
     chunk: int
     rank_parameters: float
+    rank_expert_parameters: float = 0.0
 
     def forward_flops(self, work: Work) -> tuple[float, float, float]:
-        """Operations for a token in a forward pass: (one layer without its MLP, its MLP, the vocabulary).
+        """Operations for a token in a forward pass: (one layer without its MLP, its MLP or experts, the vocabulary).
 
         Two for each weight, and 2 q s for the two attention products over s/2 earlier tokens on average (Korthikanti et
         al., arXiv 2205.05198, appendix A, has the same products without the causal half).
         """
         shape = self.shape
-        sizes = {p.name: p.numel for p in layer_parameters(shape, 1)}
-        mlp = 2 * (sizes["mlp.linear_fc1.weight"] + sizes["mlp.linear_fc2.weight"])
+        sizes = {p.name: p.numel for p in layer_parameters(shape, ParallelConfig(), 0)}
+        mlp = (1 - self._sparse) * 2 * 3 * shape.ffn_hidden_size * shape.hidden_size
+        if shape.experts is not None:
+            mlp += self._sparse * mixture_flops(shape)
         rest = 2 * (sizes["self_attention.linear_qkv.weight"] + sizes["self_attention.linear_proj.weight"])
         attention = 2 * shape.num_attention_heads * shape.head_dim * work.sequence
         return rest + attention, mlp, 2 * shape.vocab_size * shape.hidden_size * work.responses
@@ -114,24 +120,40 @@ class TrainingCost:
         same volume, and gathers two inputs once more in the backward pass (2205.05198 section 4.2.2). Context: keys and
         values go round a ring, forward and, with their gradients, backward (Liu et al., arXiv 2310.01889, section 3);
         attention is computed meanwhile, so that only what outlasts it costs time. Pipeline: hidden states at each
-        boundary, there and back. Data: reduce-scatter of float32 gradients, all-gather of bfloat16 parameters.
+        boundary, there and back. Experts: `experts.mixture_traffic`, instead of the MLP's half of the tensor-parallel
+        volume, unless there is a shared expert. Data: reduce-scatter of float32 gradients, all-gather of bfloat16 parameters.
         """
         parallel, t, c = self.parallel, self.parallel.tensor, self.parallel.context
         layers, hidden = self.shape.num_layers / parallel.pipeline, 2 * work.tokens * self.shape.hidden_size
         passes = 2 + {"none": 0.0, "selective": 0.5, "full": 1.0}[self.recompute]
-        tensor = layers * hidden * (t - 1) / t * (4 * passes + (2 if parallel.sequence_parallel else 0))
+        shared = self.shape.experts is not None and self.shape.experts.shared_ffn_hidden_size is not None
+        halves = 1 - (0 if shared else self._sparse / 2)
+        tensor = halves * layers * hidden * (t - 1) / t * (4 * passes + (2 if parallel.sequence_parallel else 0))
+        experts = 0.0
+        if self.shape.experts is not None:
+            rounds_of_experts = {"none": 2, "selective": 3, "full": 3}[self.recompute]
+            experts = self._sparse * layers * rounds_of_experts * mixture_traffic(self.shape, parallel, work.tokens)
         rounds = 4 if self.recompute == "full" else 3
         context = rounds * layers * 4 * work.tokens * self.shape.num_query_groups * self.shape.head_dim / t * (c - 1)
         chunks = parallel.virtual_pipeline or 1
         boundary = 2 * chunks * hidden / (t if parallel.sequence_parallel else 1)
         pipeline = boundary if parallel.pipeline > 1 else 0.0
         replicas = self.world_size // (t * parallel.pipeline)
-        data = 6 * self.rank_parameters * (replicas - 1) / replicas
+        copies = parallel.expert_data_parallel_size(self.world_size)
+        rest = self.rank_parameters - self.rank_expert_parameters
+        data = 6 * (rest * (replicas - 1) / replicas + self.rank_expert_parameters * (copies - 1) / copies)
         link, count = self.hardware.link, work.micro_batches
         waiting = max(0.0, context / link(t * c) - self._attention_seconds(work, rounds)) if c > 1 else 0.0
-        model_seconds = count * (tensor / link(t) + waiting + pipeline / link(self.world_size))
+        across = experts / link(parallel.expert * parallel.expert_tensor_size)
+        model_seconds = count * (tensor / link(t) + waiting + pipeline / link(self.world_size) + across)
         data_seconds = data / link(self.world_size // parallel.pipeline)
-        return Communication(count * tensor, count * context, count * pipeline, data, model_seconds, data_seconds)
+        sent = (count * tensor, count * context, count * pipeline, count * experts, data)
+        return Communication(*sent, model_seconds, data_seconds)
+
+    @property
+    def _sparse(self) -> float:
+        """Share of the layers that have experts."""
+        return self.shape.experts.num_sparse_layers / self.shape.num_layers if self.shape.experts else 0.0
 
     @property
     def _rate(self) -> float:

@@ -10,7 +10,7 @@ from pmpo_megatron.planner.engine import EngineBytes, engine_problems
 from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.memory import GpuMemory
 from pmpo_megatron.planner.records import Load
-from pmpo_megatron.training.checks import check_lengths
+from pmpo_megatron.training.checks import check_experts, check_lengths
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import GIB
 
@@ -24,10 +24,11 @@ def find_problems(
 ) -> list[str]:
     """Why the run cannot work as it is configured; empty if it fits."""
     problems = []
-    try:
-        check_lengths(config, shape)
-    except ConfigError as error:
-        problems.append(str(error))
+    for check in (lambda: check_lengths(config, shape), lambda: check_experts(config, shape)):
+        try:
+            check()
+        except ConfigError as error:
+            problems.append(str(error))
     if engine is not None:
         problems += engine_problems(shape, config.rollout, engine)
         engines, size, here = config.rollout.engines, config.rollout.tensor_parallel, gpus[0].hardware.gpus_per_node

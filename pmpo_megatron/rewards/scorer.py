@@ -1,4 +1,4 @@
-"""The reward of a rollout: weighted functions of its text, less penalties on its form."""
+"""The reward of a rollout: weighted functions of its text, less penalties on its form, or what its episode says."""
 
 from __future__ import annotations
 
@@ -40,22 +40,30 @@ class RewardScorer:
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[Scores]:
         """Rewards of each group's rollouts, and which of them are correct by the first function alone; in order."""
+        asked = [group for group in groups if _asks(group)]
         requests = [
-            Request([r.text for r in g.rollouts], g.prompt.answers, g.prompt.metadata, list(self._weights(g))) for g in groups
+            Request([r.text for r in g.rollouts], g.prompt.answers, g.prompt.metadata, list(self._weights(g))) for g in asked
         ]
-        return [self._weighted(group, s) for group, s in zip(groups, self.pool.score_requests(requests), strict=True)]
+        scores = iter(self.pool.score_requests(requests))
+        return [self._rewarded(group, next(scores) if _asks(group) else {}) for group in groups]
 
     def _weights(self, group: RolloutGroup) -> Mapping[str, float]:
         return group.prompt.rewards or self.config.functions
 
-    def _weighted(self, group: RolloutGroup, scores: Mapping[str, Sequence[float]]) -> Scores:
-        weights = self._weights(group)
-        rewards = tuple(
-            sum(weight * scores[name][place] for name, weight in weights.items())
-            - self.overlong_penalty(len(rollout.token_ids))
-            for place, rollout in enumerate(group.rollouts)
-        )
-        return rewards, tuple(score >= CORRECT for score in scores[next(iter(weights))])
+    def _rewarded(self, group: RolloutGroup, scores: Mapping[str, Sequence[float]]) -> Scores:
+        """By ``scores`` of the functions, but for episodes that came with a reward, or know whether they are correct."""
+        weights, rewards, correct = self._weights(group), [], []
+        for place, rollout in enumerate(group.rollouts):
+            episode = rollout.episode
+            if episode is not None and episode.reward is not None:
+                reward = first = episode.reward
+            else:
+                reward = sum(weight * scores[name][place] for name, weight in weights.items())
+                reward -= self.overlong_penalty(rollout.num_sampled)
+                first = scores[next(iter(weights))][place]
+            rewards.append(reward)
+            correct.append(first >= CORRECT if episode is None or episode.correct is None else episode.correct)
+        return tuple(rewards), tuple(correct)
 
     def overlong_penalty(self, length: int) -> float:
         """DAPO's soft penalty (2503.14476, eq. 13): 0 up to max_tokens - overlong_tokens, then linear to the largest."""
@@ -70,3 +78,8 @@ class RewardScorer:
         for name, stats in self.pool.stats.functions.items():
             if stats.calls:
                 logger.info("reward %s: %s", name, stats.describe())
+
+
+def _asks(group: RolloutGroup) -> bool:
+    """Whether functions are needed: one of the rollouts did not come with its reward."""
+    return any(rollout.episode is None or rollout.episode.reward is None for rollout in group.rollouts)

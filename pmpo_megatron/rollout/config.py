@@ -25,7 +25,9 @@ class SamplingConfig(Section):
         1.0, "nucleus; below 1 the ratio to the trainer's full distribution is biased", above=0.0, maximum=1.0
     )
     top_k: int = setting(0, "keep the k likeliest tokens; 0: all. Biased like top_p", minimum=0, maximum=2**31 - 1)
-    max_tokens: int = setting(3000, "response tokens at most", unit="tokens", minimum=1)
+    max_tokens: int = setting(
+        3000, "response tokens at most; of an episode those that it was told, too", unit="tokens", minimum=1
+    )
     stop: tuple[str, ...] = setting((), "texts that end a response, beside the tokenizer's end token")
     stop_token_ids: tuple[int, ...] = setting((), "tokens that end one too, e.g. 151645, <|im_end|>, with Qwen base models")
     seed: int = setting(0, "base of the requests' seeds", minimum=0)
@@ -72,9 +74,20 @@ class RolloutConfig(Section):
         False, "new weights in the middle of a response: compute its keys and values again with them, or keep them"
     )
     tensor_parallel: int = setting(1, "vLLM's tensor-parallel size", minimum=1, maximum=1024)
+    expert_parallel: bool = setting(
+        False, "GPU, mixtures of experts: each of the tensor_parallel GPUs holds whole experts instead of a part of every one"
+    )
     dtype: str = setting("auto", "of the engine's weights", choices=("auto", "float32", "bfloat16"))
     max_model_len: int | None = setting(None, "prompt and response at most; null: the model's limit", unit="tokens", minimum=1)
     max_num_seqs: int = setting(256, "requests in one batch of each engine", minimum=1, maximum=65536)
+    block_size: int | None = setting(
+        None,
+        "tokens in a block of the KV cache; whole blocks are reused, by responses to one prompt and by an episode's next turn. "
+        "null: vLLM's, 128 on CPU, where it must be a multiple of 32",
+        unit="tokens",
+        minimum=1,
+        maximum=65536,
+    )
     kv_cache_gib: float | None = setting(
         None, "each engine's KV cache on CPU (0.5), or on each GPU instead of a share of its memory", unit="GiB", minimum=0.001
     )
@@ -111,8 +124,23 @@ class RolloutConfig(Section):
             raise ConfigError("replay_from", "is needed by engine 'replay', and has no effect with any other")
         if (self.nodes == "own") != bool(self.hosts) or bool(self.hosts) != (self.key_file is not None):
             raise ConfigError("hosts", "and key_file are needed with nodes 'own', and have no effect with any other")
+        if self.expert_parallel and self.tensor_parallel == 1:
+            raise ConfigError("expert_parallel", "has no effect with tensor_parallel 1: one GPU holds all experts")
         for host in self.hosts:
             if not re.fullmatch(r"[^:\s]+:[1-9]\d{0,4}", host):
                 raise ConfigError("hosts", f"{host!r} is not HOST:PORT")
         if self.engine == "replay" and self.record_to is not None:
             raise ConfigError("record_to", "records nothing new from engine 'replay'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeConfig(Section):
+    """Trajectories of several turns, by a function of your own (docs/rollouts.md, "Episodes: turns and tools")."""
+
+    function: str | None = setting(
+        None, "package.module:name of an async def episode(prompt, policy); null: a response is a single turn"
+    )
+    max_turns: int = setting(32, "turns that the policy samples in an episode, at most", minimum=1, maximum=10**6)
+    timeout_s: float = setting(
+        300.0, "time that an episode's own code and tools may take; the engine's is not counted", unit="s", above=0.0
+    )

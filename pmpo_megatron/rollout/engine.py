@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from pmpo_megatron.rollout.config import SamplingConfig
+from pmpo_megatron.rollout.vllm_jobs import Job
 from pmpo_megatron.types import Prompt, RolloutGroup
 
 HERE = ""  # in `RolloutEngine.hosts`: the host of the process that has the engine
@@ -36,6 +36,14 @@ class RolloutEngine(Protocol):
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[Future[RolloutGroup]]:
         """As `generate`, without waiting; what is submitted later joins what is under way. A future may be cancelled."""
 
+    def ask(self, jobs: Sequence[Job], *, divided: bool) -> list[Future[RolloutGroup]]:
+        """What `generate` and `submit` are made of, for prompts that each have sampling and seeds of their own.
+
+        Args:
+            divided: a job's ``home`` answers it, and each engine gets all of its jobs in one message; else ``home`` is
+                preferred to other engines that have room.
+        """
+
     def update(self, version: int) -> AbstractContextManager[None]:
         """Whatever is called inside brings all workers to whole weights, which are then called ``version``.
 
@@ -61,7 +69,17 @@ class RolloutEngine(Protocol):
         """Ends the engine's processes."""
 
 
-def request_seed(sampling: SamplingConfig, round_index: int, prompt_index: int, sample: int) -> int:
-    """Seed of one request: depends on these four alone, so neither on the batch nor on what failed before."""
-    text = f"{sampling.seed}/{round_index}/{prompt_index}/{sample}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+class EngineAround:
+    """Another engine, of which a subclass does something differently. Everything else goes to that engine."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._engine, name, value)

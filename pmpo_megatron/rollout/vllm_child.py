@@ -1,6 +1,6 @@
 """The process that holds a vLLM engine: one step after another, messages between two steps, until its parent goes away.
 
-Messages in: ("add", (common parameters, prompts)), ("abort", names), ("call", (number, method, arguments)) and
+Messages in: ("add", [(parameters, prompts), ...]), ("abort", names), ("call", (number, method, arguments)) and
 ("resume", (version, recompute)). Out: ("ready" | "alive", None), ("finished", responses), ("value" | "error", (number,
 content)); an error without a number ends the process.
 """
@@ -12,23 +12,21 @@ import sys
 import threading
 import time
 import traceback
+from itertools import repeat
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+
+from pmpo_megatron.rollout.vllm_settings import Launch
+from pmpo_megatron.types import RouteFormat, Routes
 
 HEARTBEAT_S = 1.0
 ELSEWHERE = "PMPO_ELSEWHERE"  # in the environment of a vLLM that is not on rank 0's node
 RECEIVE = "pmpo_receive_weights"
 
 
-def serve(
-    connection: Connection,
-    alive: Connection,
-    log_path: str,
-    settings: dict[str, Any],
-    environment: dict[str, str],
-) -> None:
+def serve(connection: Connection, alive: Connection, log_path: str, launch: Launch, environment: dict[str, str]) -> None:
     """Main function of the child."""
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
@@ -41,7 +39,7 @@ def serve(
     try:
         from vllm import LLM
 
-        loop = _Loop(LLM(**settings), connection)
+        loop = _Loop(LLM(**launch.settings), connection, launch.routes)
         connection.send(("ready", None))
         loop.run()
     except BaseException:
@@ -60,8 +58,12 @@ def _end_with_parent(alive: Connection) -> None:
 class _Loop:
     """vLLM's steps, and what is done between them."""
 
-    def __init__(self, llm: Any, connection: Connection) -> None:
+    def __init__(self, llm: Any, connection: Connection, routes: RouteFormat | None) -> None:
         self._engine, self._tokenizer, self._connection = llm.llm_engine, llm.get_tokenizer(), connection
+        self._routes = routes
+        self._by_workers = routes is not None and not self._engine.vllm_config.aux_output_config.enabled
+        if self._by_workers:
+            self._engine.collective_rpc("pmpo_record_routes", args=(routes,))
         self._version, self._held, self._spoke = 0, False, time.monotonic()
         self._engine.set_weight_version("0")
 
@@ -75,11 +77,24 @@ class _Loop:
                 return
             busy = self._engine.has_unfinished_requests()
             if busy and not self._held:
-                finished = [_plain(output, self._tokenizer) for output in self._engine.step() if output.finished]
+                finished = [output for output in self._engine.step() if output.finished]
                 if finished:
-                    self._say("finished", finished)
+                    self._say("finished", [*map(_plain, finished, repeat(self._tokenizer), self._routes_of(finished))])
             if busy and time.monotonic() - self._spoke > HEARTBEAT_S:
                 self._say("alive", None)
+
+    def _routes_of(self, finished: list[Any]) -> list[Routes | None]:
+        """Of the tokens of each prompt and its response."""
+        if self._routes is None:
+            return [None] * len(finished)
+        if self._by_workers:
+            known = self._engine.collective_rpc("pmpo_take_routes", args=([output.request_id for output in finished],))[0]
+        else:
+            known = [output.outputs[0].routed_experts for output in finished]
+        lengths = [len(output.prompt_token_ids) + len(output.outputs[0].token_ids) for output in finished]
+        # A step may be under way already in which the last token is computed: nobody will need what it gives.
+        pairs = zip(known, lengths, strict=True)
+        return [self._routes.whole(routes[: length - 1], length) for routes, length in pairs]
 
     def _patience(self) -> float | None:
         """How long the next message may be waited for: not at all, until a sign of life is due, or for ever."""
@@ -89,7 +104,8 @@ class _Loop:
 
     def _take(self, kind: str, content: Any) -> None:
         if kind == "add":
-            self._add(*content)
+            for parameters, prompts in content:
+                self._add(parameters, prompts)
         elif kind == "abort":
             self._engine.abort_request(content)
         elif kind == "call":
@@ -97,7 +113,7 @@ class _Loop:
         elif kind == "resume":
             self._resume(*content)
 
-    def _add(self, common: dict[str, Any], prompts: list[tuple[np.ndarray, list[tuple[str, int]]]]) -> None:
+    def _add(self, parameters: dict[str, Any], prompts: list[tuple[np.ndarray, list[tuple[str, int]]]]) -> None:
         """One request for each (name, seed). The salt keeps prefixes that other weights computed from new requests.
 
         Text is needed while a response grows only to look for texts that end it; else it is made once, by `_plain`.
@@ -106,7 +122,7 @@ class _Loop:
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        common = common | {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": bool(common["stop"])}
+        common = parameters | {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": bool(parameters["stop"])}
         for token_ids, requests in prompts:
             prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=str(self._version))
             for name, seed in requests:
@@ -135,15 +151,19 @@ class _Loop:
         self._spoke = time.monotonic()
 
 
-def _plain(output: Any, tokenizer: Any) -> tuple[str, np.ndarray, np.ndarray, str, str, list[tuple[int, int]]]:
-    """(request, token ids, log-prob of each, text, finish reason, (version, number of its tokens) in order)."""
+def _plain(
+    output: Any, tokenizer: Any, routes: Routes | None
+) -> tuple[str, np.ndarray, np.ndarray, str, str, list[tuple[int, int]], int, Routes | None]:
+    """(request, token ids, log-probs, text, finish reason, (version, number of its tokens) in order, cached prompt tokens,
+    routes)."""
     [sample] = output.outputs
     token_ids = np.array(sample.token_ids, dtype=np.int32)
     pairs = zip(sample.token_ids, sample.logprobs, strict=True)
     log_probs = np.fromiter((entry[token].logprob for token, entry in pairs), dtype=np.float32, count=len(token_ids))
     versions = [(int(span.version), span.end - span.start) for span in sample.weight_versions]
     text = sample.text or whole_text(tokenizer, token_ids.tolist())
-    return output.request_id, token_ids, log_probs, text, sample.finish_reason, versions
+    cached = output.num_cached_tokens or 0
+    return output.request_id, token_ids, log_probs, text, sample.finish_reason, versions, cached, routes
 
 
 def whole_text(tokenizer: Any, token_ids: list[int]) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.parallel.processes import temporary_directory
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.remote_process import NodeAddress, RemoteProcess
-from pmpo_megatron.rollout.vllm_jobs import Job, Part, divide, job_number, missing_parts, request_parameters
+from pmpo_megatron.rollout.vllm_jobs import Job, Part, batches, divide, job_number, make_jobs, missing_parts
 from pmpo_megatron.rollout.vllm_process import LocalProcess, VLLMProcess
 from pmpo_megatron.rollout.vllm_settings import Launch, engine_settings
-from pmpo_megatron.types import Prompt, RolloutGroup
+from pmpo_megatron.types import Prompt, RolloutGroup, RouteFormat
 
 logger = logging.getLogger(__name__)
 SETTLE_S = 0.2  # engines that die within it died of one cause
@@ -48,6 +47,7 @@ class VLLMEngine:
         worker_extension: str | None,
         nodes: Sequence[NodeAddress] = (),
         in_flight: bool = False,
+        routes: RouteFormat | None = None,
         logs: Path | None = None,
     ) -> None:
         self.config, self.version = config, 0
@@ -62,10 +62,9 @@ class VLLMEngine:
         self._parts = ExitStack()
         logs = logs or Path(self._parts.enter_context(temporary_directory("pmpo-vllm-")))
         logs.mkdir(parents=True, exist_ok=True)
-        settings = engine_settings(config, model_path=model_path, device=device, worker_extension=worker_extension)
-        if in_flight:
-            settings["async_scheduling"] = False  # else vLLM 0.32 labels the step that is under way with the next version
-        launches = [Launch(settings, device, config.threads, number, config.engines) for number in range(config.engines)]
+        settings = engine_settings(config, model_path, device, worker_extension, in_flight=in_flight, routes=routes is not None)
+        numbers = range(config.engines)
+        launches = [Launch(settings, device, config.threads, number, config.engines, routes) for number in numbers]
         stall_s = config.stall_s
         here = [LocalProcess(each, logs / f"engine-{each.number}.log", stall_s=stall_s) for each in launches]
         there = [RemoteProcess(each, node, stall_s=stall_s) for node in nodes for each in launches]
@@ -83,15 +82,14 @@ class VLLMEngine:
             threading.Thread(target=work, daemon=True, name=f"vllm{work.__name__}").start()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[RolloutGroup]:
-        futures = self._submit(prompts, sampling, round_index, divided=self.config.sharing == "divided")
-        return [future.result() for future in futures]
+        divided = self.config.sharing == "divided"
+        jobs = make_jobs(prompts, sampling, round_index, divided=divided)
+        return [future.result() for future in self.ask(jobs, divided=divided)]
 
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, round_index: int) -> list[Future[RolloutGroup]]:
-        return self._submit(prompts, sampling, round_index, divided=False)
+        return self.ask(make_jobs(prompts, sampling, round_index, divided=False), divided=False)
 
-    def _submit(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, round_index: int, *, divided: bool
-    ) -> list[Future[RolloutGroup]]:
+    def ask(self, jobs: Sequence[Job], *, divided: bool) -> list[Future[RolloutGroup]]:
         with self._state:
             if self._failure is not None:
                 raise self._failure
@@ -99,11 +97,10 @@ class VLLMEngine:
                 raise RolloutError(f"the engine's weights are not whole ({self.broken}); a full update must succeed first")
             if not self._jobs:
                 self._restarts = 0
-            jobs = [Job(prompt, sampling, round_index) for prompt in prompts]
             for job in jobs:
                 self._jobs[job.number] = job
                 job.future.add_done_callback(partial(self._cancel, job))
-            parts = [(job, range(sampling.samples_per_prompt)) for job in jobs]
+            parts = [(job, range(len(job.seeds))) for job in jobs]
             if divided and not self._updating and all(process.fresh for process in self._processes):
                 for process, share in zip(self._processes, divide(parts, len(self._processes)), strict=True):
                     self._ask(process, share)
@@ -187,8 +184,10 @@ class VLLMEngine:
 
     def _ask(self, process: VLLMProcess, parts: Sequence[Part]) -> None:
         """In one message, so that the engine's batches depend on nothing but ``parts``."""
-        for sampling, alike in groupby(parts, key=lambda part: part[0].sampling):
-            process.ask(request_parameters(sampling), [job.requests(samples) for job, samples in alike])
+        for job, _ in parts:
+            job.home = self._processes.index(process)
+        if parts:
+            process.ask(batches(parts))
 
     def _share_out(self) -> None:
         """Prompts that wait go to the engines with the most room."""
@@ -197,9 +196,11 @@ class VLLMEngine:
         room = {process: self.config.max_num_seqs - len(process.requests) for process in self._processes if process.fresh}
         shares: dict[VLLMProcess, list[Part]] = {process: [] for process in room}
         while self._waiting and room and max(room.values()) > 0:
-            process = max(room, key=room.__getitem__)
-            shares[process].append(self._waiting.popleft())
-            room[process] -= len(shares[process][-1][1])
+            job, samples = self._waiting.popleft()
+            home = None if job.home is None else self._processes[job.home % len(self._processes)]
+            process = home if home is not None and room.get(home, 0) > 0 else max(room, key=room.__getitem__)
+            shares[process].append((job, samples))
+            room[process] -= len(samples)
         for process, share in shares.items():
             self._ask(process, share)
 

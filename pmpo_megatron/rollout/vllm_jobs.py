@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -11,34 +12,45 @@ import numpy as np
 
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout.config import SamplingConfig
-from pmpo_megatron.rollout.engine import request_seed
-from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
+from pmpo_megatron.types import Prompt, Rollout, RolloutGroup, Routes
 
 _numbers = itertools.count()
 
 
 class Job:
-    """The responses to one prompt; ``future`` has them when all have come."""
+    """Responses to one prompt, one for each of ``seeds``; ``future`` has them when all have come.
 
-    def __init__(self, prompt: Prompt, sampling: SamplingConfig, round_index: int) -> None:
-        self.prompt, self.sampling, self.round_index = prompt, sampling, round_index
+    ``home`` is the number of the engine, modulo how many there are, that should answer, or was asked last; None: any.
+    """
+
+    def __init__(self, prompt: Prompt, sampling: SamplingConfig, seeds: Sequence[int], home: int | None = None) -> None:
+        self.prompt, self.sampling, self.seeds, self.home = prompt, sampling, seeds, home
         self.number = next(_numbers)
         self.future: Future[RolloutGroup] = Future()
         self._rollouts: dict[int, Rollout] = {}
 
     def requests(self, samples: Iterable[int]) -> tuple[np.ndarray, list[tuple[str, int]]]:
         """The prompt's token ids, int32, and the (name, seed) of each response."""
-        names = [(f"{self.number}/{sample}", self._seed(sample)) for sample in samples]
+        names = [(f"{self.number}/{sample}", self.seeds[sample]) for sample in samples]
         return self.prompt.token_ids, names
 
     def take(
-        self, name: str, token_ids: np.ndarray, log_probs: np.ndarray, text: str, reason: str, spans: Sequence[tuple[int, int]]
+        self,
+        name: str,
+        token_ids: np.ndarray,
+        log_probs: np.ndarray,
+        text: str,
+        reason: str,
+        spans: Sequence[tuple[int, int]],
+        cached: int,
+        routes: Routes | None,
     ) -> bool:
         """A response, as `vllm_child` sends it; whether it was the last."""
         sample = int(name.partition("/")[2])
         versions = np.repeat(*np.array(spans, dtype=np.int32).reshape(-1, 2).T)
-        self._rollouts[sample] = Rollout(token_ids, log_probs, text, reason, versions, self._seed(sample))
-        if len(self._rollouts) < self.sampling.samples_per_prompt:
+        seed = self.seeds[sample]
+        self._rollouts[sample] = Rollout(token_ids, log_probs, text, reason, versions, seed, routes=routes, cached=cached)
+        if len(self._rollouts) < len(self.seeds):
             return False
         if self.future.set_running_or_notify_cancel():
             self.future.set_result(RolloutGroup(self.prompt, tuple(self._rollouts[n] for n in sorted(self._rollouts))))
@@ -51,11 +63,24 @@ class Job:
         if self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
-    def _seed(self, sample: int) -> int:
-        return request_seed(self.sampling, self.round_index, self.prompt.index, sample)
+
+def make_jobs(prompts: Sequence[Prompt], sampling: SamplingConfig, round_index: int, *, divided: bool) -> list[Job]:
+    """All responses to every prompt; if they are ``divided``, prompt k has engine k for its home."""
+
+    def seeds(prompt: Prompt) -> list[int]:
+        return [request_seed(sampling, round_index, prompt.index, k) for k in range(sampling.samples_per_prompt)]
+
+    return [Job(prompt, sampling, seeds(prompt), k if divided else None) for k, prompt in enumerate(prompts)]
+
+
+def request_seed(sampling: SamplingConfig, round_index: int, prompt_index: int, sample: int, turn: int = 0) -> int:
+    """Seed of one request: depends on these five alone, so neither on the batch nor on what failed before."""
+    text = f"{sampling.seed}/{round_index}/{prompt_index}/{sample}" + (f"/{turn}" if turn else "")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 Part = tuple[Job, Sequence[int]]  # some of a job's responses
+Batches = list[tuple[dict[str, Any], list[tuple[np.ndarray, list[tuple[str, int]]]]]]  # parameters; ids, (name, seed) of each
 
 
 def job_number(name: str) -> int:
@@ -73,8 +98,14 @@ def missing_parts(names: Iterable[str], jobs: Mapping[int, Job]) -> list[Part]:
 
 
 def divide(parts: Sequence[Part], engines: int) -> list[list[Part]]:
-    """Prompt by prompt in turn."""
-    return [list(parts[number::engines]) for number in range(engines)]
+    """To each engine what has it for its home."""
+    return [[part for part in parts if (part[0].home or 0) % engines == number] for number in range(engines)]
+
+
+def batches(parts: Sequence[Part]) -> Batches:
+    """``parts`` as one message has them: neighbours of the same sampling together."""
+    alike = itertools.groupby(parts, key=lambda part: part[0].sampling)
+    return [(request_parameters(sampling), [job.requests(k) for job, k in same]) for sampling, same in alike]
 
 
 def request_parameters(sampling: SamplingConfig) -> dict[str, Any]:

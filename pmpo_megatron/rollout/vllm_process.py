@@ -23,11 +23,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout import engine_log, vllm_child
 from pmpo_megatron.rollout.engine import HERE
+from pmpo_megatron.rollout.vllm_jobs import Batches
 from pmpo_megatron.rollout.vllm_settings import Launch
 
 T = TypeVar("T")
@@ -131,10 +130,10 @@ class VLLMProcess(ABC):
             self._fail_calls(RolloutError("the rollout engine does not run"))
         return future
 
-    def ask(self, common: dict[str, Any], prompts: list[tuple[np.ndarray, list[tuple[str, int]]]]) -> None:
-        """Requests for responses: of each prompt's token ids, the (name, seed) of each response."""
-        self.requests.update(self._asked_now(name for _, requests in prompts for name, _ in requests))
-        self.send("add", (common, prompts))
+    def ask(self, batches: Batches) -> None:
+        """Requests for responses, in one message."""
+        self.requests.update(self._asked_now(name for _, prompts in batches for _, named in prompts for name, _ in named))
+        self.send("add", batches)
 
     def _asked_now(self, what: T) -> T:
         """``what``; a process that had nothing to do owes a sign of life from now on."""
@@ -263,7 +262,7 @@ class LocalProcess(VLLMProcess):
         self._log_start = self._log_path.stat().st_size if self._log_path.exists() else 0
         connection, theirs = self._context.Pipe()
         alive, self._alive = self._context.Pipe(duplex=False)
-        arguments = (theirs, alive, str(self._log_path), self.launch.settings, self._environment)
+        arguments = (theirs, alive, str(self._log_path), self.launch, self._environment)
         self._process = self._context.Process(target=vllm_child.serve, args=arguments, name="vllm")
         with _without_interrupts():
             self._process.start()

@@ -10,6 +10,7 @@ import torch
 
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.rollout.config import RolloutConfig
+from pmpo_megatron.types import RouteFormat
 from pmpo_megatron.units import GIB, resolve_dtype
 
 DEFAULT_CPU_KV_CACHE_GIB = 0.5
@@ -24,6 +25,7 @@ class Launch:
         device: ``cpu`` or ``cuda``.
         threads: of the process; None: its share of its host's cores on CPU, one on GPUs.
         number: which of the host's engines this is, of ``engines``; it takes the next ``tensor_parallel`` GPUs.
+        routes: of a mixture's tokens, which it gives with the responses; None: it does not.
     """
 
     settings: dict[str, Any]
@@ -31,6 +33,7 @@ class Launch:
     threads: int | None
     number: int
     engines: int
+    routes: RouteFormat | None = None
 
     def environment(self) -> dict[str, str]:
         """Of the process, on this host.
@@ -45,8 +48,19 @@ class Launch:
         return found
 
 
-def engine_settings(config: RolloutConfig, *, model_path: str, device: str, worker_extension: str | None) -> dict[str, Any]:
-    """Arguments of vLLM's LLM. Log-probs are those of the distribution that was sampled from (processed)."""
+def engine_settings(
+    config: RolloutConfig,
+    model_path: str,
+    device: str,
+    worker_extension: str | None,
+    *,
+    in_flight: bool = False,
+    routes: bool = False,
+) -> dict[str, Any]:
+    """Arguments of vLLM's LLM. Log-probs are those of the distribution that was sampled from (processed).
+
+    With ``routes`` it must know those of every token: on GPUs vLLM keeps them beside the prefix cache.
+    """
     settings = dict(
         model=model_path,
         dtype=resolve_dtype(config.dtype, device),
@@ -59,8 +73,16 @@ def engine_settings(config: RolloutConfig, *, model_path: str, device: str, work
     )
     if worker_extension is not None:
         settings["worker_extension_cls"] = worker_extension
+    if config.block_size is not None:
+        settings["block_size"] = config.block_size
     if config.max_model_len is not None:
         settings["max_model_len"] = config.max_model_len
+    if config.expert_parallel:
+        settings["enable_expert_parallel"] = True
+    if in_flight:
+        settings["async_scheduling"] = False  # else vLLM 0.32 labels the step that is under way with the next version
+    if routes:
+        settings |= {"enable_prefix_caching": False} if device == "cpu" else {"enable_return_routed_experts": True}
     if device == "cpu":
         # A prompt that is computed in pieces breaks a seeded request there: PyTorch's CPU generators have no offset. Whole
         # prompts need a batch of at least max_model_len tokens, which is vLLM's default without chunks.

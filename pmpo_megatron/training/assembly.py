@@ -32,6 +32,7 @@ from pmpo_megatron.rollout.vllm_process import give_up_starts
 from pmpo_megatron.training.collector import Collector
 from pmpo_megatron.training.held_out import Evaluator
 from pmpo_megatron.training.launch import StopRequest
+from pmpo_megatron.training.routes import replayed_routes
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.training.stream import StreamCollector
 from pmpo_megatron.training.trainer import RunProgress, Trainer
@@ -141,7 +142,10 @@ def _start_engine(config: RunConfig, state: ParallelState, parts: ExitStack, nod
         worker_extension=WORKER_EXTENSION,
         nodes=nodes,
         in_flight=config.round.mode == "in_flight",
+        routes=replayed_routes(config, read_shape(config.model.path)),
         logs=Path(config.run.directory) / "logs",
+        episode=config.episode,
+        longest_prompt=config.data.max_prompt_tokens,
     )
     thread.shutdown(wait=False)
     parts.callback(_end_engine, future)

@@ -14,6 +14,7 @@ import torch
 
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.space import checkpoint_bytes, describe_bytes
+from pmpo_megatron.data.generated import TASKS
 from pmpo_megatron.data.prompts import DataConfig, PromptSet, check_rows, load_prompts
 from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.errors import ConfigError, MappingError, PmpoError
@@ -24,6 +25,7 @@ from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.architecture import check_layout, expects_fused
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.rewards.functions import check_functions
+from pmpo_megatron.rollout.episodes import find_episode
 from pmpo_megatron.rollout.remote_process import own_nodes
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import round_up
@@ -61,9 +63,12 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     shape, weights = _check_model(config.model.path, dry_run=dry_run)
     check_layout(shape, config.parallel)
     check_lengths(config, shape)
+    check_experts(config, shape)
     _check_attention(config)
     _check_objective(config)
     check_functions(config.reward_functions(), config.rewards.code)
+    if config.episode.function is not None:
+        find_episode(config.episode.function)
     lines = [
         f"{_describe_model(config, shape)}; {weights}",
         _describe_layout(config, world_size, data_parallel),
@@ -77,6 +82,8 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
     _in_section("rollout", lambda: own_nodes(config.rollout))
+    if config.rollout.expert_parallel and not (_on_gpu(config) or (dry_run and config.run.device == "auto")):
+        raise ConfigError("rollout.expert_parallel", "vLLM divides whole experts on GPUs only: on CPU it crashes; leave it out")
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("rollout.engine", "vllm is not installed; see the README for the requirements")
     if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
@@ -155,6 +162,20 @@ def _check_attention(config: RunConfig) -> None:
         )
 
 
+def check_experts(config: RunConfig, shape: ModelShape) -> None:
+    """Raises ConfigError for settings of mixtures where the model is none, and for an optimizer that has no checkpoint
+    which loads on another layout of the experts."""
+    used = {
+        "round.routing_replay": config.round.routing_replay != "off",
+        "objective.balance_coefficient": config.objective.balance_coefficient > 0,
+        "rollout.expert_parallel": config.rollout.expert_parallel,
+    }
+    for name in (name for name, is_used in used.items() if is_used and shape.experts is None):
+        raise ConfigError(name, f"has no effect: {config.model.path} has no mixture of experts")
+    if config.parallel.expert > 1 and not config.optimizer.distributed:
+        raise ConfigError("optimizer.distributed", f"must be true with parallel.expert = {config.parallel.expert}")
+
+
 def check_lengths(config: RunConfig, shape: ModelShape) -> None:
     """Raises ConfigError if the longest prompt and response fit no micro-batch, or are more than engine or model take."""
     multiple = sequence_multiple(config.parallel)
@@ -189,12 +210,11 @@ def _check_objective(config: RunConfig) -> None:
 
 def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: ModelShape, prompts: dict[str, PromptSet]) -> str:
     """One line about the sources; what is on this machine is read, into ``prompts``."""
-    sources = {str(part.source): part.split for part in data.parts().values()}
-    for source, split in sources.items():
-        path = Path(source)
-        if source != "arithmetic" and path.suffix not in (".jsonl", ".json", ".parquet") and not path.exists():
-            return f"{name}: {source} [{split}], a Hugging Face data set: not opened before the start"
-    text = f"{name}: {', '.join(sources)}"
+    parts = data.parts().values()
+    if elsewhere := [f"{part.source} [{part.split}]" for part in parts if not _is_here(str(part.source))]:
+        kind = "a Hugging Face data set" if len(elsewhere) == 1 else "Hugging Face data sets"
+        return f"{name}: {', '.join(elsewhere)}, {kind}: not opened before the start"
+    text = f"{name}: {', '.join(dict.fromkeys(str(part.source) for part in parts))}"
     try:
         if tokenizer is None:
             return f"{text}, {check_rows(data)} problems; not tokenised, because the model is not here"
@@ -209,6 +229,10 @@ def _check_data(name: str, data: DataConfig, tokenizer: Any | None, shape: Model
     return f"{text}, {len(read)} problems{left_out}"
 
 
+def _is_here(source: str) -> bool:
+    return source in TASKS or Path(source).suffix in (".jsonl", ".json", ".parquet") or Path(source).exists()
+
+
 def _describe_model(config: RunConfig, shape: ModelShape) -> str:
     return (
         f"model: {config.model.path}, {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
@@ -218,9 +242,12 @@ def _describe_model(config: RunConfig, shape: ModelShape) -> str:
 
 def _describe_layout(config: RunConfig, world_size: int, data_parallel: int) -> str:
     parallel = config.parallel
+    copies = parallel.expert_data_parallel_size(world_size)
+    experts = f", experts over {parallel.expert} * {parallel.expert_tensor_size} in {copies} copies"
     return (
         f"layout: {world_size} processes = tensor {parallel.tensor} * pipeline {parallel.pipeline} * context "
-        f"{parallel.context} * data {data_parallel}; rollouts: {_describe_rollouts(config)}"
+        f"{parallel.context} * data {data_parallel}{experts if parallel.expert > 1 else ''}; rollouts: "
+        f"{_describe_rollouts(config)}"
     )
 
 

@@ -13,13 +13,13 @@ import numpy as np
 from pmpo_megatron.algo.advantages import Advantage, compute_advantages
 from pmpo_megatron.data.prompts import PromptSet
 from pmpo_megatron.data.sampler import Sampler
-from pmpo_megatron.monitor import Distribution, Mean, Metric
+from pmpo_megatron.monitor import Distribution, Mean, Metric, Sum
 from pmpo_megatron.rewards import RewardScorer, ScoredGroup, score_groups
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.engine import RolloutEngine
 from pmpo_megatron.training.run_config import BatchConfig, RoundConfig
 from pmpo_megatron.training.sources import reward_metrics
-from pmpo_megatron.types import Sample, TrajectoryTable
+from pmpo_megatron.types import Rollout, Sample, TrajectoryTable
 
 POLL_S = 0.05
 
@@ -139,15 +139,18 @@ def make_samples(groups: Sequence[ScoredGroup], *, advantage: str | Advantage) -
     samples: list[Sample] = []
     for group_id, (scored, values) in enumerate(zip(groups, advantages, strict=True)):
         for rollout, value in zip(scored.group.rollouts, values, strict=True):
+            episode = rollout.episode
             samples.append(
                 Sample(
                     sample_id=len(samples),
                     group_id=group_id,
-                    prompt_ids=scored.group.prompt.token_ids,
+                    prompt_ids=scored.group.prompt.token_ids if episode is None else episode.prompt_ids,
                     response_ids=rollout.token_ids,
                     rollout_log_probs=rollout.log_probs,
                     truncated=rollout.finish_reason == "length",
                     advantage=float(value),
+                    routes=rollout.routes,
+                    sampled=None if episode is None or episode.sampled.all() else episode.sampled,
                 )
             )
     return samples
@@ -159,10 +162,28 @@ def describe_groups(groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
     return {
         "reward/": Distribution(np.array([reward for group in groups for reward in group.rewards])),
         "reward/informative_groups": Mean.of([group.informative for group in groups]),
-        "rollout/length": Distribution(np.array([len(rollout.token_ids) for rollout in rollouts])),
-        "rollout/versions": Mean.of([len(np.unique(rollout.versions)) for rollout in rollouts]),
+        "rollout/length": Distribution(np.array([rollout.num_sampled for rollout in rollouts])),
+        "rollout/versions": Mean.of([len(np.unique(rollout.versions[rollout.sampled])) for rollout in rollouts]),
         "rollout/truncated_fraction": Mean.of([rollout.finish_reason == "length" for rollout in rollouts]),
+    } | describe_episodes(rollouts)
+
+
+def describe_episodes(rollouts: Sequence[Rollout]) -> dict[str, Metric]:
+    """Turns, what was told, what of a next turn's beginning was in the engine's cache, failures by kind, the user's own."""
+    episodes = [rollout.episode for rollout in rollouts if rollout.episode is not None]
+    if not episodes:
+        return {}
+    metrics: dict[str, Metric] = {
+        "episode/turns": Distribution(np.array([episode.turns for episode in episodes])),
+        "episode/told_tokens": Distribution(np.array([int((~episode.sampled).sum()) for episode in episodes])),
+        "episode/cached_fraction": Mean(sum(e.cached for e in episodes), max(sum(e.asked for e in episodes), 1)),
+        "episode/failures": Sum(sum(bool(episode.failure) for episode in episodes)),
     }
+    for kind in sorted({episode.failure for episode in episodes} - {""}):
+        metrics[f"episode/failed/{kind}"] = Sum(sum(episode.failure == kind for episode in episodes))
+    for name in sorted({name for episode in episodes for name in episode.metrics}):
+        metrics[f"episode/{name}"] = Mean.of([episode.metrics[name] for episode in episodes if name in episode.metrics])
+    return metrics
 
 
 def example_rollouts(groups: Sequence[ScoredGroup], count: int) -> list[dict[str, Any]]:
@@ -179,9 +200,11 @@ def example_rollouts(groups: Sequence[ScoredGroup], count: int) -> list[dict[str
             "response": rollout.text,
             "reward": reward,
             "answers": list(group.group.prompt.answers),
-            "tokens": len(rollout.token_ids),
+            "tokens": rollout.num_sampled,
             "finish_reason": rollout.finish_reason,
             "policy_version": rollout.policy_version,
+            **({} if (episode := rollout.episode) is None else {"turns": episode.turns}),
+            **({} if episode is None or not episode.failure else {"failure": episode.failure}),
         }
         for group, rollout, reward in chosen
     ]

@@ -57,10 +57,11 @@ def dump_step(
 
 
 def _plain(scored: ScoredMicroBatch) -> dict[str, Any]:
-    """The fields of both records in one; of Megatron's description of the sequences their boundaries."""
+    """The fields of both records in one; of Megatron's description of the sequences their boundaries, of routing the routes."""
     both = [(item.name, getattr(record, item.name)) for record in (scored.batch, scored) for item in dataclasses.fields(record)]
-    fields = {name: value for name, value in both if name not in ("batch", "sequences")}
+    fields = {name: value for name, value in both if name not in ("batch", "sequences", "routing")}
     fields["boundaries"] = scored.batch.sequences.boundaries
+    fields |= {f"routes of layer {layer}": routes for layer, routes in scored.routing.told.items()}
     return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in fields.items()}
 
 

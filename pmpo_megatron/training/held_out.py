@@ -44,7 +44,7 @@ class Evaluator:
         The engine sees a negative round number: seeds and recorded rollouts of evaluations are apart from training's.
         """
         groups = self._answer(self.sampling, -1 - round_index)
-        lengths = np.array([len(rollout.token_ids) for group in groups for rollout in group.group.rollouts])
+        lengths = np.array([rollout.num_sampled for group in groups for rollout in group.group.rollouts])
         metrics: dict[str, Metric] = {
             "eval/accuracy_mean": accuracy(groups),
             "eval/reward": Mean.of(np.array([np.mean(group.rewards) for group in groups])),
@@ -52,7 +52,9 @@ class Evaluator:
         }
         metrics |= {f"eval/{name}/accuracy_mean": accuracy(members) for name, members in groups_by_source(groups).items()}
         if self.greedy is not None:
-            metrics["eval/greedy_accuracy_mean"] = accuracy(self._answer(self.greedy, -1 - round_index - GREEDY_APART))
+            groups = self._answer(self.greedy, -1 - round_index - GREEDY_APART)
+            metrics["eval/greedy_accuracy_mean"] = accuracy(groups)
+            metrics |= {f"eval/{name}/greedy_accuracy_mean": accuracy(of) for name, of in groups_by_source(groups).items()}
         return metrics
 
     def _answer(self, sampling: SamplingConfig, round_index: int) -> list[ScoredGroup]:

@@ -71,7 +71,7 @@ def rank_environment() -> tuple[int, int]:
     Raises:
         ConfigError: only some of torchrun's variables are set.
     """
-    from pmpo_megatron.parallel.state import RANK_VARIABLES  # imports torch, which --help must not wait for
+    from pmpo_megatron.parallel.environment import RANK_VARIABLES  # imports torch, which --help must not wait for
 
     missing = [name for name in RANK_VARIABLES if name not in os.environ]
     if set(missing) in (set(RANK_VARIABLES), {"RANK", "WORLD_SIZE", "LOCAL_RANK"}):

@@ -16,7 +16,7 @@ from pmpo_megatron.model.policy import ModelConfig
 from pmpo_megatron.monitor import MonitorConfig
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.rewards import RewardConfig
-from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig, check_temperature
+from pmpo_megatron.rollout.config import EpisodeConfig, RolloutConfig, SamplingConfig, check_temperature
 from pmpo_megatron.yaml_values import show
 
 
@@ -77,6 +77,12 @@ class RoundConfig(Section):
         "what the policy's ratios are taken to: the trainer's log-probs at the round's start, or the engine's own, which saves "
         "a forward pass",
         choices=("recomputed", "rollout"),
+    )
+    routing_replay: str = setting(
+        "off",
+        "mixtures of experts: a token goes to the experts that its router chooses each time; rollout: to those that the engine "
+        "sent it to; old: to those that the trainer's own routers choose at the round's start",
+        choices=("off", "rollout", "old"),
     )
     rejection: str = setting(
         "none",
@@ -139,6 +145,7 @@ class RunConfig(Section):
     round: RoundConfig = setting(RoundConfig)
     sampling: SamplingConfig = setting(SamplingConfig)
     rollout: RolloutConfig = setting(RolloutConfig)
+    episode: EpisodeConfig = setting(EpisodeConfig)
     bridge: BridgeConfig = setting(BridgeConfig)
     rewards: RewardConfig = setting(RewardConfig)
     checkpoint: CheckpointConfig = setting(CheckpointConfig)
@@ -170,6 +177,16 @@ class RunConfig(Section):
         for name in (name for name, used in compared.items() if used and self.round.old_log_probs == "rollout"):
             raise ConfigError(
                 name, "compares the trainer's log-probs with the engine's; round.old_log_probs must be recomputed"
+            )
+        if self.round.routing_replay == "rollout" and self.episode.function is not None:
+            raise ConfigError("round.routing_replay", "rollout has no routes of the turns of episodes; use old")
+        noted = {
+            "round.routing_replay": self.round.routing_replay == "old",
+            "objective.balance_coefficient": self.objective.balance_coefficient > 0,
+        }
+        for name in (name for name, used in noted.items() if used and self.round.old_log_probs == "rollout"):
+            raise ConfigError(
+                name, "takes what the trainer's routers do at the round's start; round.old_log_probs must be recomputed"
             )
         if self.round.mode != "in_flight":
             return

@@ -6,24 +6,31 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pmpo_megatron.data.packing import flat_sizes, flatten, pack, unflatten
+from pmpo_megatron.data.packing import flat_like, flatten, pack, unflatten
 from pmpo_megatron.data.split import Split, split_into_steps, split_step, statistics_of_groups, step_weights
 from pmpo_megatron.model.micro_batch import MicroBatch, prepare
 from pmpo_megatron.parallel.scatter import scatter_to_replicas
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.parallel.state import ParallelState
 from pmpo_megatron.training.run_config import RunConfig
-from pmpo_megatron.types import Integers, Sample, TrajectoryTable
+from pmpo_megatron.types import Integers, RouteFormat, Sample, TrajectoryTable
 
 
 def share_round(
-    samples: Sequence[Sample], table: TrajectoryTable, config: RunConfig, state: ParallelState, *, round_index: int
+    samples: Sequence[Sample],
+    table: TrajectoryTable,
+    config: RunConfig,
+    state: ParallelState,
+    *,
+    round_index: int,
+    routes: RouteFormat | None = None,
 ) -> list[list[MicroBatch]]:
     """This rank's micro-batches of every optimizer step, prepared. Every rank computes the same split. Collective.
 
     Args:
         samples: all of the round on rank 0, which sends the other ranks theirs; not looked at elsewhere.
         table: of all of them, on every rank.
+        routes: the format of the samples' routes, if these are replayed.
     """
     multiple = sequence_multiple(config.parallel)
     steps = split_into_steps(table, steps=config.batch.steps_per_round, seed=config.run.seed, round_index=round_index)
@@ -46,7 +53,7 @@ def share_round(
         mask_truncated=config.batch.mask_truncated,
     )
     statistics = statistics_of_groups(table)
-    mine = share_samples(samples, table, splits, state)
+    mine = share_samples(samples, table, splits, state, routes)
 
     def make(members: Integers) -> MicroBatch:
         packed = pack(
@@ -54,6 +61,7 @@ def share_round(
             weights_N[members],
             sequence_multiple=multiple,
             group_statistics={name: values_N[members] for name, values_N in statistics.items()},
+            routes=routes,
         )
         return prepare(packed, state)
 
@@ -61,19 +69,18 @@ def share_round(
 
 
 def share_samples(
-    samples: Sequence[Sample], table: TrajectoryTable, splits: Sequence[Split], state: ParallelState
+    samples: Sequence[Sample],
+    table: TrajectoryTable,
+    splits: Sequence[Split],
+    state: ParallelState,
+    routes: RouteFormat | None = None,
 ) -> dict[int, Sample]:
     """The samples of this rank's data-parallel replica by their number; rank 0 keeps all. Collective."""
     members_of = [np.concatenate([part for split in splits for part in split[replica]]) for replica in range(state.dp_size)]
-    token_size, log_prob_size = flat_sizes(members_of[state.dp_rank], table)
     received = scatter_to_replicas(
-        lambda replica: flatten([samples[i] for i in members_of[replica].tolist()]),
-        [(token_size, np.int32), (log_prob_size, np.float32)],
+        lambda replica: flatten([samples[i] for i in members_of[replica].tolist()], routes),
+        flat_like(members_of[state.dp_rank], table, routes),
         state,
     )
-    if state.is_main:
-        mine = samples
-    else:
-        token_ids, log_probs = received
-        mine = unflatten(token_ids, log_probs, members_of[state.dp_rank], table)
+    mine = samples if state.is_main else unflatten(received, members_of[state.dp_rank], table, routes)
     return {sample.sample_id: sample for sample in mine}

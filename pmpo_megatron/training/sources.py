@@ -30,7 +30,7 @@ def reward_metrics(groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
     """Reward, accuracy and length of each source's responses, under ``source/<name>/``."""
     metrics: dict[str, Metric] = {}
     for name, members in groups_by_source(groups).items():
-        lengths = [len(rollout.token_ids) for group in members for rollout in group.group.rollouts]
+        lengths = [rollout.num_sampled for group in members for rollout in group.group.rollouts]
         metrics |= {
             f"source/{name}/reward": Distribution(np.array([reward for group in members for reward in group.rewards])),
             f"source/{name}/accuracy": accuracy(members),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class _Draw:
 
 
 class StreamCollector(Collector):
-    """As `Collector`, for mode in_flight. Every method is called by one thread; groups are scored in another.
+    """As `Collector`, for mode in_flight. Every method is called by one thread; another scores, all that is finished at once.
 
     So many prompts are open, submitted and not trained on, that none is older than ``max_staleness`` where all take equally
     long. One that is too old for the next round, finished or not, is submitted again with the newest weights, and counted.
@@ -52,6 +53,7 @@ class StreamCollector(Collector):
         self._rounds, self._drawn = rounds, drawn
         self._rounds_ahead = self.round.max_staleness // versions_per_round
         self._open = {number: _Draw(number, index) for number, index in open}
+        self._finished: deque[tuple[_Draw, Future[RolloutGroup]]] = deque()  # and not scored
         self._news = threading.Condition()
         self._error: BaseException | None = None
 
@@ -113,23 +115,26 @@ class StreamCollector(Collector):
     def _submit(self, draw: _Draw) -> None:
         draw.version = self.engine.version
         [draw.future] = self.engine.submit([self.prompts[draw.prompt_index]], self.sampling, round_index=draw.number)
-        draw.future.add_done_callback(lambda future: self._score(draw, future))
+        draw.future.add_done_callback(lambda future: self._finish(draw, future))
 
-    def _score(self, draw: _Draw, future: Future[RolloutGroup]) -> None:
+    def _finish(self, draw: _Draw, future: Future[RolloutGroup]) -> None:
         """Called by the engine's thread; leaves the work to this collector's own."""
-
-        def work() -> None:
-            try:
-                [scored] = score_groups([future.result()], self.scorer)
-            except Exception as error:
-                self._error = error
-            else:
-                draw.scored = scored
-            with self._news:
-                self._news.notify()
-
         if not future.cancelled():
+            self._finished.append((draw, future))
             try:
-                self._thread.submit(work)
+                self._thread.submit(self._score)
             except RuntimeError:
                 pass  # closed: nobody waits any more
+
+    def _score(self) -> None:
+        """What has finished since the last call, side by side: the calls of an async reward are of all groups."""
+        finished = [self._finished.popleft() for _ in range(len(self._finished))]
+        try:
+            scored = score_groups([future.result() for _, future in finished], self.scorer)
+        except Exception as error:
+            self._error = error
+        else:
+            for (draw, _), group in zip(finished, scored, strict=True):
+                draw.scored = group
+        with self._news:
+            self._news.notify()

@@ -67,9 +67,17 @@ def token_examples(
         sample, progress = batch.samples[sample_id], round_index / config.run.rounds
         group = {name: float(values_N[sample_id]) for name, values_N in statistics.items()}
         shares = describe_tokens(sample, old[order], new[order], config.objective, progress=progress, group=group)
+        shares |= {name: _spread(shares[name], sample) for name in ("log_ratio", "weight")}
         text = {"prompt": "".join(map(decode, sample.prompt_ids)), "tokens": [decode(token) for token in sample.response_ids]}
         examples.append(shares | text | {"reward": float(table.rewards_N[sample_id])})
     return examples
+
+
+def _spread(values: Sequence[float], sample: Sample) -> list[float]:
+    """One value for each response token, 0 where it was told, of ``values`` for those that were sampled."""
+    spread = np.zeros(len(sample.response_ids))
+    spread[slice(None) if sample.sampled is None else sample.sampled] = values
+    return spread.tolist()
 
 
 def choose(result: StepResult, advantages_N: Float64s, count: int) -> list[int]:

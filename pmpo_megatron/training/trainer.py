@@ -26,6 +26,7 @@ from pmpo_megatron.training.collector import Collector, RoundBatch
 from pmpo_megatron.training.guards import check_mismatch, check_step, dump_step
 from pmpo_megatron.training.held_out import Evaluator
 from pmpo_megatron.training.round_metrics import measure_mismatch, step_metrics, trajectory_record
+from pmpo_megatron.training.routes import measure_routing, replayed_routes
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.training.shares import share_round
 from pmpo_megatron.training.sources import objective_metrics
@@ -106,6 +107,7 @@ class Trainer:
         self.stand_by, self.bridge, self.store = stand_by, bridge, store
         self.collector, self.evaluator, self.log, self.progress, self.stop = collector, evaluator, log, progress, stop
         self.state, self.temperature = policy.state, config.sampling.temperature
+        self.routes = replayed_routes(config, policy.shape)
         self.timer = PhaseTimer()
         self.pushed: int | None = None
 
@@ -127,11 +129,12 @@ class Trainer:
         """One round on ``batch``, which only rank 0 has; True if the run should stop."""
         with self.timer.phase("rollouts"):
             samples = () if batch is None else batch.samples
-            steps = share_round(samples, table, self.config, self.state, round_index=self.progress.round)
+            steps = share_round(samples, table, self.config, self.state, round_index=self.progress.round, routes=self.routes)
         with self.timer.phase("old_log_probs"):
             scored = [self.score(step) for step in steps]
         measured = measure_mismatch(scored, self.config.objective.log_bounds, self.state)
         mismatch = check_mismatch(measured, self.config.guards, self.progress.round, self.state)
+        load = measure_routing(scored, self.policy)
         trained = self.progress.policy_version
         results = []
         for index, step in enumerate(scored):
@@ -144,7 +147,7 @@ class Trainer:
             self.progress.policy_version += 1
         tokens = self.token_examples(scored[-1], results[-1], batch, table)
         self.progress.round += 1
-        self.record(batch, results, mismatch, tokens, trained)
+        self.record(batch, results, mismatch | load.metrics, load.tokens, tokens, trained)
         self.store.poll()
         if self.store.due(self.progress.round):
             self.save()
@@ -190,6 +193,7 @@ class Trainer:
             reference=self.reference,
             recompute=config.old_log_probs == "recomputed",
             rejection=Rejection(config.rejection, config.rejection_low, config.rejection_high),
+            replay=config.routing_replay != "off",
         )
 
     def step(self, index: int, micro_batches: list[ScoredMicroBatch]) -> StepResult:
@@ -240,7 +244,8 @@ class Trainer:
         self,
         batch: RoundBatch | None,
         results: list[StepResult],
-        mismatch: dict[str, Metric],
+        measured: dict[str, Metric],
+        expert_tokens: dict[str, list[int]],
         tokens: list[dict[str, Any]],
         trained: int,
     ) -> None:
@@ -249,13 +254,21 @@ class Trainer:
         if batch is None or self.log is None:
             return
         self.progress.sampler, self.progress.drawn, self.progress.open = batch.sampler_state, batch.drawn, batch.open
-        metrics = batch.metrics | step_metrics(results) | objective_metrics(results, batch.sources) | mismatch | times
+        metrics = batch.metrics | step_metrics(results) | objective_metrics(results, batch.sources) | measured | times
         metrics["throughput/tokens_per_s"] = int(batch.table.lengths_N.sum()) / times["time/total_s"]
         staleness = trained - batch.versions
         metrics |= {"rollout/staleness": Mean.of(staleness), "rollout/staleness_max": Maximum(float(staleness.max()))}
         record = trajectory_record(results, batch.table.rewards_N)
         updates = {"updates/grad_norm": [result.grad_norm for result in results if result.applied]}
-        self.log.log(self.progress.round, metrics, updates=updates, trajectories=record, rollouts=batch.examples, tokens=tokens)
+        self.log.log(
+            self.progress.round,
+            metrics,
+            updates=updates,
+            trajectories=record,
+            rollouts=batch.examples,
+            tokens=tokens,
+            experts=expert_tokens,
+        )
 
     def save(self, *, required: bool = False) -> None:
         """Everything that the run needs to go on exactly from here."""

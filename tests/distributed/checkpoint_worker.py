@@ -261,7 +261,8 @@ def optimizer_bytes(path: str, root: str) -> dict:
     run.train(1)
     found = {}
     for is_loading in (False, True):
-        state = save.sharded_state(run.policy, is_loading=is_loading)["optimizer"]["param_state"]
+        sharded = save.sharded_state(run.policy, is_loading=is_loading)
+        state = sharded["optimizer_states"][0] if is_loading else sharded["optimizer"]["param_state"]
         tensors = [entry.data for states in (state or {}).values() for entry in states.values()]
         found["loading" if is_loading else "saving"] = sum(t.numel() * t.itemsize for t in tensors)
         assert all(tensor.device.type == "cpu" for tensor in tensors)

@@ -66,7 +66,7 @@ def load_layouts(layouts: list[dict], cases: list[tuple[str, str, str]]) -> list
     for layout in layouts:
         parallel = ParallelConfig(**layout)
         state = initialize(parallel, device="cpu")
-        results = {"tp_rank": state.tp_rank}
+        results = {"pieces": {expert: state.tensor_piece(expert=expert) for expert in (False, True)}}
         for name, other, checkpoint in cases:
             policy = Policy.build(ModelConfig(path=other), None, parallel, state)
             load_model_weights(policy, checkpoint)

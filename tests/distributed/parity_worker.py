@@ -10,21 +10,25 @@ import torch
 import torch.distributed as dist
 
 from pmpo_megatron.algo.objective import PRESETS, ObjectiveConfig
+from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.config import build
 from pmpo_megatron.data.packing import pack
 from pmpo_megatron.model import step as step_module
 from pmpo_megatron.model.micro_batch import MicroBatch, ScoredMicroBatch, prepare
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
+from pmpo_megatron.model.schedule import run_schedule
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.collectives import gather_tensor
 from pmpo_megatron.parallel.shards import join_context_shards
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState, initialize, shut_down
-from pmpo_megatron.types import PackedTrajectories, Sample
+from pmpo_megatron.types import PackedTrajectories, RouteFormat, Sample
 
 VOCAB = 250
 PROMPTS = (5, 20, 3, 8, 1, 12)
 RESPONSES = (4, 33, 17, 9, 25, 30)  # the first one's tokens all lie with context-parallel rank 1 of 2 (see micro_batches)
+TOLD = {1: slice(5, 12), 4: slice(0, 4)}  # tokens of these trajectories that were told to the policy
+SAMPLED_TOKENS = sum(RESPONSES) - 7 - 4
 TEMPERATURE = 0.8
 TYPICAL = -5.0  # of the fake rollout log-probs, whose scatter is also the staleness of the old log-probs
 STEPS = (
@@ -41,6 +45,8 @@ def samples() -> tuple[list[Sample], list[float]]:
     rng = np.random.default_rng(11)
     made, weights = [], []
     for index, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        sampled = np.ones(response, dtype=np.bool_)
+        sampled[TOLD.get(index, slice(0, 0))] = False
         made.append(
             Sample(
                 sample_id=100 + index,
@@ -50,6 +56,7 @@ def samples() -> tuple[list[Sample], list[float]]:
                 rollout_log_probs=(TYPICAL + 0.5 * rng.standard_normal(response)).astype(np.float32),
                 truncated=False,
                 advantage=float(rng.standard_normal()),
+                sampled=None if sampled.all() else sampled,
             )
         )
         weights.append(float(rng.uniform(0.05, 0.3)))
@@ -61,14 +68,20 @@ def whole_batch() -> PackedTrajectories:
     return pack(*samples(), sequence_multiple=16)
 
 
-def micro_batches(dp_size: int, dp_rank: int, multiple: int) -> list[PackedTrajectories]:
-    """Uneven micro-batches of this data-parallel rank; padding to 16 gives trajectory 100 to one context rank only."""
+def micro_batches(
+    dp_size: int, dp_rank: int, multiple: int, given: list[Sample] | None = None, routes: RouteFormat | None = None
+) -> list[PackedTrajectories]:
+    """Uneven micro-batches of this data-parallel rank; padding to 16 gives trajectory 100 to one context rank only.
+
+    Of ``given`` in the place of `samples`, whose routes are in the format ``routes``.
+    """
     if dp_size == 1:
         split = [[0], [1, 2], [3, 4], [5]] if multiple > 1 else [[0], [1, 2], [3, 4, 5]]
     else:
         split = {2: ([[1, 2], [0]], [[3, 4, 5], []]), 4: ([[0], [1]], [[2], []], [[3], [4]], [[5], []])}[dp_size][dp_rank]
     made, weights = samples()
-    return [pack([made[i] for i in each], [weights[i] for i in each], sequence_multiple=16) for each in split]
+    made = given or made
+    return [pack([made[i] for i in each], [weights[i] for i in each], sequence_multiple=16, routes=routes) for each in split]
 
 
 def prepared(state: ParallelState) -> list[MicroBatch]:
@@ -93,7 +106,7 @@ def run_layouts(layouts: list[dict], paths: dict[str, str], task: str) -> list[d
         recompute, distributed = options.pop("recompute", "none"), options.pop("distributed", True)
         parallel = ParallelConfig(**options)
         state = initialize(parallel, device="cpu")
-        found = {"tp_rank": state.tp_rank}
+        found = {expert: state.tensor_piece(expert=expert)[0] for expert in (False, True)}
         for name, path in paths.items():
             model = ModelConfig(path=path, recompute=recompute, log_prob_chunk=13)
             found[name] = train(model, parallel, state, distributed) if task == "train" else logits(model, parallel, state)
@@ -108,6 +121,7 @@ def train(model: ModelConfig, parallel: ParallelConfig, state, distributed: bool
     # Adam's epsilon is large so that an update is smooth in the gradient, not its sign: rounding stays rounding.
     optimizer = OptimizerConfig(learning_rate=0.02, epsilon=0.05, weight_decay=0.1, clip_grad=0.5, distributed=distributed)
     policy = Policy.build(model, optimizer, parallel, state)
+    streamed = {name: tensor.clone() for name, tensor in WeightSource(policy)}
     batches = prepared(state)
     empty = sum(batch.num_trajectories > 0 and not len(batch.wanted) for batch in batches)
     stale = [staled(scored) for scored in score(policy, batches, temperature=TEMPERATURE)]
@@ -116,7 +130,7 @@ def train(model: ModelConfig, parallel: ParallelConfig, state, distributed: bool
     for objective in STEPS:
         results.append(optimizer_step(policy, stale, objective=objective, progress=0.5, temperature=TEMPERATURE))
     values = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
-    return dict(gradients=gradients, values=values, results=results, empty_shards=empty)
+    return dict(gradients=gradients, values=values, results=results, empty_shards=empty, streamed=streamed)
 
 
 def recording(policy: Policy, store: list):
@@ -134,9 +148,12 @@ def recording(policy: Policy, store: list):
 
 def complete_buffers(policy: Policy) -> None:
     """After Megatron's reduce-scatter each rank holds its part of the gradient buffer: gather the others' parts."""
-    group = policy.state.dp_cp_group
+    from megatron.core import parallel_state
+
+    copies = parallel_state.get_expert_data_parallel_group()
     for chunk in policy.chunks:
-        for buffer in chunk.buffers:
+        pairs = [(buffer, policy.state.dp_cp_group) for buffer in chunk.buffers]
+        for buffer, group in pairs + [(buffer, copies) for buffer in chunk.expert_parallel_buffers]:
             for bucket in buffer.buckets:
                 size = bucket.grad_data.numel() // group.size()
                 mine = bucket.grad_data[group.rank() * size : (group.rank() + 1) * size].clone()
@@ -167,7 +184,7 @@ def entropies_of(policy: Policy, batches: list[MicroBatch]) -> list[torch.Tensor
     def collect(batch, hidden, non_loss_data=True):
         return policy.score_hidden_states(hidden, batch.targets_T, batch.wanted, temperature=TEMPERATURE, entropy=True)[1]
 
-    return step_module._run_schedule(policy, [(batch, partial(collect, batch)) for batch in batches], forward_only=True)
+    return run_schedule(policy, [(batch, partial(collect, batch)) for batch in batches], forward_only=True)
 
 
 @torch.no_grad()

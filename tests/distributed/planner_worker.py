@@ -55,7 +55,7 @@ def measure_state(case: dict, parallel: ParallelConfig, state: ParallelState) ->
     policy.optimizer.step()
     return {
         "stage": state.pp_rank,
-        "replica": torch.distributed.get_rank(state.dp_cp_group),
+        "replica": (torch.distributed.get_rank(state.dp_cp_group), state.edp_rank),
         "replicas": state.dp_cp_group.size(),
         "parameters_by_name": [[(name, p.numel()) for name, p in m.named_parameters()] for m in policy.modules],
         "parameters": storage_bytes(p for m in policy.modules for p in m.parameters()),

@@ -58,6 +58,27 @@ class TestResume:
         assert [rank[0]["numbers"] for rank in found] == [rank["numbers"] for rank in reference], "random states"
 
 
+EXPERTS = {
+    "ep2": dict(expert=2),
+    "tp2-ep2": dict(tensor=2, sequence_parallel=True, expert=2, expert_tensor=1),
+    "pp2": dict(pipeline=2),
+    "dp2": {},
+}
+
+
+@pytest.mark.parametrize("saved_on, resumed_on", [("ep2", ("ep2", "tp2-ep2", "pp2")), ("dp2", ("ep2",))])
+def test_a_run_with_experts_goes_on_where_they_are_spread_otherwise(saved_on, resumed_on, tmp_path):
+    """Experts that are spread have an optimizer of their own: its state reaches a run that has one optimizer, and back."""
+    path, root = str(save_tiny_model("qwen2-moe", tmp_path / "model")), str(tmp_path / "checkpoints")
+    reference = run_ranks(2, f"{WORKER}:save_and_go_on", path, root, EXPERTS[saved_on])
+    found = run_ranks(2, f"{WORKER}:go_on", path, root, [EXPERTS[name] for name in resumed_on])
+    for name, result in zip(resumed_on, found[0], strict=True):
+        assert largest_difference(result["loaded"], reference[0]["saved"]) == 0.0, name
+        assert result["updates"] == reference[0]["updates"] == 8
+        allowed = 0.0 if name == saved_on else 2e-4
+        assert largest_difference(result["weights"], reference[0]["weights"]) <= allowed, name
+
+
 @pytest.mark.parametrize("name", ["single", "tp2"])
 def test_a_checkpoint_written_in_the_background_holds_the_weights_of_its_round(name, model, tmp_path):
     """Training goes on at once and changes the weights; what is written is the copy."""

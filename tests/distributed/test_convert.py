@@ -17,6 +17,9 @@ from tests.tiny_models import save_tiny_model
 
 KINDS = ("qwen2-tied", "qwen3", "llama")
 PAIR = {"tp2": dict(tensor=2), "pp2": dict(pipeline=2), "pp2-interleaved": dict(pipeline=2, virtual_pipeline=2)}
+MIXTURES = ("qwen2-moe", "qwen3-moe-mixed")
+SPREAD = {"ep2": dict(expert=2), "tp2-ep2": dict(tensor=2, sequence_parallel=True, expert=2, expert_tensor=1)}
+CASES = [(kind, layout) for kinds, layouts in ((KINDS, PAIR), (MIXTURES, SPREAD)) for kind in kinds for layout in layouts]
 SAVED = {"tp2": dict(tensor=2), "pp2-interleaved": dict(pipeline=2, virtual_pipeline=2)}
 
 
@@ -24,7 +27,7 @@ SAVED = {"tp2": dict(tensor=2), "pp2-interleaved": dict(pipeline=2, virtual_pipe
 def models(tmp_path_factory):
     """{kind: (Hugging Face directory, another one of the same shape with other weights, converted checkpoint)}."""
     found = {}
-    for kind in KINDS:
+    for kind in KINDS + MIXTURES:
         root = tmp_path_factory.mktemp(kind)
         hf, other = save_tiny_model(kind, root / "hf"), save_tiny_model(kind, root / "other")
         spoil(other / "model.safetensors")
@@ -42,23 +45,25 @@ def spoil(path):
 
 @pytest.fixture(scope="module")
 def loaded(models):
-    cases = [(kind, str(other), str(megatron)) for kind, (_, other, megatron) in models.items()]
-    return run_ranks(2, "tests.distributed.convert_worker:load_layouts", list(PAIR.values()), cases)
+    """{layout: what each rank has there}."""
+    found = {}
+    for kinds, layouts in ((KINDS, PAIR), (MIXTURES, SPREAD)):
+        cases = [(kind, *map(str, models[kind][1:])) for kind in kinds]
+        ranks = run_ranks(2, "tests.distributed.convert_worker:load_layouts", list(layouts.values()), cases)
+        found |= {layout: [rank[number] for rank in ranks] for number, layout in enumerate(layouts)}
+    return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", PAIR)
+@pytest.mark.parametrize("kind, layout", CASES)
 class TestLoadingOnLayouts:
     def test_weights_are_the_models_own(self, models, loaded, layout, kind):
         mapping, weights = WeightMapping(read_shape(models[kind][0])), SafetensorsWeights(models[kind][0])
         seen = set()
-        for rank in loaded:
-            results = rank[list(PAIR).index(layout)]
+        for results in loaded[layout]:
             for name, shard in results[kind][0].items():
                 entry = mapping.entry(name)
                 whole = entry.merge([weights(tensor) for tensor in entry.hf])
-                size = PAIR[layout].get("tensor", 1)
-                assert torch.equal(shard, entry.shard(whole, results["tp_rank"], size)), name
+                assert torch.equal(shard, entry.shard(whole, *results["pieces"][entry.expert is not None])), name
                 seen |= set(entry.hf)
         assert seen == set(mapping.hf_shapes)
 
@@ -67,8 +72,8 @@ class TestLoadingOnLayouts:
 
         model = transformers.AutoModelForCausalLM.from_pretrained(models[kind][0], dtype=torch.float32)
         expected = score_with(model, whole_batch())[0]
-        found = [rank[list(PAIR).index(layout)][kind][1] for rank in loaded]
-        assert sum(scores is not None for scores in found) == (2 if layout == "tp2" else 1)
+        found = [results[kind][1] for results in loaded[layout]]
+        assert sum(scores is not None for scores in found) == (1 if layout.startswith("pp2") else 2)
         for scores in (scores for scores in found if scores is not None):
             assert expected.abs().max() > 1 and (scores - expected).abs().max() <= 1e-4
 
@@ -80,6 +85,18 @@ def saved(models, tmp_path_factory):
     return root, run_ranks(
         2, "tests.distributed.convert_worker:train_and_save", str(models["qwen2-tied"][0]), str(root), SAVED
     )[0]
+
+
+def test_export_of_a_run_whose_experts_are_spread(models, tmp_path):
+    hf, _, converted = models["qwen3-moe-mixed"]
+    worker = "tests.distributed.convert_worker:train_and_save"
+    [expected, _] = run_ranks(2, worker, str(hf), str(tmp_path / "run"), {"ep2": SPREAD["ep2"]})
+    checkpoint = tmp_path / "run" / "ep2" / "round-00000001"
+    megatron_to_hf(checkpoint, tmp_path / "out", Options(verify=True), hf=hf)
+    weights = SafetensorsWeights(tmp_path / "out")
+    assert set(weights.info) == set(expected["ep2"])
+    assert all(torch.equal(weights(name), tensor) for name, tensor in expected["ep2"].items())
+    assert contents(converted) == contents(checkpoint / "megatron")
 
 
 @pytest.mark.parametrize("layout", SAVED)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from pmpo_megatron.hf.mapping import WeightMapping
+from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import read_shape
 from tests.distributed.gradient_worker import OPTIMIZER
 from tests.distributed.harness import run_ranks
-from tests.distributed.parity_worker import RESPONSES, STEPS, TEMPERATURE, micro_batches
+from tests.distributed.parity_worker import SAMPLED_TOKENS, STEPS, TEMPERATURE, micro_batches
 from tests.tiny_models import save_tiny_model
 from tests.tolerances import assert_near
 from tests.unit.algo.reference import reference_objective
@@ -42,16 +43,19 @@ def step_loss(model, batches, old, config):
                 gap = (old_T[chosen] - batch.rollout_log_probs_T[chosen]).mean()
                 gradient[chosen] *= min(float(gap.exp()), config.importance_cap)
         d = (log_probs - old_T)[response]  # the reference policy is the old one here
-        penalty = config.kl_coefficient * (torch.exp(-d) - 1 + d).sum() / sum(RESPONSES)
-        penalty = penalty - config.entropy_coefficient * entropy[response].sum() / sum(RESPONSES)
+        penalty = config.kl_coefficient * (torch.exp(-d) - 1 + d).sum() / SAMPLED_TOKENS
+        penalty = penalty - config.entropy_coefficient * entropy[response].sum() / SAMPLED_TOKENS
         surrogate = surrogate + (gradient * log_probs).sum() + penalty
         whole = whole + objective.detach() + penalty.detach()
     return surrogate, float(whole)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3-tied"])
-@pytest.mark.parametrize("number", range(len(STEPS)))
-def test_gradients_are_those_of_the_formula(number, kind, tmp_path):
+DENSE = [(kind, number) for kind in ("qwen2", "qwen3-tied") for number in range(len(STEPS))]
+CASES = [*DENSE, ("qwen2-moe", 0), ("qwen3-moe-mixed", 1), ("mixtral", 0)]
+
+
+@pytest.mark.parametrize("kind, number", CASES)
+def test_gradients_are_those_of_the_formula(kind, number, tmp_path):
     import transformers
 
     path = save_tiny_model(kind, tmp_path / "model")
@@ -60,11 +64,13 @@ def test_gradients_are_those_of_the_formula(number, kind, tmp_path):
     surrogate, loss = step_loss(model, micro_batches(1, 0, 0), found["old"], STEPS[number])
     surrogate.backward()
     assert found["results"][0].loss == pytest.approx(loss, rel=1e-5)
-    gradients, mapping = {name: parameter.grad for name, parameter in model.named_parameters()}, WeightMapping(read_shape(path))
-    assert mapping.hf_shapes.keys() == gradients.keys() and len(found["gradients"][0]) == len(mapping.entries)
+    # In files, unlike in memory, every expert has tensors of its own: gradients are written as weights are.
+    model.save_pretrained(tmp_path / "gradients", state_dict={name: p.grad for name, p in model.named_parameters()})
+    gradients, mapping = SafetensorsReader(tmp_path / "gradients"), WeightMapping(read_shape(path))
+    assert mapping.hf_shapes.keys() == set(gradients.names) and len(found["gradients"][0]) == len(mapping.entries)
     for name, gradient in found["gradients"][0].items():
         entry = mapping.entry(name)
-        expected = entry.merge([gradients[tensor] for tensor in entry.hf])
+        expected = entry.merge([gradients(tensor) for tensor in entry.hf])
         assert expected.abs().max() > 0
         assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max(), name
     check_update(found)

@@ -27,6 +27,13 @@ LAYOUTS = {
     ],
 }
 KINDS = ("qwen2-tied", "qwen2", "qwen3-tied", "llama3-tied")
+MIXTURES = ("qwen2-moe", "qwen3-moe-mixed")
+SPREAD = [
+    {"expert": 2},
+    {"tensor": 2, "sequence_parallel": True},
+    {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1},
+    {"pipeline": 2},
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +56,29 @@ def test_bytes_are_what_megatron_and_autograd_hold(models, world_size):
                 check_states(case, parallel, real)
             for case, real in zip(kept, measured["activations"], strict=False):
                 assert expected_activations(case, parallel) == real, (case, options)
-            for count, real in measured["in_flight"].items():
-                assert expected_in_flight(cases[0]["path"], parallel, count) == real, (options, count)
+            check_in_flight(cases[0]["path"], parallel, measured)
             assert bool(measured["activations"]) == (parallel.pipeline * parallel.context == 1)
             assert bool(measured["in_flight"]) == (parallel.pipeline > 1 and measured["states"][0]["stage"] == 0)
+
+
+@pytest.mark.parametrize(("world_size", "layouts"), [(1, [{}]), (2, SPREAD)])
+def test_bytes_of_models_with_experts(world_size, layouts, tmp_path):
+    paths = [str(save_tiny_model(kind, tmp_path / kind)) for kind in MIXTURES]
+    cases = [{"path": path, "dtype": "bfloat16", "distributed": True} for path in paths]
+    kept = [{"path": path, "recompute": r} for path in paths for r in ("none", "selective", "full")] * (world_size == 1)
+    for found in run_ranks(world_size, "tests.distributed.planner_worker:measure", layouts, cases, kept):
+        for options, measured in zip(layouts, found, strict=True):
+            parallel = ParallelConfig(**options)
+            for case, real in zip(cases, measured["states"], strict=True):
+                check_states(case, parallel, real)
+            for case, real in zip(kept, measured["activations"], strict=True):
+                assert expected_activations(case, parallel) == real, (case, options)
+            check_in_flight(paths[0], parallel, measured)
+
+
+def check_in_flight(path, parallel, measured):
+    for count, real in measured["in_flight"].items():
+        assert expected_in_flight(path, parallel, count) == real, (parallel, count)
 
 
 def check_states(case, parallel, real):

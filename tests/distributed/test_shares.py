@@ -43,7 +43,9 @@ def make_samples(count):
         prompt, response = rng.integers(1, 9), rng.integers(0, 30)
         ids = rng.integers(0, 1 << 20, prompt + response, dtype=np.int32)
         log_probs = rng.standard_normal(response).astype(np.float32)
-        made.append(Sample(number, number // 4, ids[:prompt], ids[prompt:], log_probs, number % 3 == 0, rng.standard_normal()))
+        sampled = np.arange(response) % 5 > 1 if number % 2 and response else None
+        rest = (log_probs, number % 3 == 0, rng.standard_normal(), sampled)
+        made.append(Sample(number, number // 4, ids[:prompt], ids[prompt:], *rest))
     return made
 
 

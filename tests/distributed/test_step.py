@@ -14,14 +14,15 @@ PAIR = {
     "cp2": dict(context=2),
     "dp2": {},
 }
-NAMES = (*SINGLE, *PAIR)
+EXPERTS = {"ep2": dict(expert=2)}
+NAMES = (*SINGLE, *PAIR, *EXPERTS)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    path = str(save_tiny_model("qwen2", tmp_path_factory.mktemp("model")))
+    dense, experts = (str(save_tiny_model(kind, tmp_path_factory.mktemp(kind))) for kind in ("qwen2", "qwen3-moe-mixed"))
     found = {}
-    for world_size, layouts in ((1, SINGLE), (2, PAIR)):
+    for world_size, layouts, path in ((1, SINGLE, dense), (2, PAIR, dense), (2, EXPERTS, experts)):
         ranks = run_ranks(world_size, "tests.distributed.step_worker:run_layouts", list(layouts.values()), path)
         found |= {name: [rank[i] for rank in ranks] for i, name in enumerate(layouts)}
     return found

@@ -9,11 +9,13 @@ import torch
 from pmpo_megatron.algo.objective import PRESETS, evaluate_objective
 from pmpo_megatron.model import layers
 from pmpo_megatron.model.log_probs import token_log_probs
+from tests.distributed.harness import run_ranks
+from tests.tiny_models import save_tiny_model
 from tests.unit.algo.test_objective import make_batch
 
 
-@pytest.mark.parametrize("layers", ["single", "own_layers"])
-def test_log_probs_are_those_of_transformers(layers, path, request):
+def check_log_probs(found: np.ndarray, path: str, tolerance: float) -> None:
+    """Of the first trajectory, against transformers on the CPU."""
     import transformers
 
     from tests.distributed.parity_worker import TEMPERATURE, micro_batches
@@ -24,10 +26,25 @@ def test_log_probs_are_those_of_transformers(layers, path, request):
         logits = model(batch.tokens_T[None, : batch.boundaries[1]]).logits[0] / TEMPERATURE
     expected = torch.log_softmax(logits, -1).gather(1, batch.targets_T[: len(logits), None])[:, 0].numpy()
     response = (batch.trajectory_T[: len(logits)] == 0).numpy()
+    np.testing.assert_allclose(found[: len(logits)][response], expected[response], atol=tolerance)
+
+
+@pytest.mark.parametrize("layers", ["single", "own_layers"])
+def test_log_probs_are_those_of_transformers(layers, path, request):
     runs = request.getfixturevalue(layers)
     for dtype, tolerance in (("float32", 2e-3), ("bfloat16", 0.2)):  # float32 products may use TF32
-        found = runs[dtype]["log_probs"][: len(logits)]
-        np.testing.assert_allclose(found[response], expected[response], atol=tolerance)
+        check_log_probs(runs[dtype]["log_probs"], path, tolerance)
+
+
+@pytest.mark.parametrize("worker", ["train", "train_own_layers"])
+@pytest.mark.parametrize("kind", ["qwen3-moe-mixed", "qwen2-moe"])
+def test_log_probs_of_a_mixture_of_experts_are_those_of_transformers(worker, kind, tmp_path):
+    sizes = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=128)
+    heads = {"head_dim": 64} if kind.startswith("qwen3") else {}
+    path = str(save_tiny_model(kind, tmp_path / "model", **sizes, **heads))
+    [found] = run_ranks(1, f"tests.gpu.gpu_worker:{worker}", path, {}, "float32", gpu=True)
+    check_log_probs(found["log_probs"], path, 2e-3)
+    assert found["applied"]
 
 
 @pytest.mark.parametrize("layers", ["single", "own_layers"])

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,11 +40,11 @@ EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
 GREEDY = SamplingConfig(samples_per_prompt=1, temperature=0.0, max_tokens=12)
 
 
-def save_model(kind: str, directory: Path) -> str:
+def save_model(kind: str, directory: Path, **changes: Any) -> str:
     """A model that vLLM's CPU kernels take (heads of 32), with a tokenizer; 86 tokens, which Megatron pads to 128."""
     tokenizer = make_tokenizer()
     sizes = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=2, intermediate_size=96, head_dim=32)
-    save_tiny_model(kind, directory, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
+    save_tiny_model(kind, directory, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes, **changes)
     tokenizer.save_pretrained(directory)
     return str(directory)
 
@@ -55,9 +56,9 @@ def prompts(count: int = 4) -> list[Prompt]:
     ]
 
 
-def engine_for(path: str, *, addresses=(), **settings):
+def engine_for(path: str, *, addresses=(), routes=None, **settings):
     config = RolloutConfig(**dict(threads=1, kv_cache_gib=0.1, max_num_seqs=32) | settings)
-    return make_engine(config, model_path=path, device="cpu", worker_extension=EXTENSION, nodes=addresses)
+    return make_engine(config, model_path=path, device="cpu", worker_extension=EXTENSION, nodes=addresses, routes=routes)
 
 
 def train(policy: Policy, parallel: ParallelConfig) -> None:

@@ -21,10 +21,10 @@ def run(script, *arguments):
 
 
 def test_step():
-    layout = ["--processes", "2", "--context", "2"]
+    layout = ["--size", "tiny-moe", "--processes", "2", "--context", "2", "--expert", "2"]
     output = run("step.py", "--trajectory", "64", "--steps", "1", "--device", "cpu", *layout)
     rows = {line.split()[0]: line.split()[1:] for line in output.splitlines()}
-    assert "512 tokens in a step" in output and "CP2" in output
+    assert "512 tokens in a step" in output and "CP2 DP1 EP2" in output
     for name in ("score", "step"):
         seconds, rate = map(float, rows[name])
         assert seconds > 0 and rate == pytest.approx(512 / seconds, rel=0.5)

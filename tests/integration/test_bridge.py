@@ -16,6 +16,7 @@ CASES = [
     ("tp2", "qwen2", {}, GLOO),
     ("pp2", "qwen2-tied", {}, DISK),
     ("tp2", "qwen2-tied", dict(tensor_parallel=2), BUCKETS),
+    ("tp1", "qwen3-moe", {}, BUCKETS),
     pytest.param("tp1", "qwen2-tied", {}, {}, marks=slow),
     pytest.param("tp2", "qwen2-tied", dict(engines=2, tensor_parallel=2), GLOO, marks=slow),
     pytest.param("pp2", "qwen2-tied", dict(tensor_parallel=2), GLOO, marks=slow),
@@ -24,6 +25,9 @@ CASES = [
     pytest.param("dp2", "qwen3", {}, {}, marks=slow),
     pytest.param("tp2", "llama3-tied", {}, dict(verify="sample"), marks=slow),
     pytest.param("tp1", "llama", {}, dict(verify="off"), marks=slow),
+    pytest.param("tp2", "qwen2-moe", dict(tensor_parallel=2), BUCKETS, marks=slow),
+    pytest.param("pp2", "qwen3-moe-mixed", dict(tensor_parallel=2), {}, marks=slow),
+    pytest.param("tp1", "mixtral", {}, {}, marks=slow),
 ]
 
 

@@ -11,7 +11,9 @@ import transformers
 from pmpo_megatron.bridge.buckets import plan_buckets
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.types import Prompt
+from tests.integration import plays
 from tests.integration.engine_worker import engine_for, prompts, save_model
+from tests.integration.test_episodes import Playing, long_prompts
 from tests.integration.test_rollout import flat, sampling
 
 LONG = SamplingConfig(samples_per_prompt=6, max_tokens=180, temperature=1.0)
@@ -107,6 +109,31 @@ def test_a_new_request_does_not_use_a_prefix_that_older_weights_computed(models)
             np.testing.assert_allclose(rollout.log_probs, expected, atol=1e-4)
         assert set(group.rollouts[0].versions) == {1} and all(future.result(timeout=200) for future in unfinished)
     finally:
+        engine.close()
+
+
+def test_each_turn_of_an_episode_is_made_by_the_weights_of_its_time(models):
+    """What older weights computed of its earlier turns is not used for the next one."""
+    path, found = models
+    engine = engine_for(str(path), block_size=32)
+    playing = Playing(engine, str(path), "three_turns", divided=False)
+    plays.kept["between turns"] = lambda: load(engine, found[1][1], 1)
+    try:
+        one = SamplingConfig(samples_per_prompt=1, max_tokens=120)
+        [future] = playing.submit(long_prompts(1), one, round_index=0)
+        [rollout] = future.result(timeout=200).rollouts
+        ids = np.concatenate([rollout.episode.prompt_ids, rollout.token_ids])
+        first = int(np.flatnonzero(~rollout.sampled)[0])  # tokens of the first turn
+        assert rollout.versions[rollout.sampled].tolist() == [0] * first + [1] * (rollout.num_sampled - first)
+        assert rollout.policy_version == 0 and rollout.episode.turns == 3
+        for version, turns in ((0, slice(0, first)), (1, slice(first, None))):
+            with torch.no_grad():
+                logits = found[version][0](torch.tensor(ids[None]).long()).logits[0, 49:-1]
+            expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(rollout.token_ids).long()[:, None])[:, 0].numpy()
+            chosen = rollout.sampled[turns]
+            np.testing.assert_allclose(rollout.log_probs[turns][chosen], expected[turns][chosen], atol=1e-4)
+    finally:
+        playing.close()
         engine.close()
 
 

@@ -17,6 +17,8 @@ def test_a_run_on_two_sources_reports_each_and_goes_on(tmp_path):
         f"data.sources={{sums: {{source: arithmetic, weight: 2}}, {short}}}",
         f"evaluation.data={{max_prompt_tokens: 16, sources: {{sums: {{source: arithmetic, split: test}}, {short}}}}}",
         "evaluation.max_problems=4",
+        "evaluation.temperature=1.0",
+        "evaluation.greedy=true",
         "rewards.functions={tests.integration.rewards:letters: 4.0}",
     ]
     model, directory = save_model("qwen2", tmp_path / "model"), tmp_path / "run"
@@ -34,9 +36,12 @@ def test_a_run_on_two_sources_reports_each_and_goes_on(tmp_path):
         assert row["source/short/reward_min"] == 0.0, "the longest of a group"
         assert row["rewards/tests.integration.rewards:shorter/errors"] == 0
     for row in evaluations:
-        assert row["eval/accuracy_mean"] == (row["eval/sums/accuracy_mean"] + row["eval/short/accuracy_mean"]) / 2
+        for name in ("accuracy_mean", "greedy_accuracy_mean"):
+            assert row[f"eval/{name}"] == (row[f"eval/sums/{name}"] + row[f"eval/short/{name}"]) / 2
+        assert row["eval/short/greedy_accuracy_mean"] == 0.0, "a group of one has no response that is shorter than another"
         assert 0 <= row["eval/accuracy_mean"] <= 1 < 4 * row["eval/reward"] + 1, "a weight of 4 is in the reward alone"
-    assert "Mean p of each source" in (directory / "report.html").read_text()
+    report = (directory / "report.html").read_text()
+    assert "Mean p of each source" in report and "<td>short</td>" in report
     events = EventAccumulator(str(directory / "tensorboard"))
     events.Reload()
     assert {"source/sums/p_mean", "source/short/p_mean", "eval/short/accuracy_mean"} <= set(events.Tags()["scalars"])

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from pmpo_megatron.data.arithmetic import make_problems
+from pmpo_megatron.data.generated import make_problems
 from tests.integration import runs
 from tests.integration.engine_worker import save_model
 from tests.integration.test_run import assert_same_run
@@ -72,7 +72,7 @@ def test_killed_in_flight_a_run_trains_on_every_prompt_once(model, tmp_path, upd
     runs.train(model, directory, *settings)
     rounds = [row for row in runs.metrics(directory) if "reward/mean" in row]
     assert [row["step"] for row in rounds] == list(range(1, ROUNDS + 1))
-    given = Counter(problem.text for problem in make_problems(PROBLEMS))  # some stand twice
+    given = Counter(problem.text for problem in make_problems("arithmetic", PROBLEMS))  # some stand twice
     seen = trained(directory)
     assert sum(seen.values()) == ROUNDS * PROMPTS * SAMPLES
     assert all(count % SAMPLES == 0 and count <= SAMPLES * given[text] for text, count in seen.items())

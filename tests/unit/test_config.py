@@ -64,6 +64,11 @@ def test_a_bad_value_names_field_value_and_remedy(values, message):
     assert str(caught.value) == message
 
 
+def test_off_is_a_word_for_the_settings_that_have_it():
+    values = apply_overrides({}, ["bridge.verify=off", "round.dynamic_sampling=true"])
+    assert values == {"bridge": {"verify": "off"}, "round": {"dynamic_sampling": True}}
+
+
 def test_overrides_are_yaml_and_leave_the_input_alone():
     values = {"path": "x", "rollout": {"temperature": 1.0}}
     result = apply_overrides(values, ["rollout.temperature=1e-1", "rollout.stop=[a, b]", "seed=3", "rollout.limit=null"])

@@ -17,6 +17,8 @@ CALLED_BY_LIBRARIES = {
     "_postprocess",  # Megatron's GPTModel
     "forward",  # torch
     "backward",
+    "get_replay_topk",  # Megatron's routers
+    "pmpo_record_routes",  # vLLM's workers, by name
     "commit_tensor",  # torch.distributed.checkpoint
     "resolve_tensor",
     "elapsed_time",  # Megatron's timers

@@ -32,6 +32,8 @@ def test_a_right_configuration_passes_and_writes_nothing(capfd, tmp_path):
         (["--world-size", "0"], "error: --world-size: 0 must be at least 1"),
         (["run.directory=/proc/version/x"], "error: run.directory: /proc/version/x: /proc/version is a file, not a directory"),
         (["monitor.wandb_project=x"], "error: monitor.wandb_project: needs the package wandb"),
+        (["episode.function=json:nothing"], "error: episode.function: 'json:nothing' cannot be imported: AttributeError"),
+        (["episode.function=json:dumps"], "error: episode.function: 'json:dumps' must be an async def episode(prompt, policy)"),
         (["rewards.functions={maths: 1}"], "error: rewards.functions: 'maths' is none of math, boxed, exact"),
         (["optimizer.learning_rate=[1"], "error: optimizer.learning_rate: '[1' is not valid YAML: "),
         (["data.source=/no/such.jsonl"], "error: data.source: /no/such.jsonl: No such file or directory"),
@@ -39,6 +41,23 @@ def test_a_right_configuration_passes_and_writes_nothing(capfd, tmp_path):
         (
             ["run.device=cuda", "model.dtype=float32", "parallel.context=2", "--world-size", "2"],
             "error: model.dtype: float32 with parallel.context = 2 has no attention in Transformer Engine; use bfloat16",
+        ),
+        (
+            ["round.routing_replay=old"],
+            "error: round.routing_replay: has no effect: Qwen/Qwen2.5-0.5B has no mixture of experts",
+        ),
+        (
+            ["objective.balance_coefficient=0.1"],
+            "error: objective.balance_coefficient: has no effect: Qwen/Qwen2.5-0.5B has no",
+        ),
+        (["rollout.expert_parallel=true"], "error: rollout.expert_parallel: has no effect with tensor_parallel 1"),
+        (
+            ["model.path=Qwen/Qwen3-30B-A3B", "rollout.expert_parallel=true", "rollout.tensor_parallel=2", "run.device=cpu"],
+            "error: rollout.expert_parallel: vLLM divides whole experts on GPUs only",
+        ),
+        (
+            ["round.routing_replay=old", "round.old_log_probs=rollout"],
+            "error: round.routing_replay: takes what the trainer's routers do at the round's start; round.old_log_probs",
         ),
         (["optimizer.learningrate=1"], "error: optimizer.learningrate: unknown key"),
     ],

@@ -182,6 +182,6 @@ def test_weights_that_are_not_finite_are_named_while_they_are_loaded(model, valu
         return tensor
 
     parameters = [(entry.megatron, torch.empty(entry.full_shape)) for entry in mapping.entries]
-    mapping.load(parameters, reader, rank=0, size=1)
+    mapping.load(parameters, reader, lambda entry: (0, 1))
     with pytest.raises(MappingError, match="model.layers.1.self_attn.k_proj.weight.*NaN or inf"):
-        mapping.load(parameters, read, rank=0, size=1)
+        mapping.load(parameters, read, lambda entry: (0, 1))

@@ -2,9 +2,10 @@
 """Time and memory of the checkpoint conversions, against copying the same files (cp and fsync) in the same run.
 
 Makes a bf16 checkpoint of random weights in the shape of Qwen2.5-7B (15 GB; 3B where the disk has no room for four times
-that), copies it, converts it to Megatron's format and back, compares the result with the original, prints one table, and
-removes everything. Peak memory is that of the converting process as the system counts it (ru_maxrss, file pages included).
-The page cache is shared by all steps: each step finds its input in it as far as it fits, copies and conversions alike.
+that) or, with --size 30B-A3B, of Qwen3-30B-A3B (18,867 tensors in 61 GB, of which --layers takes a part), copies it, converts
+it to Megatron's format and back, compares the result with the original, prints one table, and removes everything. Peak memory
+is that of the converting process as the system counts it (ru_maxrss, file pages included). The page cache is shared by all
+steps: each step finds its input in it as far as it fits, copies and conversions alike.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.shape import shape_of
 
 TOOLS = Path(__file__).parents[1]
-SIZES = {size: known_config(f"Qwen/Qwen2.5-{size}") | {"model_type": "qwen2"} for size in ("7B", "3B", "0.5B")}
+SIZES = {"30B-A3B": known_config("Qwen/Qwen3-30B-A3B") | {"model_type": "qwen3_moe"}}
+SIZES |= {size: known_config(f"Qwen/Qwen2.5-{size}") | {"model_type": "qwen2"} for size in ("7B", "3B", "0.5B")}
 COPIES = 4  # original, Megatron's, the one converted back; and room for the rest of the machine
 GB = 1e9
 
@@ -100,15 +102,20 @@ def compare(one: Path, other: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="7B", help="shape of the checkpoint (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="so many layers of the true shape instead of all")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--verify", action="store_true", help="also time both conversions with --verify")
     arguments = parser.parse_args()
+    if arguments.layers is not None:
+        SIZES[arguments.size] |= {"num_hidden_layers": arguments.layers}
     size = choose_size(arguments.size, arguments.directory)
     total = bytes_of(size)
     with tempfile.TemporaryDirectory(prefix="conversion-", dir=arguments.directory) as root:
         original, megatron, back = (Path(root) / name for name in ("original", "megatron", "back"))
         generate(original, size)
-        print(f"{size}-shaped, bf16, {total / GB:.1f} GB\n{'step':<34} {'seconds':>8} {'GB/s':>7}  vs cp   peak GiB")
+        layers = SIZES[size]["num_hidden_layers"]
+        print(f"{size}-shaped, {layers} layers, bf16, {total / GB:.1f} GB")
+        print(f"{'step':<34} {'seconds':>8} {'GB/s':>7}  vs cp   peak GiB")
         seconds = timed("cp and fsync", lambda: copy(original, back), None, total)
         shutil.rmtree(back)
         for extra in [[], ["--verify"]] if arguments.verify else [[]]:

@@ -3,8 +3,8 @@
 
 A checkpoint of random weights in the chosen shape is written first, or --model names one. Every process gets the same
 micro-batches of packed trajectories; the first step, which allocates, is not counted. TFLOP/s counts 6 operations for each
-parameter and token of a step, without attention and recomputation; on GPUs also as a share of the peak of the data sheet
-(MFU). Peak memory: of the GPU, or of the process on CPU, beside what the planner counts for it.
+    from pmpo_megatron.planner import hardware_here
+    from pmpo_megatron.planner.parameters import active_parameters
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ TINY = dict(
     num_key_value_heads=2,
     vocab_size=1000,
 )
-SIZES = {"tiny": TINY} | {size: known_config(f"Qwen/Qwen2.5-{size}") for size in ("0.5B", "1.5B", "7B")}
-LAYOUT = ("tensor", "pipeline", "context")
+TINY_MOE = known_config("Qwen/Qwen3-30B-A3B") | TINY | {"architectures": ["Qwen3MoeForCausalLM"], "head_dim": 32}
+TINY_MOE |= {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
+SIZES = {"tiny": TINY, "tiny-moe": TINY_MOE} | {size: known_config(f"Qwen/Qwen2.5-{size}") for size in ("0.5B", "1.5B", "7B")}
+LAYOUT = {"tensor": 1, "pipeline": 1, "context": 1, "expert": 1, "expert_tensor": None}
 
 
 def main() -> None:
@@ -52,8 +54,9 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=2, help="of a step, on each data-parallel rank")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1)
-    for name in LAYOUT:
-        parser.add_argument(f"--{name}", type=int, default=1, help=f"{name}-parallel size")
+    for name, default in LAYOUT.items():
+        option = name.replace("_", "-")
+        parser.add_argument(f"--{option}", type=int, default=default, help=f"{option}-parallel size (default: %(default)s)")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -100,7 +103,7 @@ def launch(options: argparse.Namespace, directory: Path) -> list[dict]:
 
 def report(ranks: list[dict]) -> None:
     one = ranks[0]
-    print(f"{one['layout']}, {one['dtype']}, {one['layers']}, {one['parameters'] / 1e9:.3f}e9 parameters")
+    print(f"{one['layout']}, {one['dtype']}, {one['layers']}, {one['parameters'] / 1e9:.3f}e9 parameters for a token")
     print(f"{one['tokens']} tokens in a step; median of {len(one['step'])} steps, the slowest process's")
     print(f"{'':>6} {'seconds':>9} {'tokens/s':>10}")
     seconds = {name: max(statistics.median(rank[name]) for rank in ranks) for name in ("score", "step")}
@@ -121,7 +124,7 @@ def work(options: argparse.Namespace) -> None:
     from pmpo_megatron.model.step import optimizer_step, score
     from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
     from pmpo_megatron.planner import hardware_here
-    from pmpo_megatron.planner.parameters import total_parameters
+    from pmpo_megatron.planner.parameters import active_parameters
 
     layout = {name: getattr(options, name) for name in LAYOUT}
     parallel = ParallelConfig(**layout, sequence_parallel=options.sequence_parallel)
@@ -143,7 +146,7 @@ def work(options: argparse.Namespace) -> None:
         "layout": state.describe(),
         "dtype": str(model.torch_dtype(state.device)).removeprefix("torch."),
         "layers": "Transformer Engine" if transformer_engine_available() else "own layers (SDPA)",
-        "parameters": total_parameters(policy.shape),
+        "parameters": active_parameters(policy.shape),
         "tokens": options.trajectory * options.trajectories * options.micro_batches * state.dp_size,
         "peak_flops": hardware_here().peak_flops if on_gpu else None,
         "planned": planned_bytes(options, policy, model),

@@ -16,6 +16,7 @@ import transformers
 from pmpo_megatron.convert import Options, hf_to_megatron, megatron_to_hf
 from pmpo_megatron.convert.hugging_face import SafetensorsStream, SafetensorsWeights
 from pmpo_megatron.convert.megatron import MegatronReader, MegatronWriter
+from pmpo_megatron.convert.stored_names import places
 from pmpo_megatron.errors import CheckpointError, MappingError
 from pmpo_megatron.hf.mapping import WeightMapping
 from pmpo_megatron.hf.shape import read_shape
@@ -75,6 +76,18 @@ def test_round_trip_is_bit_exact(kind, dtype, tmp_path):
     assert torch.equal(logits(tmp_path / "back"), logits(source))
 
 
+def test_stacked_layers_of_a_model_with_experts_are_read(tmp_path, monkeypatch):
+    """As megatron-core writes them where all layers have experts and moe_layer_freq is 1: [layers, experts, ...]."""
+    source = save_tiny_model("qwen3-moe", tmp_path / "hf")
+    monkeypatch.setattr("pmpo_megatron.convert.megatron.places", lambda *parameter: places(*parameter)[::-1])
+    hf_to_megatron(source, tmp_path / "megatron")
+    monkeypatch.undo()
+    stored = MegatronReader(tmp_path / "megatron", read_shape(source)).metadata.state_dict_metadata
+    assert tuple(stored["decoder.layers.mlp.experts.experts.linear_fc1.weight"].size) == (4, 8, 48, 32)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", VERIFY)
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
 def test_special_values_survive(tmp_path):
     source = save_tiny_model("llama", tmp_path / "hf", dtype="bfloat16")
     changed = tensors(source)
@@ -91,8 +104,8 @@ def test_special_values_survive(tmp_path):
 
 
 class TestWhatIsWritten:
-    def test_vocabulary_is_padded_inside_and_not_outside(self, megatron, tmp_path):
-        stored = MegatronReader(megatron).metadata.state_dict_metadata
+    def test_vocabulary_is_padded_inside_and_not_outside(self, hf, megatron, tmp_path):
+        stored = MegatronReader(megatron, read_shape(hf)).metadata.state_dict_metadata
         assert tuple(stored["embedding.word_embeddings.weight"].size) == (256, 32)
         megatron_to_hf(megatron, tmp_path / "out")
         found = tensors(tmp_path / "out")
@@ -101,7 +114,7 @@ class TestWhatIsWritten:
     def test_another_padding_is_accepted(self, hf, tmp_path):
         """Megatron pads to multiples of the tensor-parallel size, which need not divide 64."""
         mapping, weights = WeightMapping(read_shape(hf)), tensors(hf)
-        writer = MegatronWriter(tmp_path, num_layers=4)
+        writer = MegatronWriter(tmp_path, mapping.shape)
         for entry in mapping.entries:
             whole = entry.merge([weights[name] for name in entry.hf])
             if entry.megatron.startswith("embedding"):
@@ -239,7 +252,7 @@ class TestDamage:
 
     def test_a_parameter_missing_in_megatrons_files_is_named(self, hf, tmp_path):
         mapping, weights = WeightMapping(read_shape(hf)), tensors(hf)
-        writer = MegatronWriter(tmp_path, num_layers=4)
+        writer = MegatronWriter(tmp_path, mapping.shape)
         for entry in mapping.entries:
             if entry.megatron not in ("decoder.final_layernorm.weight", "decoder.layers.3.mlp.linear_fc2.weight"):
                 writer.add(entry.megatron, entry.merge([weights[name] for name in entry.hf]))
@@ -247,7 +260,7 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="parameter decoder.final_layernorm.weight is missing"):
             megatron_to_hf(tmp_path, tmp_path.with_name("out"), hf=hf)
         with pytest.raises(CheckpointError, match="decoder.layers.3.mlp.linear_fc2.weight is incomplete"):
-            MegatronReader(tmp_path)(mapping.entry("decoder.layers.3.mlp.linear_fc2.weight"))
+            MegatronReader(tmp_path, mapping.shape)(mapping.entry("decoder.layers.3.mlp.linear_fc2.weight"))
 
     def test_megatrons_file_cut_short_is_named(self, megatron, tmp_path):
         shutil.copytree(megatron, tmp_path / "copy")

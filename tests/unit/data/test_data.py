@@ -1,19 +1,20 @@
-"""Sampler, packing, prompts and the generated task, against direct constructions."""
+"""Sampler, packing and prompts, against direct constructions."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from pmpo_megatron.config import build
-from pmpo_megatron.data.arithmetic import Memory, Problem, is_held_out, make_problems, solve
-from pmpo_megatron.data.packing import flat_sizes, flatten, pack, unflatten
+from pmpo_megatron.data.generated import make_problems
+from pmpo_megatron.data.packing import flat_like, flatten, pack, unflatten
 from pmpo_megatron.data.prompts import DataConfig, load_prompts, render
 from pmpo_megatron.data.sampler import PromptSampler
 from pmpo_megatron.data.split import split_into_steps, split_step, step_weights
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.hf.tiny_model import make_tokenizer
-from pmpo_megatron.types import Sample, TrajectoryTable, to_token_ids
+from pmpo_megatron.types import RouteFormat, Sample, TrajectoryTable, to_token_ids
 
 
 def test_sampler_covers_every_epoch_and_resumes_anywhere():
@@ -37,7 +38,9 @@ def samples(lengths, seed=0, groups=1):
     for i, (prompt, response) in enumerate(lengths):
         ids = g.integers(5, 99, prompt + response).astype(np.int32)
         log_probs = g.normal(size=response).astype(np.float32)
-        made.append(Sample(i, i * groups // len(lengths), ids[:prompt], ids[prompt:], log_probs, i % 5 == 0, float(i) / 3))
+        sampled = np.arange(response) % 4 > 1 if i % 3 == 2 and response else None  # the first two of four were told
+        rest = (log_probs, i % 5 == 0, float(i) / 3, sampled)
+        made.append(Sample(i, i * groups // len(lengths), ids[:prompt], ids[prompt:], *rest))
     return made
 
 
@@ -75,9 +78,10 @@ def test_packed_trajectories_are_the_samples(multiple):
         ids = [*sample.prompt_ids.tolist(), *sample.response_ids.tolist()]
         assert packed.tokens_T[start : start + len(ids)].tolist() == ids
         where = (packed.trajectory_T == number).nonzero().flatten()
-        assert packed.targets_T[where].tolist() == sample.response_ids.tolist()
-        assert where.tolist() == list(range(start + len(sample.prompt_ids) - 1, start + len(ids) - 1))
-        assert np.array_equal(packed.rollout_log_probs_T[where].numpy(), sample.rollout_log_probs)
+        sampled = [k for k in range(len(sample.response_ids)) if sample.sampled is None or k % 4 > 1]
+        assert packed.targets_T[where].tolist() == sample.response_ids[sampled].tolist()
+        assert where.tolist() == [start + len(sample.prompt_ids) - 1 + k for k in sampled]
+        assert np.array_equal(packed.rollout_log_probs_T[where].numpy(), sample.rollout_log_probs[sampled])
         assert packed.position_ids_T[start : start + len(ids)].tolist() == list(range(len(ids)))
     assert packed.weights_N.numpy() == pytest.approx(weights) and packed.advantages_N.tolist() == pytest.approx(
         [sample.advantage for sample in given]
@@ -114,25 +118,51 @@ def test_weights_are_those_of_each_step(mask):
     steps = split_into_steps(table, steps=3, seed=1, round_index=0)
     found = step_weights(steps, table, kind="length", max_length=60, mask_truncated=mask)
     for members in steps:
-        total = sum(len(given[i].response_ids) for i in members)
-        for i in members:
+        lengths = {i: len(given[i].response_ids) if given[i].sampled is None else given[i].sampled.sum() for i in members}
+        for i, length in lengths.items():
             masked = mask and given[i].truncated
-            assert found[i] == pytest.approx(0.0 if masked else len(given[i].response_ids) / total)
+            assert found[i] == pytest.approx(0.0 if masked else length / sum(lengths.values()))
 
 
-@pytest.mark.parametrize("members", [[], [5], [36, 0, 12]])
-def test_samples_come_back_from_the_arrays_that_are_sent(members):
-    given = some_samples(groups=6)
+def with_routes(given, routes):
+    """``given`` with random routes of their tokens, those of the last unknown."""
+    rng = np.random.default_rng(4)
+    made = []
+    for sample in given:
+        tokens = len(sample.prompt_ids) + len(sample.response_ids)
+        known = rng.integers(0, routes.num_experts, (tokens - 1, routes.layers, routes.per_token))
+        made.append(replace(sample, routes=routes.whole(known, tokens)))
+    return made
+
+
+@pytest.mark.parametrize("routes", [None, RouteFormat(3, 2, 255), RouteFormat(1, 8, 256)])
+@pytest.mark.parametrize("members", [[], [5], [4], [36, 0, 12, 8]])
+def test_samples_come_back_from_the_arrays_that_are_sent(members, routes):
+    given = some_samples(groups=6) if routes is None else with_routes(some_samples(groups=6), routes)
     table, chosen = TrajectoryTable.of(given, [0.0] * len(given)), np.array(members, dtype=np.int64)
-    token_ids, log_probs = flatten([given[i] for i in members])
-    assert (token_ids.dtype, log_probs.dtype) == (np.int32, np.float32)
-    assert (len(token_ids), len(log_probs)) == flat_sizes(chosen, table)
-    found = unflatten(token_ids, log_probs, chosen, table)
+    arrays = flatten([given[i] for i in members], routes)
+    assert [(len(array), array.dtype) for array in arrays] == flat_like(chosen, table, routes)
+    assert len(arrays[2]) == sum(len(given[i].response_ids) for i in members if given[i].sampled is not None)
+    found = unflatten(arrays, chosen, table, routes)
     assert [sample.sample_id for sample in found] == members
     for one, other in zip(found, [given[i] for i in members], strict=True):
         for name, value in vars(other).items():
             assert np.array_equal(getattr(one, name), value), name
-        assert np.shares_memory(one.prompt_ids, token_ids), "a view"
+        assert np.shares_memory(one.prompt_ids, arrays[0]), "a view"
+        assert routes is None or one.routes.dtype == routes.dtype == (np.uint8 if routes.num_experts < 256 else np.uint16)
+
+
+def test_routes_lie_with_their_tokens_and_padding_has_none():
+    routes = RouteFormat(3, 2, 16)
+    given = with_routes(some_samples(groups=2), routes)
+    packed = pack(given, [1.0] * len(given), sequence_multiple=8, routes=routes)
+    for sample, start, end in zip(given, packed.boundaries, packed.boundaries[1:], strict=False):
+        tokens = len(sample.routes)
+        assert np.array_equal(packed.routes_T[start : start + tokens].numpy(), sample.routes)
+        assert (packed.routes_T[start + tokens : end] == routes.unknown).all()
+        assert packed.padding_T[start:end].tolist() == [False] * tokens + [True] * (end - start - tokens)
+    with pytest.raises(ValueError, match=r"routes of \(2, 2\) layers and experts, the model has \(3, 2\)"):
+        routes.whole(np.zeros((4, 2, 2)), 5)
 
 
 def test_token_ids_are_checked_where_they_come_in():
@@ -140,45 +170,6 @@ def test_token_ids_are_checked_where_they_come_in():
     for bad in ([1.5], [-1], [2**31], [10**30], [True], [[1]], ["1"]):
         with pytest.raises(ValueError, match="whole numbers"):
             to_token_ids(bad)
-
-
-def test_arithmetic_is_right_and_held_out_problems_never_train():
-    train, test = make_problems(600, seed=1), make_problems(300, seed=1, held_out=True)
-    for problem in train + test:
-        assert eval(problem.text[:-1]) == int(problem.answer)  # noqa: S307  our own text
-    assert not {p.text for p in train} & {p.text for p in test}
-    assert all(is_held_out(p.text) for p in test) and {p.level for p in train} == {1, 2, 3}
-    assert make_problems(20, seed=1) == train[:20] and make_problems(20, seed=2) != train[:20]
-
-
-def test_chains_are_worked_out_step_by_step_and_held_apart():
-    levels = (4, 6, 8)
-    train, test = make_problems(300, levels=levels, seed=3), make_problems(150, levels=levels, seed=3, held_out=True)
-    for problem in train + test:
-        assert eval(problem.text[:-1]) == int(problem.answer)  # noqa: S307  our own text
-        solution = solve(problem)
-        assert solution.endswith(f" \\boxed{{{problem.answer}}}") and solution.count("(") == problem.level
-        for step in solution.partition(" ")[0].split("(")[1:]:  # e.g. 7+5=12,1+2+1=4)42-11=
-            columns, _, rest = step.partition(")")
-            assert all(eval(left) == int(right) for left, right in (c.split("=") for c in columns.split(",")))  # noqa: S307
-            assert eval(rest.rstrip("=")) == int(problem.answer)  # noqa: S307
-    assert not {p.text for p in train} & {p.text for p in test} and {p.level for p in train} == set(levels)
-    assert all(80 < len(solve(p)) < 260 for p in train)
-    assert solve(Problem("17+25-11=", "31", 4)) == "(7+5=12,1+2+1=4)42-11=(2-1=1,4-1=3)31 \\boxed{31}"
-
-
-def test_a_bad_memory_mistakes_the_same_facts_for_the_same_results_at_rates_of_their_own():
-    memory, generator = Memory(largest_rate=0.9, skew=8.0), np.random.default_rng(0)
-    facts = [(f"{a}+{b}", a + b) for a in range(10) for b in range(10)]
-    rates = []
-    for fact, result in facts:
-        recalled = [memory.recall(fact, result, generator) for _ in range(200)]
-        wrong = {value for value in recalled if value != result}
-        assert len(wrong) <= 1 and all(value // 10 == result // 10 and 0 <= value < 20 for value in wrong)
-        rates.append(np.mean([value != result for value in recalled]))
-    assert np.mean(rates) == pytest.approx(0.9 / 9, abs=0.05), "0.9 times the mean of u ** 8"
-    assert max(rates) > 0.5 and np.median(rates) < 0.05
-    assert all(Memory().recall(fact, result, generator) == result for fact, result in facts)
 
 
 def test_prompts_from_json_lines(tmp_path):
@@ -249,7 +240,7 @@ def test_templates():
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
     )
     text = lambda **k: tokenizer.decode(load_prompts(DataConfig(source="arithmetic", problems=1, **k), tokenizer)[0].token_ids)  # noqa: E731
-    problem = make_problems(1)[0].text
+    problem = make_problems("arithmetic", 1)[0].text
     assert text(template="Q: {problem} A:") == f"Q: {problem} A:"
     assert text(template="chat", system_prompt="S") == f"<system>S<user>{problem}<a>"
     assert text(template="qwen-math").endswith(f"user\n{problem}<|im_end|>\n<|im_start|>assistant\n") and "boxed{}" in text(

@@ -14,6 +14,7 @@ from pmpo_megatron.hf.tiny_model import make_tokenizer
 from pmpo_megatron.monitor.metrics import summarize
 from pmpo_megatron.rewards import RewardConfig, RewardScorer, ScoredGroup
 from pmpo_megatron.training.sources import objective_metrics, reward_metrics
+from tests.rollouts import rollout
 
 SIZES, WEIGHTS = {"math": 5, "code": 30, "choice": 7}, {"math": 1.0, "code": 2.5, "choice": 0.5}
 
@@ -99,7 +100,7 @@ def test_wrong_mixtures_are_named(mixture, change, words):
 def group(source, rewards, rewards_of_prompt=None, texts=None):
     prompt = SimpleNamespace(source=source, answers=("4",), metadata={}, rewards=rewards_of_prompt)
     texts = texts or ["x"] * len(rewards)
-    rollouts = tuple(SimpleNamespace(text=text, token_ids=(0,) * (place + 1)) for place, text in enumerate(texts))
+    rollouts = tuple(rollout(text, length) for length, text in enumerate(texts, 1))
     return ScoredGroup(SimpleNamespace(prompt=prompt, rollouts=rollouts), tuple(rewards), tuple(r > 2 for r in rewards))
 
 

@@ -22,12 +22,16 @@ LLAMA3 = dict(
     original_max_position_embeddings=64,
     rope_theta=5e5,
 )
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 CONFIGS = {
     "qwen2": transformers.Qwen2Config(**SIZES),
     "qwen2_tied": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
     "llama": transformers.LlamaConfig(**SIZES),
     "llama3": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**SIZES, head_dim=16, mlp_only_layers=[1], **EXPERTS),
+    "qwen2_moe": transformers.Qwen2MoeConfig(**SIZES, shared_expert_intermediate_size=40, decoder_sparse_step=2, **EXPERTS),
+    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
 }
 
 
@@ -43,12 +47,12 @@ def checkpoint(request, tmp_path_factory):
     return model, directory
 
 
-def test_shapes_are_those_of_transformers(checkpoint):
+def test_shapes_are_those_that_transformers_writes(checkpoint):
+    """In memory it holds a layer's experts in one tensor, in files each expert's own."""
     model, directory = checkpoint
-    mapping = WeightMapping(read_shape(directory))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    assert mapping.hf_shapes == expected
-    reader = SafetensorsReader(directory)
+    mapping, reader = WeightMapping(read_shape(directory)), SafetensorsReader(directory)
+    assert mapping.hf_shapes == {name: tuple(reader(name).shape) for name in reader.names}
+    assert sum(reader(name).numel() for name in mapping.hf_shapes) == model.num_parameters()
     mapping.check_names(reader.names, where="here")
 
 
@@ -78,9 +82,11 @@ def test_qkv_rows_of_a_shard_belong_to_that_ranks_heads(checkpoint):
 def test_rows_of_fc1_are_half_gate_and_half_up(checkpoint):
     _, directory = checkpoint
     shape, reader = read_shape(directory), SafetensorsReader(directory)
-    entry = WeightMapping(shape).by_megatron["decoder.layers.0.mlp.linear_fc1.weight"]
-    gate, up = (reader(f"model.layers.0.mlp.{x}_proj.weight").chunk(2)[1] for x in ("gate", "up"))
-    assert torch.equal(entry.shard(entry.merge([reader(name) for name in entry.hf]), 1, 2), torch.cat([gate, up]))
+    for entry in WeightMapping(shape).entries:
+        if entry.megatron.endswith("linear_fc1.weight"):
+            gate, up = (reader(name) for name in entry.hf)
+            found = entry.shard(entry.merge([gate, up]), 1, 2)
+            assert torch.equal(found, torch.cat([gate.chunk(2)[1], up.chunk(2)[1]])), entry.megatron
 
 
 def test_writer_writes_what_transformers_reads(checkpoint, tmp_path):
@@ -100,12 +106,13 @@ def test_writer_writes_what_transformers_reads(checkpoint, tmp_path):
 def test_missing_extra_and_misshapen_tensors_are_named(checkpoint):
     _, directory = checkpoint
     mapping = WeightMapping(read_shape(directory))
+    entry = [entry for entry in mapping.entries if entry.megatron.endswith("linear_fc2.weight")][-1]
+    [name] = entry.hf
     names = [*mapping.hf_shapes, "model.layers.7.mlp.up_proj.weight"]
-    names.remove("model.layers.1.mlp.down_proj.weight")
-    with pytest.raises(MappingError, match=r"missing: model.layers.1.mlp.down_proj.weight; not in the model: model.layers.7"):
+    names.remove(name)
+    with pytest.raises(MappingError, match=rf"missing: {name}; not in the model: model.layers.7"):
         mapping.check_names(names, where="here")
-    entry = mapping.by_megatron["decoder.layers.0.mlp.linear_fc2.weight"]
-    with pytest.raises(MappingError, match=r"model.layers.0.mlp.down_proj.weight: has shape \(3, 3\)"):
+    with pytest.raises(MappingError, match=rf"{name}: has shape \(3, 3\)"):
         entry.merge([torch.zeros(3, 3)])
     with pytest.raises(MappingError, match="no such parameter"):
         mapping.entry("decoder.layers.9.mlp.linear_fc2.weight")
@@ -129,6 +136,32 @@ def test_unsupported_configs_are_refused(change, words):
         shape_of(config)
 
 
+@pytest.mark.parametrize(
+    "kind, change, words",
+    [
+        ("qwen3_moe", {"scoring_func": "sigmoid"}, 'scoring_func is "sigmoid"; only "softmax" is supported'),
+        ("qwen3_moe", {"n_group": 4}, "n_group is 4; only routing without groups"),
+        ("qwen3_moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5; only 1.0"),
+        ("qwen3_moe", {"kv_lora_rank": 512}, "kv_lora_rank is 512.*no MLA"),
+        ("qwen3_moe", {"use_expert_bias": True}, "use_expert_bias is true"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias is true"),
+        ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, and there are 4 experts"),
+        ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok is 1 with norm_topk_prob"),
+        ("qwen3_moe", {"mlp_only_layers": [2]}, r"mlp_only_layers is \[2\]; it must be a list of layers from 0 to 1"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "leave no layer with experts"),
+        ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size.* is missing"),
+        ("qwen2_moe", {"qkv_bias": False}, "qkv_bias is false"),
+        ("mixtral", {"sliding_window": 4096}, "sliding_window is 4096; only full attention"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1; only routing without noise"),
+    ],
+)
+def test_mixtures_that_would_be_computed_otherwise_are_refused(kind, change, words):
+    names = {"qwen3_moe": "Qwen3MoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "mixtral": "MixtralForCausalLM"}
+    config = CONFIGS[kind].to_dict() | {"architectures": [names[kind]]} | change
+    with pytest.raises(MappingError, match=words):
+        shape_of({key: value for key, value in config.items() if value is not None})
+
+
 def test_both_spellings_of_rope_are_read():
     old = dict(CONFIGS["llama"].to_dict(), architectures=["LlamaForCausalLM"], rope_theta=7e5, rope_parameters=None)
     old["rope_scaling"] = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
@@ -140,6 +173,10 @@ def test_names():
     assert local_name("decoder.layers.3.mlp.linear_fc1.layer_norm_weight") == "decoder.layers.3.pre_mlp_layernorm.weight"
     assert global_name("decoder.layers.1.mlp.linear_fc1.weight", 4) == "decoder.layers.5.mlp.linear_fc1.weight"
     assert global_name("embedding.word_embeddings.weight", 4) == "embedding.word_embeddings.weight"
+    assert global_name("decoder.layers.1.mlp.router.weight", 4, 8) == "decoder.layers.5.mlp.router.weight"
+    expert = "decoder.layers.5.mlp.experts.local_experts.11.linear_fc2.weight"
+    assert global_name("decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight", 4, 8) == expert
+    assert global_name("decoder.layers.1.mlp.experts.linear_fc2.weight3", 4, 8) == expert, "Transformer Engine's name"
 
 
 def test_directories_without_safetensors(tmp_path):

@@ -1,6 +1,7 @@
 """Rotary frequencies against transformers, and layouts that a model cannot be split into."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,6 +11,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pmpo_megatron.errors import ConfigError
+from pmpo_megatron.hf.known_models import known_shape
 from pmpo_megatron.hf.shape import shape_of
 from pmpo_megatron.model import architecture
 from pmpo_megatron.model.architecture import check_layout, fused_layers, rotary_frequencies
@@ -47,6 +49,46 @@ def test_plain_frequencies():
 def test_layouts_that_do_not_fit_the_model(layout, message):
     with pytest.raises(ConfigError, match=message):
         check_layout(shape()[1], ParallelConfig(**layout))
+
+
+MIXTURES = {
+    "qwen3": known_shape("Qwen/Qwen3-30B-A3B"),  # 128 experts of width 768
+    "qwen2": known_shape("Qwen/Qwen1.5-MoE-A2.7B"),  # 60 experts of width 1408, and a shared one of 5632
+    "dense": known_shape("Qwen/Qwen3-4B"),
+}
+SP = dict(sequence_parallel=True)
+
+
+@pytest.mark.parametrize(
+    "model, layout, message",
+    [
+        ("qwen3", dict(expert=3), "parallel.expert: 3 must divide the model's 128 experts"),
+        ("qwen3", dict(tensor=2), "parallel.sequence_parallel: must be true for a model with experts and tensor 2"),
+        ("qwen2", dict(tensor=2, expert=2), "parallel.sequence_parallel: must be true"),
+        ("dense", dict(expert=2), "parallel.expert: is for models with experts, and this one has none"),
+        ("dense", dict(expert_tensor=1), "parallel.expert: is for models with experts, and this one has none"),
+    ],
+)
+def test_layouts_that_experts_do_not_fit(model, layout, message):
+    with pytest.raises(ConfigError, match=message):
+        check_layout(MIXTURES[model], ParallelConfig(**layout))
+
+
+def test_layouts_that_experts_fit():
+    split = dict(tensor=4, **SP)
+    for layout in (dict(expert=8), split, split | dict(expert=2), split | dict(expert=8, expert_tensor=1)):
+        check_layout(MIXTURES["qwen3"], ParallelConfig(**layout))
+
+
+def test_widths_that_do_not_divide_by_their_own_size():
+    """The shared expert is cut like the rest of the model, routed experts over their own group."""
+    narrow = replace(MIXTURES["qwen2"], experts=replace(MIXTURES["qwen2"].experts, shared_ffn_hidden_size=30))
+    with pytest.raises(ConfigError, match="parallel.tensor: 4 must divide the width of the model's shared expert, 30"):
+        check_layout(narrow, ParallelConfig(tensor=4, expert=2, expert_tensor=1, **SP))
+    narrow = replace(MIXTURES["qwen2"], experts=replace(MIXTURES["qwen2"].experts, ffn_hidden_size=30))
+    with pytest.raises(ConfigError, match="parallel.expert_tensor: 4 must divide the width of the model's experts, 30"):
+        check_layout(narrow, ParallelConfig(tensor=4, expert=2, **SP))
+    check_layout(narrow, ParallelConfig(tensor=4, expert=2, expert_tensor=1, **SP))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from pmpo_megatron.config import build
 from pmpo_megatron.errors import DataError
 from pmpo_megatron.monitor.comparison import compare, interval_of_mean, verdict_sentences, write_comparison
-from pmpo_megatron.monitor.study import GREEDY, REWARD, SAMPLED, StudyConfig, Variant
+from pmpo_megatron.monitor.study import GREEDY, REWARD, SAMPLED, StudyConfig, Variant, of_source
 
 T_975_2 = 4.302652729911275  # Student's t, 2 degrees of freedom, from a table
 
@@ -68,6 +68,26 @@ def test_report_says_what_differs_and_what_does_not(tmp_path):
         and "not told apart" in page
         and "0 of 3" in page
     )
+
+
+def test_sources_are_compared_one_by_one(tmp_path):
+    """The variant "better" is so in code alone, and "apart" was not trained on sums."""
+    finals = {"pmpo": [0.50, 0.51, 0.52], "better": [0.50, 0.52, 0.51], "apart": [0.5, 0.5, 0.5]}
+    compared = variants(finals)
+    for variant, gain in zip(compared, (0.0, 0.25, 0.0), strict=True):
+        for source, more in (("sums", 0.0), ("code", gain)):
+            for run in variant.runs.values():
+                run[of_source(GREEDY, source)] = {n: value + more * n / 10 for n, value in run[GREEDY].items()}
+                if (variant.name, source) != ("apart", "sums"):
+                    run[of_source(REWARD, source)] = dict(run[REWARD])
+    found = write_comparison(study(finals, sources=["sums", "code"]), compared, tmp_path / "r.html")
+    assert any(s.startswith("better: better than pmpo in final greedy accuracy in code (+0.25") for s in found)
+    assert any(s.startswith("better: not told apart from pmpo in final greedy accuracy in sums") for s in found)
+    assert any(s.startswith("better: not told apart from pmpo in final greedy accuracy by") for s in found)
+    page = (tmp_path / "r.html").read_text()
+    assert "<td>code</td><td>better</td><td>0.000 ± 0.000</td><td>0.760 ± 0.025</td>" in page
+    drawn = {path.name for path in (tmp_path / "pictures").glob("sources-reward-mean-*.svg")}
+    assert drawn == {"sources-reward-mean-pmpo.svg", "sources-reward-mean-better.svg"}, "of those trained on both"
 
 
 def test_only_seeds_in_common_are_compared(tmp_path):

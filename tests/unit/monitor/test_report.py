@@ -90,8 +90,13 @@ def test_what_is_measured_by_source_is_drawn_a_line_for_each(tmp_path, monkeypat
         log = RunLog(QUIET, tmp_path / name, run={}, total_steps=2)
         for step in (1, 2):
             values = {f"source/{source}/p_mean": step + place for place, source in enumerate(sources)}
+            values |= {f"eval/{source}/accuracy_mean": step / 2 - 0.25 for source in sources}
             log.log(step, values | {f"source/{source}/ess_fraction": 0.5 for source in sources})
         log.close()
+    text = write_report([tmp_path / "mixed"], tmp_path / "r.html").read_text()
+    table = text[text.index("<h2>Sources</h2>") :]
+    assert "<td>mixed</td><td>code</td><td>0.250 → 0.750</td>" in table and "<td>3.000</td><td>0.500</td><td>-</td>" in table
+    assert "<h2>Sources</h2>" not in write_report([make_run(tmp_path / "single")], tmp_path / "s.html").read_text()
     drawn = []
     monkeypatch.setattr(plots, "to_svg", lambda figure, name: drawn.append(figure.axes[0].lines))
     mixed, other = (read_run(tmp_path / name) for name in ("mixed", "other"))
@@ -102,6 +107,8 @@ def test_what_is_measured_by_source_is_drawn_a_line_for_each(tmp_path, monkeypat
     assert lines[0] == {"sums": [1.0, 2.0], "code": [2.0, 3.0]}
     assert set(lines[1]) == {"mixed: sums", "mixed: code", "other: sums"}
     assert plots.by_source("clip_fraction", "clip", "clip")([mixed]) is None, "nothing was measured"
+    plots.by_source("accuracy_mean", "accuracy", "accuracy", section="eval")([other])
+    assert [line.get_ydata().tolist() for line in drawn[2]] == [[0.25, 0.75]] and not plots.held_out(mixed)
 
 
 def test_every_picture_is_well_formed_and_ids_do_not_clash(tmp_path):

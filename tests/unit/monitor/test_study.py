@@ -9,7 +9,17 @@ from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.monitor.comparison import write_comparison
 from pmpo_megatron.monitor.read import read_run
-from pmpo_megatron.monitor.study import GREEDY, REWARD, UPDATES, Results, StudyConfig, has_collapsed, pick
+from pmpo_megatron.monitor.study import (
+    GREEDY,
+    OF_SOURCES,
+    REWARD,
+    UPDATES,
+    Results,
+    StudyConfig,
+    has_collapsed,
+    of_source,
+    pick,
+)
 
 AXES = {"rule": {"ess": ["objective.preset=pmpo"], "p-1": ["objective.p=1"]}, "drift": {"4": ["a.b=4"], "16": ["a.b=16"]}}
 VALUES = dict(title="T", config="c.yaml", rounds=4, axes=AXES, reference=["ess", "*"], heat_map=["rule", "drift"])
@@ -66,6 +76,23 @@ def test_results_go_on_from_the_file_alone(tmp_path):
     assert rounds.tolist() == [0, 1, 2, 3, 4] and values.tolist() == [[0.1, 1.0, 2.0, 3.0, 4.0]]
     write_comparison(study, [ess, other], tmp_path / "r.html")
     assert "Final greedy accuracy" in (tmp_path / "r.html").read_text(), "heat maps with empty cells"
+
+
+def test_what_a_study_keeps_of_sources_is_what_runs_log(tmp_path):
+    """The names are those of training.sources and training.held_out."""
+    study, directory = build(StudyConfig, VALUES | {"sources": ["sums", "code"]}), tmp_path / "run"
+    logged = {"eval/code/accuracy_mean": 0.25, "eval/code/greedy_accuracy_mean": 0.5, "eval/sums/greedy_accuracy_mean": 0.75}
+    logged |= {f"source/code/{name}": 0.125 for name in ("reward_mean", "p_mean", "p_q05", "ess_fraction", "clip_fraction")}
+    finished(directory)
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4} | logged) + "\n")
+    path = tmp_path / "results.csv"
+    Results(path, study).add(("ess", "4"), 1, "key", read_run(directory))
+    [variant] = Results(path, study).variants()
+    kept = {name: points[4] for name, points in variant.runs[1].items() if name in logged}
+    assert kept == logged and {of_source(metric, "code") for metric in OF_SOURCES} < logged.keys()
+    with pytest.raises(DataError, match="is it of another study"):
+        Results(path, build(StudyConfig, VALUES))
 
 
 def test_results_of_other_settings_are_never_mixed(tmp_path):

@@ -17,6 +17,8 @@ from pmpo_megatron.parallel.state import ParallelConfig, initialize
     [
         ({"sequence_parallel": True}, "sequence_parallel: needs tensor > 1"),
         ({"virtual_pipeline": 2}, "virtual_pipeline: 2 needs pipeline > 1"),
+        ({"tensor": 2, "expert": 2, "expert_tensor": 4}, "expert_tensor: 4 must divide tensor = 2"),
+        ({"tensor": 2, "expert_tensor": 1}, "expert_tensor: 1 with tensor 2 needs expert > 1"),
         ({"tensor": 0}, "tensor: 0 must be at least 1"),
         ({"stall_s": 10.0, "heartbeat_s": 5.0}, "stall_s: 10 s must be at least four heartbeats of 5 s"),
         ({"tensr": 2}, "did you mean 'tensor'"),
@@ -32,6 +34,13 @@ def test_data_parallel_size():
     assert layout.data_parallel_size(16) == 2
     with pytest.raises(ConfigError, match="tensor 2 \\* pipeline 2 \\* context 2 = 8 must divide the 12 processes"):
         layout.data_parallel_size(12)
+
+
+def test_copies_of_an_expert():
+    layout = ParallelConfig(tensor=4, pipeline=2, expert=8, expert_tensor=1)
+    assert (layout.data_parallel_size(32), layout.expert_data_parallel_size(32)) == (4, 2)
+    with pytest.raises(ConfigError, match="expert 8 \\* expert_tensor 1 \\* pipeline 2 = 16 must divide the 24 processes"):
+        layout.data_parallel_size(24)
 
 
 def test_without_torchrun_the_missing_variables_are_named(monkeypatch):

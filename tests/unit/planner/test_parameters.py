@@ -7,7 +7,14 @@ import pytest
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.known_models import ROWS, known_shape, model_shape
 from pmpo_megatron.parallel.state import ParallelConfig
-from pmpo_megatron.planner.parameters import chunk_parameters, lay_out, state_bytes, total_parameters
+from pmpo_megatron.planner.parameters import (
+    active_parameters,
+    chunk_parameters,
+    lay_out,
+    spread_parameters,
+    state_bytes,
+    total_parameters,
+)
 
 # Elements of the published checkpoints' tensors.
 PUBLISHED = {
@@ -16,6 +23,7 @@ PUBLISHED = {
     "Qwen/Qwen2.5-3B": 3_085_938_688,
     "Qwen/Qwen2.5-7B": 7_615_616_512,
     "Qwen/Qwen2.5-Math-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-Coder-7B": 7_615_616_512,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
     "Qwen/Qwen2.5-14B": 14_770_033_664,
@@ -25,6 +33,10 @@ PUBLISHED = {
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-14B": 14_768_307_200,
     "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen1.5-MoE-A2.7B": 14_315_784_192,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
     "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
 }
@@ -33,6 +45,30 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     assert total_parameters(known_shape(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    "name, published",
+    [
+        ("Qwen/Qwen3-30B-A3B", 3.3e9),
+        ("Qwen/Qwen3-235B-A22B", 22e9),
+        ("Qwen/Qwen1.5-MoE-A2.7B", 2.7e9),
+        ("mistralai/Mixtral-8x7B-v0.1", 12.9e9),
+        ("Qwen/Qwen3-8B", 8.2e9),
+    ],
+)
+def test_parameters_that_a_token_uses(name, published):
+    assert active_parameters(known_shape(name)) == pytest.approx(published, rel=0.02)
+
+
+def test_spread_experts_have_a_buffer_that_copies_of_them_share():
+    """8 of 128 experts on each of 16 ranks, no copies: their states are not divided; the rest's are, over 4 * 4 ranks."""
+    shape, parallel = known_shape("Qwen/Qwen3-30B-A3B"), ParallelConfig(tensor=1, expert=16)
+    experts, rest = 48 * 8 * 3 * 768 * 2048, 30_532_122_624 - 48 * 128 * 3 * 768 * 2048
+    assert spread_parameters(shape, parallel) == experts
+    found = state_bytes(shape, parallel, stage=0, replicas=16)
+    assert found.optimizer == pytest.approx(12 * (experts + rest / 16), rel=1e-3)
+    assert found.gradients == pytest.approx(4 * (experts + rest), rel=1e-3)
 
 
 def test_every_known_model_has_a_shape_and_is_found_by_its_directory():

@@ -85,12 +85,38 @@ def test_a_reference_model_is_weights_alone():
         ({"rollout": {"gpu_memory_utilization": 0.9}}, "vLLM wants 71.2 GiB free when it starts"),
         ({"rollout": {"tensor_parallel": 28}}, "more than a node's 8 GPUs"),
         ({"rollout": {"max_model_len": 4000}}, "= 4024 tokens, above rollout.max_model_len = 4000"),
+        (
+            {
+                "model": {"path": "Qwen/Qwen3-30B-A3B"},
+                "parallel": {"expert": 8, "expert_tensor": 1},
+                "optimizer": {"distributed": False},
+            },
+            "optimizer.distributed: must be true with parallel.expert = 8",
+        ),
     ],
 )
 def test_problems_name_the_setting(sections, message):
     found = plan(config(**sections), 8, H100)
     assert not found.fits and any(message in problem for problem in found.problems), found.problems
     assert plan_lines(found)[-1].startswith("does not fit")
+
+
+def test_a_mixture_of_experts_says_what_a_token_uses_and_proposes_expert_parallelism():
+    values = dict(parallel={"tensor": 4, "expert": 8, "expert_tensor": 1}, model={"recompute": "full"})
+    mixture = config("Qwen/Qwen3-30B-A3B", rollout={"tensor_parallel": 8}, **values)
+    text = "\n".join(plan_lines(plan(mixture, 16, H100)))
+    assert "(30.53 billion parameters, of which a token uses 3.35)" in text and "DP4 EP8 ETP1," in text and ", experts " in text
+    [best] = best_layouts(mixture, 16, H100, count=1)
+    assert best.fits and best.config.parallel.expert > 1 and best.config.parallel.expert_tensor == 1
+
+
+def test_spread_experts_are_gathered_by_the_first_rank_of_each():
+    """Of two nodes of 8 the first holds the first copy of every expert: it gathers 28.99e9 of them, the second none."""
+    mixture = config("Qwen/Qwen3-30B-A3B", parallel={"tensor": 4, "expert": 8, "expert_tensor": 1})
+    experts, rest = 48 * 128 * 3 * 768 * 2048, 30_532_122_624 - 48 * 128 * 3 * 768 * 2048
+    found = plan(mixture, 16, H100).checkpoint
+    copied = 8 * 12 * max(experts / 8 / 2, rest / 4 / 4)  # of the larger buffer, on each of the node's processes
+    assert found.saving == pytest.approx(20 * (experts + rest) + copied, rel=0.01)
 
 
 def test_checkpoints_need_a_nodes_memory():

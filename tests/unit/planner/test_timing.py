@@ -8,7 +8,7 @@ from pmpo_megatron.hf.known_models import known_shape
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.planner.engine import decoding_step, engine_bytes, engine_problems, generation_time
 from pmpo_megatron.planner.hardware import HARDWARE
-from pmpo_megatron.planner.parameters import total_parameters
+from pmpo_megatron.planner.parameters import active_parameters, total_parameters
 from pmpo_megatron.planner.timing import TrainingCost, Work
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.units import GIB
@@ -61,6 +61,40 @@ def test_volumes_of_the_groups():
     assert data.data == pytest.approx(7 / 8 * 6e9)
     context = cost(context=4, world_size=4).communication(WORK)
     assert context.context == pytest.approx(8 * 80 * 3 * 3 * (2 * 2 * 8192 * 8 * 128))  # K and V, and their gradients
+
+
+MIXTURE = known_shape("Qwen/Qwen3-30B-A3B")
+
+
+def test_a_token_costs_what_it_uses_of_a_mixture():
+    """Short sequences: 6 flops for each parameter that a token uses, without the embedding."""
+    head = MIXTURE.vocab_size * MIXTURE.hidden_size
+    flops = (6 * (active_parameters(MIXTURE) - head) + 2 * head) * 8 * 8192
+    model = cost(shape=MIXTURE, expert=8)
+    gradient = 8 * model._head_gradient_seconds(WORK)
+    rate = H100.peak_flops * H100.matmul_efficiency
+    assert model.step(WORK).compute - gradient == pytest.approx(flops / rate, rel=2e-3)
+
+
+def test_tokens_go_to_their_experts_and_back():
+    """8 copies of every token, 7 of 8 of them to other ranks, there and back, forward and backward, in 48 layers."""
+    copies = 2 * 8 * 8192 * 2048  # bytes of one micro-batch's
+    sent = cost(shape=MIXTURE, expert=8).communication(WORK)
+    assert sent.experts == pytest.approx(8 * 48 * 2 * 2 * copies * 7 / 8)
+    assert cost(shape=MIXTURE).communication(WORK).experts == 0
+    split = cost(shape=MIXTURE, tensor=2, sequence_parallel=True, expert=4, expert_tensor=1).communication(WORK)
+    assert split.experts == pytest.approx(8 * 48 * 2 * 2 * copies / 2 * 3 / 4)
+    assert split.tensor == pytest.approx(8 * 48 * (2 * 2 + 1) * 2 * 8192 * 2048 / 2), "attention's half alone"
+
+
+def test_a_decoding_step_reads_the_experts_that_its_tokens_meet():
+    """One token: the parameters that it uses. 128 experts are all met by a thousand tokens."""
+    rollout = RolloutConfig(tensor_parallel=1, enforce_eager=True)
+    found = engine_bytes(MIXTURE, rollout, H100)
+    rate = H100.memory_bytes_per_s * H100.decode_memory_efficiency
+    for running, parameters in ((1, active_parameters(MIXTURE)), (1000, total_parameters(MIXTURE))):
+        seconds = decoding_step(MIXTURE, rollout, found, H100, running=running, context=0.0)
+        assert seconds == pytest.approx(2 * parameters / rate + H100.decode_overhead_s)
 
 
 def test_groups_inside_a_node_use_nvlink():

@@ -14,6 +14,7 @@ from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.rewards import RewardConfig, RewardPool, RewardScorer
 from pmpo_megatron.rewards.calls import time_limit
 from pmpo_megatron.rewards.pool import NOT_FINITE, Request
+from tests.rollouts import rollout
 
 JUDGE = Path(__file__).parents[3] / "examples/judge"
 
@@ -57,8 +58,9 @@ def test_the_scorer_adds_group_rewards_to_others_and_logs_what_each_cost(caplog)
     group, single = f"{__name__}:shorter_than_mean", f"{__name__}:length"
     scorer = RewardScorer(RewardConfig(functions={single: 1.0, group: 0.5}, workers=1), max_tokens=9)
     prompt = SimpleNamespace(answers=("x", "y"), metadata={"weight": 1.0}, rewards=None)
-    rollouts = lambda *texts: [SimpleNamespace(text=text, token_ids=(0,)) for text in texts]  # noqa: E731
-    groups = [SimpleNamespace(prompt=prompt, rollouts=rollouts(*texts)) for texts in (("a", "aaa"), ("bb", "bb"))]
+    groups = [
+        SimpleNamespace(prompt=prompt, rollouts=[rollout(text) for text in texts]) for texts in (("a", "aaa"), ("bb", "bb"))
+    ]
     assert [rewards for rewards, _ in scorer.score(groups)] == [(1.5, 2.5), (2.0, 2.0)]
     metrics = scorer.pool.stats.metrics()
     assert metrics[f"rewards/{group}/seconds"] > 0 and metrics[f"rewards/{group}/timeouts"] == 0

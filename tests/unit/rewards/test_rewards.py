@@ -22,6 +22,7 @@ from pmpo_megatron.rewards import RewardConfig, RewardPool, RewardScorer
 from pmpo_megatron.rewards.extraction import boxed_answers, extract_answer
 from pmpo_megatron.rewards.pool import NOT_FINITE
 from pmpo_megatron.rewards.process import Answer, checked
+from tests.rollouts import rollout
 
 CHILD_SLEEPS = "98.76543"  # seconds: a command line that no other process has
 DATA = Path(os.environ.get("PMPO_DATA", Path(__file__).parents[4] / "shared/data"))
@@ -307,7 +308,6 @@ def test_unknown_functions_are_refused_before_anything_starts():
 def test_composition_and_overlong_penalty():
     config = RewardConfig(functions={"math": 1.0, "boxed": 0.5}, workers=1, overlong_penalty=1.0, overlong_tokens=10)
     scorer = RewardScorer(config, max_tokens=100)
-    rollout = lambda text, length: SimpleNamespace(text=text, token_ids=(0,) * length)  # noqa: E731
     rollouts = [rollout(*r) for r in ((r"\boxed{4}", 20), ("4", 20), (r"\boxed{3}", 95), (r"\boxed{4}", 100))]
     groups = [SimpleNamespace(prompt=SimpleNamespace(answers=("4",), metadata={}, rewards=None), rollouts=rollouts)]
     correct = (True, True, False, True)  # by the first function, whatever format and length make of the reward

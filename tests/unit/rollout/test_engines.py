@@ -11,16 +11,15 @@ from pmpo_megatron.errors import ConfigError, RolloutError
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.remote_process import own_nodes
 from pmpo_megatron.rollout.vllm_child import whole_text
-from pmpo_megatron.rollout.vllm_jobs import Job, divide, missing_parts
-from pmpo_megatron.rollout.vllm_settings import Launch, visible_gpus
+from pmpo_megatron.rollout.vllm_jobs import divide, make_jobs, missing_parts
+from pmpo_megatron.rollout.vllm_settings import Launch, engine_settings, visible_gpus
 from pmpo_megatron.types import Prompt
 
 
 def make_parts(count: int, samples: int) -> list:
     sampling = SamplingConfig(samples_per_prompt=samples)
-    return [
-        (Job(Prompt(10 * index, np.array([1, 2], np.int32), "", ()), sampling, 0), range(samples)) for index in range(count)
-    ]
+    prompts = [Prompt(10 * index, np.array([1, 2], np.int32), "", ()) for index in range(count)]
+    return [(job, range(samples)) for job in make_jobs(prompts, sampling, 0, divided=True)]
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3, 8])
@@ -33,7 +32,8 @@ def test_prompts_go_to_engines_in_turn_with_all_their_responses(engines):
 
 def test_what_an_engine_leaves_is_asked_again_prompt_by_prompt():
     jobs = [job for job, _ in make_parts(5, 4)]
-    jobs[2].take(f"{jobs[2].number}/1", np.array([5]), np.zeros(1), "", "stop", [(0, 1)])  # came, and nobody has noted it
+    answer = (np.array([5]), np.zeros(1), "", "stop", [(0, 1)], 0, None)
+    jobs[2].take(f"{jobs[2].number}/1", *answer)  # came, and nobody has noted it
     names = [f"{jobs[which].number}/{sample}" for which, sample in ((4, 3), (2, 0), (0, 3), (2, 1), (3, 0))]
     known = {job.number: job for job in jobs if job is not jobs[3]}  # nobody waits for that one any more
     assert missing_parts(names, known) == [(jobs[0], [3]), (jobs[2], [0]), (jobs[4], [3])]
@@ -88,6 +88,15 @@ def test_every_engine_has_gpus_of_its_own_first_and_sees_the_others(monkeypatch)
     assert Launch({"tensor_parallel_size": 2}, "cuda", None, 0, 4).environment() == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     assert visible_gpus(1, 1) == "GPU-b,GPU-a"
+
+
+def test_a_mixture_says_its_routes_by_vllm_on_gpus_and_by_its_workers_on_cpu():
+    config = RolloutConfig(tensor_parallel=2, expert_parallel=True)
+    on_gpu = engine_settings(config, "model", "cuda", None, routes=True)
+    assert on_gpu["enable_return_routed_experts"] and on_gpu["enable_expert_parallel"] and "enable_prefix_caching" not in on_gpu
+    on_cpu = engine_settings(RolloutConfig(), "model", "cpu", None, routes=True)
+    assert on_cpu["enable_prefix_caching"] is False and "enable_return_routed_experts" not in on_cpu
+    assert "enable_expert_parallel" not in on_cpu
 
 
 def test_text_made_at_the_end_is_what_is_made_token_by_token():
