@@ -33,6 +33,7 @@ import torch
 
 from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.data.generated import make_problems
+from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.replay import RecordingEngine
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
@@ -187,7 +188,7 @@ class RandomEngine:
         import transformers
 
         self._model = transformers.AutoModelForCausalLM.from_pretrained(model)
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        self._tokenizer = load_tokenizer(model)
         self._generator = torch.Generator().manual_seed(0)
 
     def record(self, path: Path, *, rounds: int) -> None:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pmpo_megatron.benchmarks.models import Model, find_models, hugging_face_directory, load_tokenizer, weights_digest
+from pmpo_megatron.benchmarks.models import Model, find_models, hugging_face_directory, tokenizer_of, weights_digest
 from pmpo_megatron.benchmarks.records import BenchmarkRecords, ModelDirectory
 from pmpo_megatron.benchmarks.run import Task, run_tasks
 from pmpo_megatron.benchmarks.sources import Benchmark, find_benchmarks, problem_file
@@ -162,7 +162,7 @@ def evaluate_model(model: Model, plan: EvaluationPlan) -> None:
 
 
 def _make_tasks(model: Model, plan: EvaluationPlan, directory: Path, parts: ExitStack) -> list[Task]:
-    tokenizer = load_tokenizer(model, plan.data.template)
+    tokenizer = tokenizer_of(model, plan.data.template)
     tasks = []
     for benchmark in plan.benchmarks:
         data = replace(plan.data, source=str(problem_file(benchmark, plan.out / "problems")))

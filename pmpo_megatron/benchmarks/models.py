@@ -13,6 +13,7 @@ from typing import Any
 
 from pmpo_megatron.benchmarks.records import EXPORTED
 from pmpo_megatron.convert import Options, megatron_to_hf
+from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.errors import CheckpointError, ConfigError
 from pmpo_megatron.hf.shape import read_config
 from pmpo_megatron.monitor.progress import show_progress
@@ -119,18 +120,13 @@ def hugging_face_directory(model: Model, results: Path) -> Iterator[Path]:
         shutil.rmtree(exported, ignore_errors=True)
 
 
-def load_tokenizer(model: Model, template: str) -> Any:
+def tokenizer_of(model: Model, template: str) -> Any:
     """The model's tokenizer.
 
     Raises:
         ConfigError: it cannot be read, or has no chat template and ``template`` is ``chat``.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.side)
-    except Exception as error:  # the library raises whatever the files lead to
-        raise ConfigError("MODEL", f"{model.side}: its tokenizer cannot be read: {error}") from None
+    tokenizer = load_tokenizer(model.side, field="MODEL")
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
         raise ConfigError("--template", f"chat: the tokenizer in {model.side} has no chat template; try qwen-math or plain")
     return tokenizer

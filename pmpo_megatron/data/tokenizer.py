@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pmpo_megatron.errors import ConfigError, DataError
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of the checkpoint directory ``path``.
+def load_tokenizer(path: str | Path, *, field: str = "model.path") -> Any:
+    """The tokenizer of the checkpoint directory ``path``, which ``field`` names; what ``tokenizer.json`` says, where it is.
+
+    Transformers' AutoTokenizer takes some architectures' own kind in its place (5.x: of every ``qwen2``), which splits text in
+    another way than a checkpoint's may.
 
     Raises:
         ConfigError: it cannot be read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    kind = PreTrainedTokenizerFast if (Path(path) / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return kind.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the library raises whatever the files lead to
-        raise ConfigError("model.path", f"{path}: its tokenizer cannot be read: {error}") from None
+        raise ConfigError(field, f"{path}: its tokenizer cannot be read: {error}") from None
 
 
 def encode(tokenizer: Any, text: str, special: bool, where: str) -> list[int]:

@@ -68,7 +68,7 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def learn_tokenizer(config: TinyModelConfig) -> transformers.PreTrainedTokenizerFast:
     """Qwen2's kind, bytes and what is merged of them, learned from the tasks' texts.
 
-    Transformers reads the tokenizer of a Qwen2 checkpoint as this kind whatever it is, so that spaces come back with it alone.
+    Transformers' AutoTokenizer, and with it vLLM, reads the tokenizer of a Qwen2 checkpoint as this kind whatever it is.
     """
     symbols = [PAD, END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocabulary = {symbol: number for number, symbol in enumerate(symbols)}

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.rollout.vllm_settings import Launch
 from pmpo_megatron.types import RouteFormat, Routes
 
@@ -39,7 +40,7 @@ def serve(connection: Connection, alive: Connection, log_path: str, launch: Laun
     try:
         from vllm import LLM
 
-        loop = _Loop(LLM(**launch.settings), connection, launch.routes)
+        loop = _Loop(LLM(**launch.settings), load_tokenizer(launch.settings["model"]), connection, launch.routes)
         connection.send(("ready", None))
         loop.run()
     except BaseException:
@@ -58,8 +59,8 @@ def _end_with_parent(alive: Connection) -> None:
 class _Loop:
     """vLLM's steps, and what is done between them."""
 
-    def __init__(self, llm: Any, connection: Connection, routes: RouteFormat | None) -> None:
-        self._engine, self._tokenizer, self._connection = llm.llm_engine, llm.get_tokenizer(), connection
+    def __init__(self, llm: Any, tokenizer: Any, connection: Connection, routes: RouteFormat | None) -> None:
+        self._engine, self._tokenizer, self._connection = llm.llm_engine, tokenizer, connection
         self._routes = routes
         self._by_workers = routes is not None and not self._engine.vllm_config.aux_output_config.enabled
         if self._by_workers:

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import transformers
 
+from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.hf.tiny_model import make_tokenizer
 from pmpo_megatron.rollout.config import SamplingConfig
 from tests.integration import plays
@@ -47,7 +47,7 @@ def play(engine, path):
 
 def test_a_conversation_over_http_is_recorded_token_by_token(play, path):
     groups = play("agent").generate(prompts(3), SAMPLING, round_index=0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     for rollout in rollouts_of(groups):
         episode, sampled = rollout.episode, rollout.sampled
         assert (episode.failure, episode.turns) == ("", 3)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.rewards import RewardConfig, RewardScorer
 from pmpo_megatron.rollout.config import EpisodeConfig, RolloutConfig, SamplingConfig
@@ -78,7 +79,7 @@ def hugging_face(path, ids, temperature=1.0):
 def test_three_turns_are_one_trajectory_token_by_token(play, path):
     sampling = SamplingConfig(samples_per_prompt=3, max_tokens=120, temperature=0.8)
     groups = play("three_turns").generate(prompts(), sampling, round_index=0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     for group in groups:
         for rollout in group.rollouts:
             ids, sampled = np.concatenate([group.prompt.token_ids, rollout.token_ids]), rollout.sampled

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from pmpo_megatron.data.tokenizer import load_tokenizer
 from pmpo_megatron.errors import DataError, RolloutError
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.factory import make_engine
@@ -69,7 +70,7 @@ def test_responses_depend_on_seed_round_and_prompt_not_on_the_batch(engine):
 
 
 def test_responses_end_at_the_end_token_or_the_limit(engine, path):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     groups = engine.generate(prompts(), sampling(samples_per_prompt=30, temperature=1.5), round_index=0)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
