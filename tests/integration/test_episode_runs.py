@@ -28,6 +28,7 @@ def check_rounds(directory, rounds):
     return rows
 
 
+@pytest.mark.slow  # test_modes.py kills ordinary runs, test_episodes.py repeats a round
 def test_killed_a_synchronous_run_of_episodes_ends_at_the_same_bits(model, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     runs.train(model, whole, *EPISODES)
