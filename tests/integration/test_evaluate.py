@@ -94,7 +94,9 @@ def test_records_hold_every_response_with_its_score(place):
                 assert response == {"text": "", "score": 0.0, "finish_reason": "prompt too long", "tokens": 0}
                 continue
             assert response["score"] == min(max(letters(response["text"], record["answers"]), 0.0), 1.0)
-            assert response["finish_reason"] == ("length" if response["tokens"] == 60 else "stop")
+            reason, tokens = response["finish_reason"], response["tokens"]
+            assert reason == "stop" or (reason, tokens) == ("length", 60)  # the sixtieth may be the end token
+            assert tokens <= 60
     texts = [response["text"] for record in records(place, "amc23") for response in record["responses"] if response["text"]]
     assert len(set(texts)) > 0.9 * len(texts), "every response has a random stream of its own"
 
