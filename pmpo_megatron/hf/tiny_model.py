@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from pmpo_megatron.data.generated import TASKS, make_problems
 from pmpo_megatron.data.problems import Memory, Problem
@@ -58,6 +59,7 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token for each character; whatever is not in the alphabet is dropped."""
     vocabulary = {token: number for number, token in enumerate([PAD, END, *ALPHABET])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.normalizer = normalizers.Replace(Regex(f"[^{re.escape(ALPHABET)}]"), "")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(

@@ -10,6 +10,7 @@ for a stalled peer, ends the process after ``stall_s`` with the same message: an
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -57,6 +58,7 @@ class Watch:
         return self
 
     def stop(self) -> None:
+        """Ends the thread. Left running, an interpreter that ends aborts: it unwinds a thread inside the store's C++ code."""
         self.stopping.set()
         self.thread.join(timeout=self.heartbeat_s + 1)
 
@@ -113,7 +115,10 @@ _watch: Watch | None = None
 
 
 def start_watch(*, rank: int, world_size: int, heartbeat_s: float, stall_s: float) -> None:
-    """Begins to watch. Needs MASTER_ADDR and MASTER_PORT of a running store; does nothing for one process."""
+    """Begins to watch, until `stop_watch` or the interpreter's end. Does nothing for one process.
+
+    Needs MASTER_ADDR and MASTER_PORT of a running store.
+    """
     global _watch
     if world_size == 1 or _watch is not None:
         return
@@ -121,6 +126,7 @@ def start_watch(*, rank: int, world_size: int, heartbeat_s: float, stall_s: floa
     store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))  # own connection: own lock
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     _watch = Watch(dist.PrefixStore(f"pmpo/{attempt}", store), rank, world_size, heartbeat_s, stall_s).start()
+    atexit.register(stop_watch)
 
 
 def stop_watch() -> None:
