@@ -28,6 +28,13 @@ def main() -> None:
         help="how often the worst remembered fact is wrong in the solutions it learns from (default: %(default)s)",
     )
     parser.add_argument(
+        "--slip-skew",
+        type=float,
+        default=TinyModelConfig.slip_skew,
+        help="the smaller, the more facts are doubtful: rates are the worst one's times u^SKEW, u uniform; 0: each task's own "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--call-rate",
         type=float,
         default=TinyModelConfig.call_rate,

@@ -14,5 +14,5 @@ prepare_environment
 cd "$PROJECT_ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}" TOKENIZERS_PARALLELISM=false PYTHONPATH="$PWD/examples/tools"
 
-[ -f runs/tools-model/config.json ] || "$PYTHON" tools/make_tiny_model.py --out runs/tools-model --call-rate 0.15
+[ -f runs/tools-model/config.json ] || "$PYTHON" tools/make_tiny_model.py --out runs/tools-model --steps 1000 --slip-skew 2 --call-rate 0.25
 exec "$PYTHON" -m pmpo_megatron.commands.train --config examples/tools/config.yaml "$@"

@@ -46,6 +46,7 @@ class TinyModelConfig:
     steps: int = 700
     tasks: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"arithmetic": (4, 5)})  # name -> levels
     slip_rate: float = 0.8  # of the worst fact
+    slip_skew: float = 0.0  # the smaller, the more facts are doubtful (`Memory.skew`); 0: each task's own
     call_rate: float = 0.0  # of steps that are asked of a calculator
     vocabulary: int = (
         0  # tokens that are learned from the tasks' texts; 0: one for each character, which arithmetic needs alone
@@ -132,7 +133,10 @@ def warm_start(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokeniz
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _height((step + 1) / max(config.steps, 1)))
     generator = np.random.default_rng(config.seed)
-    memories = {task: Memory(config.slip_rate, TASKS[task].skew, config.seed, config.call_rate) for task in config.tasks}
+    memories = {
+        task: Memory(config.slip_rate, config.slip_skew or TASKS[task].skew, config.seed, config.call_rate)
+        for task in config.tasks
+    }
     tasks, started = [*config.tasks], time.monotonic()
     for step in range(1, config.steps + 1):
         task = tasks[step % len(tasks)]
