@@ -2,7 +2,7 @@
 """Runs a study (variants x seeds, equal budgets) in resumable pieces, and makes one report of all that is finished.
 
 python tools/study.py examples/ablation/study.yaml --out runs/ablation
-python tools/study.py examples/stability/study.yaml --out runs/stability --only ess steps-16 --seeds 1   # a piece
+python tools/study.py examples/stability/study.yaml --out runs/stability --only ess lr-5 --seeds 1   # a piece
 python tools/study.py examples/ablation/study.yaml --out runs/ablation --report-only
 
 Killed anywhere, the same command goes on: finished runs are in OUT/results.csv and are not run again, one under way goes on
