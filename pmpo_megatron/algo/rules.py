@@ -54,8 +54,8 @@ class Rule(Section):
 class Ess(Rule):
     """The largest p in [p_min, 1] with ESS / length >= target + (1 - target) min(1, f / clip_reference)."""
 
-    ess_target: float = setting(0.95, "ESS that a trajectory without clipped tokens keeps", unit="of its length", above=0.0)
-    clip_reference: float = setting(0.05, "clip fraction from which p is least", above=0.0, maximum=1.0)
+    ess_target: float = setting(0.998, "ESS that a trajectory without clipped tokens keeps", unit="of its length", above=0.0)
+    clip_reference: float = setting(0.02, "clip fraction from which p is least", above=0.0, maximum=1.0)
     p_min: float = setting(0.0, "least p", minimum=0.0, maximum=1.0)
 
     def validate(self) -> None:

@@ -16,12 +16,12 @@ from pmpo_megatron.rewards.config import CodeConfig
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["data.problems=40", "batch.prompts_per_round=6", "batch.steps_per_round=2", "evaluation.max_problems=4"]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def run(*command, code=0):
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 

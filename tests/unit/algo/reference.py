@@ -81,8 +81,8 @@ def choose_p(x, f, config, progress):
         target = n1 + (1 - n1) * f
         p = 1.0 if flat or f == 0 else 0.0 if f == 1 else bisect(x, target)
         return p, target
-    keep = 0.95 if config.ess_target is None else config.ess_target
-    target = keep + (1 - keep) * min(1.0, f / (0.05 if config.clip_reference is None else config.clip_reference))
+    keep = 0.998 if config.ess_target is None else config.ess_target
+    target = keep + (1 - keep) * min(1.0, f / (0.02 if config.clip_reference is None else config.clip_reference))
     if flat or n1 >= target:
         return 1.0, target
     met_by_none = target >= 1 or ess_fraction(x, low) <= target  # n(p) = 1 at p = 0 alone, but for rounding
