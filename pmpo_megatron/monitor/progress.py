@@ -151,8 +151,8 @@ def step_cells(numbers: Numbers) -> list[tuple[str, str]]:
             cell(name[5:-5], name, "{:.3f}".format)
     if "objective/p_q05" in numbers:
         cells.append(("p 5/50/95%", "/".join(f"{numbers[f'objective/p_{q}']:.2f}" for q in ("q05", "q50", "q95"))))
-    cell("ESS", "objective/ess_fraction", "{:.3f}".format)
-    cell("target", "objective/ess_target", "{:.3f}".format)
+    cell("ESS", "objective/ess_fraction", "{:.4f}".format)
+    cell("target", "objective/ess_target", "{:.4f}".format)
     cell("clip", "objective/clip_fraction", "{:.1%}".format)
     cell("len", "rollout/length_mean", "{:.0f}".format)
     cell("|g|", "policy/grad_norm", "{:.3g}".format)

@@ -50,7 +50,7 @@ def test_line_shows_every_quantity_and_the_time_left(capsys):
     progress.show(3, NUMBERS)
     line = capsys.readouterr().out
     assert line == (
-        "round 3/10  reward 0.531  p 5/50/95% 0.31/0.90/1.00  ESS 0.912  target 0.950  clip 3.1%  len 43  |g| 0.522  "
+        "round 3/10  reward 0.531  p 5/50/95% 0.31/0.90/1.00  ESS 0.9120  target 0.9500  clip 3.1%  len 43  |g| 0.522  "
         "mismatch 1.3e-05  tok/s 12.3k  time 12.3s  (rollout 7.0s, train 4.2s)  ETA 3m30s\n"
     )
 
