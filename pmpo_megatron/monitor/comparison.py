@@ -22,6 +22,8 @@ from pmpo_megatron.monitor.page import page, picture_file
 from pmpo_megatron.monitor.study import COLLAPSE, GREEDY, OF_SOURCES, REWARD, SAMPLED, UPDATES, StudyConfig, Variant, of_source
 
 CONFIDENCE = 0.95
+SEEDS = 3  # in common, from which differences are tested
+ROUNDING = 1e-9  # of accuracies
 QUANTITIES = (
     ("final greedy accuracy", GREEDY, "last"),
     ("final sampled accuracy", SAMPLED, "last"),
@@ -77,16 +79,17 @@ def interval_of_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def compare(pairs: Sequence[tuple[str, dict[int, float], str, dict[int, float]]]) -> list[Verdict]:
     """Paired t-tests, Holm-corrected, of (name, value by seed, reference's name, its values) over the seeds of both.
 
-    A pair with fewer than two seeds in common has no verdict.
+    A pair with fewer than three seeds in common has no verdict, and one whose differences are equal does not differ: shares of
+    a hundred problems are coarse, so that few seeds may agree by chance, which Student's t would take for certainty.
     """
     verdicts = []
     for name, values, reference, base in pairs:
         seeds = sorted(values.keys() & base.keys())
-        if len(seeds) < 2:
+        if len(seeds) < SEEDS:
             continue
         difference = np.array([values[seed] - base[seed] for seed in seeds])
         mean, half = interval_of_mean(difference)
-        p_value = float(stats.ttest_1samp(difference, 0.0).pvalue) if np.ptp(difference) else float(mean == 0)
+        p_value = float(stats.ttest_1samp(difference, 0.0).pvalue) if np.ptp(difference) > ROUNDING else 1.0
         verdicts.append(Verdict(name, reference, len(seeds), float(mean), float(mean - half), float(mean + half), p_value))
     return _holm(verdicts)
 
@@ -136,7 +139,7 @@ def write_comparison(study: StudyConfig, variants: Sequence[Variant], out: Path)
 
 
 def verdict_sentences(study: StudyConfig, variants: Sequence[Variant]) -> list[str]:
-    """One sentence for every variant and quantity, also of each source, that at least two seeds say something about."""
+    """One sentence for every variant and quantity, also of each source, that at least three seeds say something about."""
     by_levels, sentences = {variant.levels: variant for variant in variants}, []
     of_sources = [
         (f"{name} in {s}", of_source(metric, s), reduce) for s in study.sources for name, metric, reduce in QUANTITIES
@@ -149,7 +152,7 @@ def verdict_sentences(study: StudyConfig, variants: Sequence[Variant]) -> list[s
                 values = (v.by_seed(metric, reduce) for v in (variant, reference))
                 pairs.append((variant.name, next(values), reference.name, next(values)))
         sentences += [verdict.sentence(quantity) for verdict in compare(pairs)]
-    return sentences or ["No variant shares two seeds with its reference: nothing can be said about differences."]
+    return sentences or ["No variant shares three seeds with its reference: nothing can be said about differences."]
 
 
 def summary(variants: Sequence[Variant]) -> str:
