@@ -10,6 +10,7 @@ from pmpo_megatron.errors import MappingError
 from pmpo_megatron.hf.mapping import WeightMapping, global_name, local_name
 from pmpo_megatron.hf.safetensors import SafetensorsReader, SafetensorsWriter, copy_side_files
 from pmpo_megatron.hf.shape import read_shape, shape_of
+from tests.weights import unshard
 
 SIZES = dict(
     vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -63,7 +64,7 @@ def test_merge_shard_unshard_split_is_the_identity(checkpoint, size):
     for entry in WeightMapping(read_shape(directory)).entries:
         tensors = [reader(name) for name in entry.hf]
         whole = entry.merge(tensors)
-        back = entry.split(entry.unshard([entry.shard(whole, rank, size) for rank in range(size)]))
+        back = entry.split(unshard(entry, [entry.shard(whole, rank, size) for rank in range(size)]))
         for name, before, after in zip(entry.hf, tensors, back, strict=True):
             assert torch.equal(before, after), name
 
