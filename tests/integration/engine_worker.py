@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save_file
 
 from pmpo_megatron.algo.objective import PRESETS
 from pmpo_megatron.bridge.buckets import title
@@ -19,7 +20,7 @@ from pmpo_megatron.bridge.media import SharedFile
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.data.packing import pack
 from pmpo_megatron.errors import RolloutError, WeightSyncError
-from pmpo_megatron.hf.safetensors import SafetensorsWriter, copy_side_files
+from pmpo_megatron.hf.safetensors import copy_side_files
 from pmpo_megatron.hf.tiny_model import make_tokenizer
 from pmpo_megatron.model.micro_batch import prepare
 from pmpo_megatron.model.optimizer import OptimizerConfig
@@ -104,10 +105,7 @@ def export(bridge: WeightBridge, path: str, target: Path) -> None:
     weights = whole_weights(bridge.policy)
     if bridge.policy.state.is_main:
         target.mkdir()
-        writer = SafetensorsWriter(target)
-        for name, tensor in weights.items():
-            writer.add(name, tensor)
-        writer.finish()
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
         copy_side_files(path, target)
 
 
