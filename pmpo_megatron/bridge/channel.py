@@ -68,12 +68,13 @@ class Sender:
 
     def begin(self) -> dict[str, Any]:
         """Begins an update; what the workers, and `end_early`, need to know of it."""
+        self._ended.set()
         self._update, self._next, self.sent_bytes = self._update + 1, 0, 0
         description = self._where | {"update": self._update, "workers": self.workers, "medium": self._medium_description}
         if isinstance(self.medium, Broadcast):
             self._ended = threading.Event()
-            watch = threading.Thread(target=self._abort_if_ended, args=(description, self._ended), daemon=True, name="lane")
-            watch.start()
+            watched = _key(self._update, "failed"), self._ended
+            threading.Thread(target=self._abort_if_given_up, args=watched, daemon=True, name="lane").start()
         return description
 
     def slot(self) -> torch.Tensor:
@@ -118,14 +119,12 @@ class Sender:
         self._ended.set()
         self.medium.close()
 
-    def _abort_if_ended(self, description: dict[str, Any], ended: threading.Event) -> None:
+    def _abort_if_given_up(self, failed: str, ended: threading.Event) -> None:
         """In a thread of its own: the other one may wait inside a broadcast for a worker that died."""
-        with suppress(dist.DistError):  # the store ends with its process
-            store = _join(description)
-            while not ended.is_set():
-                if _came(store, _key(description["update"], "failed")):
-                    self.medium.abort()
-                    return
+        while not ended.wait(STEP.total_seconds()):
+            if self._store.check([failed]):
+                self.medium.abort()
+                return
 
 
 class Receiver:
