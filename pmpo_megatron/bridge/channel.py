@@ -21,6 +21,7 @@ from pmpo_megatron.bridge.media import LOOPBACK, SLOTS, Broadcast, join_medium, 
 from pmpo_megatron.errors import WeightSyncError
 
 STEP = timedelta(seconds=1)
+LAST_WORD_S = 10.0  # how long one that may be gone is waited for
 GO = "go"
 GIVEN_UP = "the update was given up"  # in what everybody says but the one who gave it up
 
@@ -182,7 +183,7 @@ class Receiver:
 def end_early(description: dict[str, Any], reason: str) -> None:
     """Gives up the update that ``description`` began, from anywhere. A rank that is gone is told nothing."""
     with suppress(dist.DistError):
-        _give_up(_join(description, seconds=STEP.total_seconds()), description["update"], reason)
+        _give_up(_join(description, seconds=LAST_WORD_S), description["update"], reason)
 
 
 def _give_up(store: dist.Store, update: int, reason: str) -> None:

@@ -36,8 +36,8 @@ class PushReport:
     """What an update moved, and whether every tensor's fingerprint was compared.
 
     ``waited_s`` of ``seconds`` is what the slowest of the engine's workers waited for weights; the rest of the time it loaded
-    them, which no transport makes shorter. Of ``bytes``, each rank ``received`` some from others, to put tensors together,
-    and ``handed`` some to workers.
+    them, which no transport makes shorter. Each rank ``handed`` its share of ``bytes`` to workers and ``received``
+    some of that from other ranks before.
     """
 
     version: int
@@ -110,7 +110,7 @@ class WeightBridge:
             outcome = self._push_once(version, last=attempt == ATTEMPTS)
             if isinstance(outcome, PushReport):
                 return outcome
-            if not outcome.again or not self._revive():
+            if not outcome.again or not self._revive(outcome.error):
                 break
         raise WeightSyncError(outcome.error)
 
@@ -142,11 +142,11 @@ class WeightBridge:
             self._sender.finish()
         return outcome
 
-    def _revive(self) -> bool:
+    def _revive(self, error: str) -> bool:
         """Whether the engine, which failed, runs again."""
         revived = False
         if self.engine is not None:
-            logger.warning("the engine failed while it took weights; starting it again")
+            logger.warning("the engine failed while it took weights: %s; starting it again", error)
             try:
                 self.engine.revive()
                 revived = True
@@ -290,6 +290,7 @@ def _why_ended(call: Future) -> str | None:
 
 
 def _end_lanes(lanes: Descriptions, reason: str | None) -> None:
-    for description in lanes if reason is not None else ():
-        if description is not None:
-            end_early(description, reason)
+    descriptions = [description for description in lanes if description is not None]
+    if reason is not None and descriptions:
+        with ThreadPoolExecutor(max_workers=len(descriptions)) as threads:  # who is gone keeps its caller waiting
+            list(threads.map(lambda description: end_early(description, reason), descriptions))

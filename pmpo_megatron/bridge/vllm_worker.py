@@ -82,6 +82,9 @@ class WeightReceiver(RouteRecorder):
         self, manifest: dict[str, Any], assembly: Assembly, fingerprints: dict[str, int]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors: views of a bucket, whose memory is given back when all of them are used, or of pieces put together."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        loading = [get_layerwise_info(module) for module in self.model_runner.model.modules()]
         first = self._pmpo_join(manifest["channel"])
         for turn in manifest["turns"]:
             start = first % len(turn)  # not all workers read from the same GPU at once
@@ -93,7 +96,7 @@ class WeightReceiver(RouteRecorder):
                     fingerprints[title(piece)] = fingerprint(rows, manifest["verify"])
                     for name, tensor in assembly.add(piece, rows):
                         yield name, round_matrix(tensor, manifest["rounding"])
-                keep_what_waits(self.model_runner.model, memory)
+                keep_what_waits(loading, memory)
                 self.pmpo_lanes[lane].taken()
 
     def _pmpo_join(self, channel: dict[str, Any]) -> int:
@@ -109,16 +112,14 @@ class WeightReceiver(RouteRecorder):
         return [self.pmpo_lanes[lane].begin(each["update"]) for lane, each in described.items()][0]
 
 
-def keep_what_waits(model: torch.nn.Module, memory: torch.Tensor) -> None:
+def keep_what_waits(loading: list[Any], memory: torch.Tensor) -> None:
     """Copies what vLLM has been given in ``memory`` and not yet loaded, because the bucket's memory is used again.
 
     vLLM 0.32 (reload/layerwise.py) holds on to tensors until all of a module have come; of modules with padding, until the end.
+    What it says of every module is ``loading``.
     """
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
     place = memory.untyped_storage().data_ptr()
-    calls = [call for module in model.modules() for _, call in get_layerwise_info(module).loaded_weights]
-    for call in calls:
+    for call in (call for info in loading for _, call in info.loaded_weights):
         for name, value in call.arguments.items():
             if not isinstance(value, torch.Tensor) or value.is_meta:
                 continue
