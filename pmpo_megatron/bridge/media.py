@@ -1,4 +1,4 @@
-"""What carries a bucket's bytes from rank 0 to the rollout workers: memory that both see, or a broadcast.
+"""What carries a bucket's bytes from a rank to rollout workers: memory that both see, or a broadcast.
 
 Each medium has two slots, so that one bucket is filled while the one before it is read. `channel` decides who may touch
 which slot when; here bytes only move. The sender's half is made by `open_medium`, a worker's by `join_medium`.
@@ -58,40 +58,22 @@ def open_medium(
     directory: str | None,
     loopback: bool,
 ) -> Medium:
-    """Rank 0's end. ``kind`` "a+b": b to ``workers`` on other nodes, from the memory that those on this host see by a.
+    """A rank's end.
 
     Raises:
         OSError: there is no room for the slots.
     """
-
-    def shared(which: str) -> SharedFile | SharedGpuMemory:
-        return (
-            SharedFile.create(slot_bytes, directory) if which == "shared_memory" else SharedGpuMemory.create(slot_bytes, device)
-        )
-
-    if kind in ("shared_memory", "cuda_ipc"):
-        return shared(kind)
-    here, _, there = kind.rpartition("+")
-    near = shared(here) if here else None
-    broadcast = Broadcast(
-        there,
-        slot_bytes=slot_bytes,
-        rank=0,
-        size=workers + 1,
-        store=store,
-        device=device,
-        timeout_s=timeout_s,
-        loopback=loopback,
-        memory=near.memory if near is not None else None,
-    )
-    return HereAndThere(near, broadcast) if near is not None else broadcast
+    if kind == "shared_memory":
+        return SharedFile.create(slot_bytes, directory)
+    if kind == "cuda_ipc":
+        return SharedGpuMemory.create(slot_bytes, device)
+    settings = dict(slot_bytes=slot_bytes, size=workers + 1, timeout_s=timeout_s, loopback=loopback)
+    return Broadcast(kind, rank=0, store=store, device=device, **settings)
 
 
-def join_medium(description: dict[str, Any], *, store: dist.Store, device: torch.device, elsewhere: bool) -> Medium:
-    """A worker's end; ``elsewhere``: not on rank 0's node."""
+def join_medium(description: dict[str, Any], *, store: dist.Store, device: torch.device) -> Medium:
+    """A worker's end."""
     kind, values = description["kind"], {key: value for key, value in description.items() if key != "kind"}
-    if kind == "here and there":
-        return join_medium(values["there" if elsewhere else "here"], store=store, device=device, elsewhere=elsewhere)
     if kind == "shared_memory":
         return SharedFile(**values)
     if kind == "cuda_ipc":
@@ -151,7 +133,7 @@ class SharedFile(_Slots):
 
 
 class SharedGpuMemory(_Slots):
-    """Memory of rank 0's GPU, opened by the workers through CUDA IPC; over NVLink where their GPU is another one."""
+    """Memory of a rank's GPU, opened by the workers through CUDA IPC; over NVLink where their GPU is another one."""
 
     def __init__(self, memory: torch.Tensor, slot_bytes: int) -> None:
         self.memory, self.slot_bytes = memory, slot_bytes
@@ -182,7 +164,7 @@ class SharedGpuMemory(_Slots):
 
 
 class Broadcast(_Slots):
-    """A process group of rank 0 and all workers, apart from the trainer's and the engine's own: NCCL, or gloo on CPU."""
+    """A process group of a rank, its rank 0, and all workers, apart from the trainer's and the engine's own. NCCL or gloo."""
 
     def __init__(
         self,
@@ -195,12 +177,11 @@ class Broadcast(_Slots):
         device: torch.device,
         timeout_s: float,
         loopback: bool,
-        memory: torch.Tensor | None = None,
     ) -> None:
         self.kind, self.slot_bytes, self.rank = kind, slot_bytes, rank
         self.settings: dict[str, Any] = {"slot_bytes": slot_bytes, "size": size, "timeout_s": timeout_s, "loopback": loopback}
         where = device if kind == "nccl" else torch.device("cpu")
-        self.memory = memory if memory is not None else torch.empty(SLOTS * slot_bytes, dtype=torch.uint8, device=where)
+        self.memory = torch.empty(SLOTS * slot_bytes, dtype=torch.uint8, device=where)
         self._store = dist.PrefixStore("broadcast", store)
         self._group: Any = None
         self._works: dict[int, Any] = {}
@@ -258,34 +239,6 @@ class Broadcast(_Slots):
         options = gloo._Options()
         options._timeout, options._devices = timeout, [gloo.create_device(hostname=LOOPBACK)]
         return gloo(self._store, rank, size, options)
-
-
-class HereAndThere:
-    """Rank 0's end for workers on its host and on others: a broadcast from the memory that those on the host see."""
-
-    def __init__(self, here: SharedFile | SharedGpuMemory, there: Broadcast) -> None:
-        self._here, self._there = here, there
-
-    def connect(self) -> None:
-        self._here.connect()
-        self._there.connect()
-
-    def slot(self, number: int) -> torch.Tensor:
-        return self._there.slot(number)  # the same memory, once the broadcast of the bucket before has left it
-
-    def move(self, number: int, size: int) -> None:
-        self._here.move(number, size)
-        self._there.move(number, size)
-
-    def abort(self) -> None:
-        self._there.abort()
-
-    def description(self) -> dict[str, Any]:
-        return {"kind": "here and there", "here": self._here.description(), "there": self._there.description()}
-
-    def close(self) -> None:
-        self._there.close()
-        self._here.close()
 
 
 @contextlib.contextmanager

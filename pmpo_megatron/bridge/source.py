@@ -1,93 +1,99 @@
-"""Megatron's shards as a stream of whole Hugging Face tensors on rank 0, one parameter in memory at a time."""
+"""Pieces of Megatron's shards on the ranks that hand them to workers, one piece in memory at a time.
+
+Such a rank has most of what it hands over. The rest takes at most three steps, each inside one of the trainer's own groups and
+for every copy of the model at once: from the pipeline stage that owns it to the same place in other stages; of an expert, from
+the expert-parallel rank that holds it; and between tensor-parallel ranks, if a group reaches over nodes. So no link carries
+more with more nodes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 
-from pmpo_megatron.hf.entries import Entry
+from pmpo_megatron.bridge.buckets import Piece, title
 from pmpo_megatron.hf.mapping import local_name
 from pmpo_megatron.model.policy import Policy
-from pmpo_megatron.parallel.collectives import gather_objects, gather_tensor
+from pmpo_megatron.parallel.collectives import gather_objects
 from pmpo_megatron.parallel.liveness import naming_ranks
 
 CPU = torch.device("cpu")
 
 
 class WeightSource:
-    """Streams a policy's weights. Collective: every rank iterates, in step.
-
-    Each parameter is gathered over its tensor-parallel group on the pipeline stage that owns it, by the first data- and
-    context-parallel replica, and sent to rank 0. An expert is gathered over its expert-tensor-parallel group, by the first of
-    the ranks with copies of it, wherever it lies.
+    """Streams a policy's weights.
 
     Args:
-        device: of the tensors on rank 0: the policy's own, or the CPU.
-        rounding: of matrices, see `round_matrix`.
+        device: of the tensors that come out: the policy's own, or the CPU.
+
+    Attributes:
+        received_bytes: that other ranks sent to this one, so far.
     """
 
-    def __init__(self, policy: Policy, device: torch.device = CPU, rounding: str = "none") -> None:
-        self.policy, self.state, self.device, self.rounding = policy, policy.state, device, rounding
-        self.parameters = {local_name(name): parameter for name, parameter in policy.named_parameters()}
-        entries = policy.mapping.entries
-        piece = {expert: self.state.tensor_piece(expert=expert)[0] for expert in (False, True)}
-        mine = {entry.megatron for entry in entries if self._gathers(entry) and piece[entry.expert is not None] == 0}
-        ranks = gather_objects(mine, self.state)
-        # The global rank that holds tensor-parallel piece 0 of each parameter, in the first replica.
-        self.owner = {e.megatron: next(r for r, names in enumerate(ranks) if e.megatron in names) for e in entries}
+    def __init__(self, policy: Policy, device: torch.device = CPU) -> None:
+        self.state, self.device, self.received_bytes = policy.state, device, 0
+        self.entries = {entry.megatron: entry for entry in policy.mapping.entries}
+        self.parameters = {local_name(name): parameter.detach() for name, parameter in policy.named_parameters()}
+        state = self.state
+        self._groups = {"pp": state.pp_group, "ep": state.ep_group, "tp": state.tp_group, "etp": state.etp_group}
+        mine = {axis: dist.get_process_group_ranks(group) for axis, group in self._groups.items()}
+        known = gather_objects((mine, list(self.parameters)), state)
+        self._members = {axis: [members[axis] for members, _ in known] for axis in self._groups}  # of each rank's group
+        self._owner = {name: rank for rank in reversed(range(len(known))) for name in known[rank][1]}  # the first one
 
     @property
     def dtype(self) -> torch.dtype:
         return next(iter(self.parameters.values())).dtype
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor on ``device``) on rank 0; nothing on other ranks, which take part until the end all the same."""
-        for entry in self.policy.mapping.entries:
-            owner = self.owner[entry.megatron]
-            whole = None
-            if self._gathers(entry):
-                shard = self.parameters[entry.megatron].detach()
-                group = self.state.tp_group if entry.expert is None else self.state.etp_group
-                pieces = [shard] if entry.tensor_parallel_dim is None else gather_tensor(shard, group)
-                if self.state.rank == owner:
-                    whole = entry.unshard(pieces).to(self.device)
-            if owner != 0:
-                whole = self._send_to_main(entry, whole, owner)
-            if self.state.rank == 0 and whole is not None:
-                tensors = (round_matrix(tensor, self.rounding) for tensor in entry.split(whole))
-                yield from zip(entry.hf, tensors, strict=True)
+    def stream(self, pieces: Iterable[tuple[Collection[int], Piece]]) -> Iterator[torch.Tensor]:
+        """Each of ``pieces`` on ``device``, on the ranks that take it. Collective: every rank iterates, in step."""
+        for takers, piece in pieces:
+            rows = self._bring(piece, set(takers))
+            if self.state.rank in takers:
+                assert rows is not None, f"{title(piece)} did not come to rank {self.state.rank}"
+                yield rows.to(self.device)
 
-    def _gathers(self, entry: Entry) -> bool:
-        """Whether this rank is one of those that put ``entry`` together: it holds a piece of it, in the first replica."""
-        first = self.state.dp_rank == self.state.cp_rank == 0 if entry.expert is None else self.state.edp_rank == 0
-        return first and entry.megatron in self.parameters
+    def _bring(self, piece: Piece, need: set[int]) -> torch.Tensor | None:
+        """The rows of ``piece`` where this rank is in ``need``, or passes them on."""
+        owner, expert = self._owner[piece["name"]], self.entries[piece["name"]].expert is not None
+        places = {axis: self._members[axis][owner].index(owner) for axis in (("pp", "ep") if expert else ("pp",))}
+        if piece["shards"] > 1:
+            places["etp" if expert else "tp"] = piece["shard"]
+        steps = []
+        for axis, place in reversed(places.items()):  # the last step first: who needs what before it
+            steps.append((axis, place, need))
+            need = {self._members[axis][rank][place] for rank in need}
+        rows = None
+        if self.state.rank in need:
+            rows = self.parameters[piece["name"]][piece["start"] : piece["start"] + piece["shape"][0]]
+        for axis, place, need in reversed(steps):
+            rows = self._pass_on(piece, rows, axis, place, need)
+        return rows
 
-    def _send_to_main(self, entry: Entry, whole: torch.Tensor | None, owner: int) -> torch.Tensor | None:
-        """What rank 0 gets of ``owner``, which holds ``whole``; on other ranks what they were given."""
-        group = self.state.control_group if self.device.type == "cpu" else self.state.world_group
-        with naming_ranks(f"sending {entry.megatron} to rank 0"):
-            if whole is not None:
-                dist.send(whole.contiguous(), 0, group=group)
-            elif self.state.rank == 0:
-                whole = torch.empty(entry.full_shape, dtype=self.dtype, device=self.device)
-                dist.recv(whole, owner, group=group)
-        return whole
-
-
-def round_matrix(tensor: torch.Tensor, rounding: str) -> torch.Tensor:
-    """``tensor`` in its own type with values that ``rounding`` (none, bf16, fp8) can hold; vectors stay as they are.
-
-    fp8 is e4m3, its largest value, 448, at the tensor's largest.
-    """
-    if rounding == "none" or tensor.dim() < 2:
-        return tensor
-    if rounding == "bf16":
-        return tensor.bfloat16().to(tensor.dtype)
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    scale = (tensor.abs().amax().float() / largest).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((tensor.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(tensor.dtype)
+    def _pass_on(
+        self, piece: Piece, rows: torch.Tensor | None, axis: str, place: int, need: Collection[int]
+    ) -> torch.Tensor | None:
+        """``rows`` of the rank at ``place`` in each group of ``axis``, for the group's ranks that ``need`` them."""
+        members, group = self._members[axis][self.state.rank], self._groups[axis]
+        source = members[place]
+        wanting = [rank for rank in members if rank in need and rank != source]
+        if not wanting or self.state.rank not in (source, *wanting):
+            return rows
+        if self.state.rank != source:
+            rows = torch.empty(piece["shape"], dtype=self.dtype, device=self.state.device)
+            self.received_bytes += rows.nbytes
+        assert rows is not None, f"{title(piece)} is not on rank {source}"
+        with naming_ranks(f"bringing {piece['name']}"):
+            if len(wanting) == len(members) - 1:
+                dist.broadcast(rows.contiguous(), source, group=group)
+            elif self.state.rank != source:
+                dist.recv(rows, source, group=group)
+            else:
+                for rank in wanting:
+                    dist.send(rows.contiguous(), rank, group=group)
+        return rows
 
 
 def give_back_cache(device: torch.device) -> None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from pmpo_megatron.bridge.buckets import Piece, bucket_bytes, covered, pieces_in, whole_tensors
+from pmpo_megatron.bridge.buckets import Assembly, bucket_bytes, check_complete, pieces_in, title
 from pmpo_megatron.bridge.channel import Receiver
 from pmpo_megatron.bridge.fingerprint import fingerprint
-from pmpo_megatron.rollout.vllm_child import ELSEWHERE
+from pmpo_megatron.bridge.rounding import round_matrix
+from pmpo_megatron.hf.mapping import WeightMapping
+from pmpo_megatron.hf.shape import read_shape
+from pmpo_megatron.rollout.vllm_child import NODE
 from pmpo_megatron.rollout.vllm_routes import RouteRecorder
 
 
@@ -27,121 +31,100 @@ class WeightReceiver(RouteRecorder):
     model_config: Any
     vllm_config: Any
     device: torch.device
-    pmpo_receiver: Receiver | None = None
+    pmpo_channel: str | None = None  # the trainer's name for `pmpo_lanes`
+    pmpo_lanes: Mapping[int, Receiver] = MappingProxyType({})
 
     def pmpo_describe(self) -> dict[str, Any]:
         """What the other side has to know before it relies on this worker."""
         return {
             "version": getattr(self, "pmpo_version", 0),
-            "elsewhere": ELSEWHERE in os.environ,
-            "channel": self.pmpo_receiver.identity if self.pmpo_receiver is not None else None,
+            "node": os.environ.get(NODE, "0"),
+            "channel": self.pmpo_channel,
             "logprobs_mode": self.model_config.logprobs_mode,
         }
 
     def pmpo_receive_weights(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Loads the tensors of ``manifest`` into the model; returns fingerprints and how long it waited for buckets, or what
-        is wrong.
+        """Loads the pieces of ``manifest`` into the model; returns their fingerprints and how long it waited for buckets, or
+        what is wrong.
 
-        Nothing is touched unless names, shapes and count are those of the whole model. After a failure in the middle
-        the model holds a mixture, and its version is -1.
+        Nothing is touched unless they are the whole model. After a failure in the middle the model holds a mixture, and its
+        version is -1.
         """
-        problem = check_manifest(manifest)
+        entries = WeightMapping(read_shape(self.model_config.model)).entries
+        problem = check_complete(entries, [bucket for turn in manifest["turns"] for _, bucket in turn])
         if problem:
             return {"problem": problem, "fingerprints": {}, "waited_s": 0.0}
-        fingerprints: dict[str, int] = {}
-        self.pmpo_version, self.pmpo_waited_s = -1, 0.0
+        self.pmpo_version, self.pmpo_waited_s, fingerprints = -1, 0.0, {}
         try:
-            self._pmpo_reload(manifest, fingerprints)
+            self._pmpo_reload(self._pmpo_receive(manifest, Assembly(entries), fingerprints))
             self.pmpo_version = manifest["version"]
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-            if manifest["channel"] is not None and self.pmpo_receiver is not None:
-                self.pmpo_receiver.fail()
-        waited = self.pmpo_waited_s
-        return {"problem": problem, "fingerprints": fingerprints, "waited_s": waited}
+            for lane in self.pmpo_lanes.values():
+                lane.fail(problem)
+        return {"problem": problem, "fingerprints": fingerprints, "waited_s": self.pmpo_waited_s}
 
-    def _pmpo_reload(self, manifest: dict[str, Any], fingerprints: dict[str, int]) -> None:
+    def _pmpo_reload(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         model = self.model_runner.model
-        in_files = manifest["channel"] is None
-        tensors = read_files(manifest["files"]) if in_files else whole_tensors(self._pmpo_receive(manifest))
         with set_current_vllm_config(self.vllm_config):  # as vLLM's worker does around a load: kernels are chosen by it
             _forget_packed_experts(model)
             initialize_layerwise_reload(model)
             try:
-                model.load_weights(_noting(tensors, fingerprints, manifest["verify"]))
+                model.load_weights(tensors)
             finally:
                 finalize_layerwise_reload(model, self.model_config)
             _pack_output_layer(model)
 
-    def _pmpo_receive(self, manifest: dict[str, Any]) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """Everything in ``manifest``: views of a bucket, whose memory is given back when all of them are used."""
-        channel = manifest["channel"]
-        if self.pmpo_receiver is None or self.pmpo_receiver.identity != channel["identity"]:
-            if self.pmpo_receiver is not None:
-                self.pmpo_receiver.close()
-            self.pmpo_receiver = Receiver(channel, self.device, elsewhere=ELSEWHERE in os.environ)
-        self.pmpo_receiver.begin(channel["update"])
-        for number, bucket in enumerate(manifest["buckets"]):
-            began = time.monotonic()
-            memory = self.pmpo_receiver.receive(number, bucket_bytes(bucket))
-            self.pmpo_waited_s += time.monotonic() - began
-            yield from pieces_in(bucket, memory)
-            keep_what_waits(self.model_runner.model, memory)
-            self.pmpo_receiver.taken(number)
+    def _pmpo_receive(
+        self, manifest: dict[str, Any], assembly: Assembly, fingerprints: dict[str, int]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole tensors: views of a bucket, whose memory is given back when all of them are used, or of pieces put together."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        loading = [get_layerwise_info(module) for module in self.model_runner.model.modules()]
+        first = self._pmpo_join(manifest["channel"])
+        for turn in manifest["turns"]:
+            start = first % len(turn)  # not all workers read from the same GPU at once
+            for lane, bucket in turn[start:] + turn[:start]:
+                began = time.monotonic()
+                memory = self.pmpo_lanes[lane].receive(bucket_bytes(bucket))
+                self.pmpo_waited_s += time.monotonic() - began
+                for piece, rows in pieces_in(bucket, memory):
+                    fingerprints[title(piece)] = fingerprint(rows, manifest["verify"])
+                    for name, tensor in assembly.add(piece, rows):
+                        yield name, round_matrix(tensor, manifest["rounding"])
+                keep_what_waits(loading, memory)
+                self.pmpo_lanes[lane].taken()
+
+    def _pmpo_join(self, channel: dict[str, Any]) -> int:
+        """Joins the lanes that lead to this worker's node; `Receiver.begin` of the first."""
+        described = {lane: each for lane, each in enumerate(channel["lanes"][os.environ.get(NODE, "0")]) if each is not None}
+        if self.pmpo_channel != channel["name"]:
+            for lane in self.pmpo_lanes.values():
+                lane.close()
+            lanes: dict[int, Receiver] = {}
+            self.pmpo_lanes, self.pmpo_channel = lanes, channel["name"]
+            for lane, each in described.items():
+                lanes[lane] = Receiver(each, self.device)
+        return [self.pmpo_lanes[lane].begin(each["update"]) for lane, each in described.items()][0]
 
 
-def check_manifest(manifest: dict[str, Any]) -> str | None:
-    """What is missing, extra or misshapen in ``manifest``, against the model's own list of tensors."""
-    expected = {name: tuple(shape) for name, shape in manifest["expected"].items()}
-    given, incomplete = covered(manifest["buckets"])
-    if missing := sorted(expected.keys() - given.keys()):
-        return f"missing: {', '.join(missing[:4])}"
-    if extra := sorted(given.keys() - expected.keys()):
-        return f"not in the model: {', '.join(extra[:4])}"
-    if incomplete:
-        return f"not every row comes once: {', '.join(incomplete[:4])}"
-    for name, shape in given.items():
-        if shape != expected[name]:
-            return f"{name}: shape {shape} instead of {expected[name]}"
-    return None
-
-
-def read_files(paths: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor) of everything in safetensors files."""
-    from safetensors import safe_open
-
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-
-
-def keep_what_waits(model: torch.nn.Module, memory: torch.Tensor) -> None:
+def keep_what_waits(loading: list[Any], memory: torch.Tensor) -> None:
     """Copies what vLLM has been given in ``memory`` and not yet loaded, because the bucket's memory is used again.
 
     vLLM 0.32 (reload/layerwise.py) holds on to tensors until all of a module have come; of modules with padding, until the end.
+    What it says of every module is ``loading``.
     """
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
     place = memory.untyped_storage().data_ptr()
-    calls = [call for module in model.modules() for _, call in get_layerwise_info(module).loaded_weights]
-    for call in calls:
+    for call in (call for info in loading for _, call in info.loaded_weights):
         for name, value in call.arguments.items():
             if not isinstance(value, torch.Tensor) or value.is_meta:
                 continue
             if value.untyped_storage().data_ptr() == place:
                 call.arguments[name] = value.clone()
-
-
-def _noting(
-    tensors: Iterator[tuple[str, torch.Tensor]], fingerprints: dict[str, int], mode: str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors:
-        fingerprints[name] = fingerprint(tensor, mode)
-        yield name, tensor
 
 
 def _forget_packed_experts(model: Any) -> None:

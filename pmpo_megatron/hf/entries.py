@@ -46,10 +46,15 @@ class Entry:
         """The tensors named by ``hf`` from the whole Megatron parameter; the inverse of `merge`."""
         return list(parameter.split([shape[0] for shape in self.hf_shapes])) if len(self.hf) > 1 else [parameter]
 
-    def shard(self, parameter: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        """What tensor-parallel ``rank`` of ``size`` holds of the whole parameter."""
+    def shard_shape(self, size: int) -> tuple[int, ...]:
+        """Shape of what each of ``size`` tensor-parallel ranks holds."""
+        shape, dim = self.full_shape, self.tensor_parallel_dim
+        return shape if dim is None else (*shape[:dim], shape[dim] // size, *shape[dim + 1 :])
+
+    def views(self, parameter: torch.Tensor, rank: int, size: int) -> list[torch.Tensor]:
+        """What tensor-parallel ``rank`` of ``size`` holds of the whole parameter: one after another they are its shard."""
         if size == 1 or self.tensor_parallel_dim is None:
-            return parameter
+            return [parameter]
         dim = self.tensor_parallel_dim
         pieces = []
         for part in parameter.chunk(self.parts) if self.parts > 1 else [parameter]:
@@ -58,16 +63,12 @@ class Entry:
                     f"{self.megatron}: {part.shape[dim]} rows or columns do not divide by tensor parallel {size}"
                 )
             pieces.append(part.chunk(size, dim)[rank])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return pieces
 
-    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The whole parameter from every tensor-parallel rank's shard, in rank order; the inverse of `shard`."""
-        if len(shards) == 1 or self.tensor_parallel_dim is None:
-            return shards[0]
-        if self.parts == 1:
-            return torch.cat(list(shards), self.tensor_parallel_dim)
-        chunks = [shard.chunk(self.parts) for shard in shards]
-        return torch.cat([torch.cat([c[part] for c in chunks], self.tensor_parallel_dim) for part in range(self.parts)])
+    def shard(self, parameter: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        """What tensor-parallel ``rank`` of ``size`` holds of the whole parameter."""
+        views = self.views(parameter, rank, size)
+        return views[0] if len(views) == 1 else torch.cat(views)
 
     def _check_shapes(self, tensors: Sequence[torch.Tensor]) -> None:
         for name, shape, tensor in zip(self.hf, self.hf_shapes, tensors, strict=True):

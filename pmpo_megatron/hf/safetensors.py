@@ -1,4 +1,4 @@
-"""Streaming Hugging Face checkpoints: one tensor in memory at a time when reading, one shard when writing."""
+"""Reading Hugging Face checkpoints, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from pmpo_megatron.errors import MappingError
 
@@ -105,53 +104,6 @@ class SafetensorsReader:
         pickles = sorted(path.name for path in self.directory.glob("*.bin"))
         hint = f"; {', '.join(pickles)} are pickle files, which are not read by default" if pickles else ""
         raise MappingError(f"{self.directory}: holds neither {SINGLE} nor {INDEX}{hint}")
-
-
-class SafetensorsWriter:
-    """Writes a sharded checkpoint: tensors are collected until a shard is full, so memory stays at one shard.
-
-    Args:
-        directory: exists already.
-        shard_bytes: a file is written when its tensors reach this size.
-    """
-
-    def __init__(self, directory: str | Path, *, shard_bytes: int = 2 << 30) -> None:
-        self.directory, self.shard_bytes = Path(directory), shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = self._total_bytes = 0
-        self._shards: list[list[str]] = []
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes ``tensor`` (copied if it is a view, because a file holds only whole tensors)."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        self._pending_bytes += size
-        self._total_bytes += size
-
-    def finish(self) -> None:
-        """Writes the last shard, gives the files their final names, and writes the index where there are several."""
-        self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, 1):
-            final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.directory / _part(number)).rename(self.directory / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            (self.directory / INDEX).write_text(json.dumps(index, indent=2))
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._shards.append(list(self._pending))
-            save_file(self._pending, self.directory / _part(len(self._shards)), metadata={"format": "pt"})
-            self._pending, self._pending_bytes = {}, 0
-
-
-def _part(number: int) -> str:
-    return f"part-{number:05d}.safetensors"
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> None:

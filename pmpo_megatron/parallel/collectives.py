@@ -75,16 +75,6 @@ def gather_objects(value: Any, state: ParallelState) -> list[Any]:
     return results
 
 
-def gather_tensor(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """Every rank's ``shard`` (equal shapes) in the group's rank order. No gradient."""
-    if group.size() == 1:
-        return [shard]
-    results = [torch.empty_like(shard) for _ in range(group.size())]
-    with naming_ranks("a gather of shards"):
-        dist.all_gather(results, shard.contiguous(), group=group)
-    return results
-
-
 def barrier(state: ParallelState, what: str) -> None:
     """Waits until every rank has come to ``what``.
 

@@ -90,8 +90,7 @@ class ParallelConfig(Section):
 class ParallelState:
     """Who this process is. Ranks order as tensor, context, data, pipeline: tensor neighbours have adjacent ranks.
 
-    For experts the same ranks of a pipeline stage order as expert-tensor, expert, expert-data; ``edp_rank`` counts the copies
-    of an expert.
+    For experts the same ranks of a pipeline stage order as expert-tensor, expert, expert-data.
 
     ``control_group`` spans all ranks on CPU tensors (gloo), whatever the device; ``world_group`` uses the device.
     """
@@ -113,11 +112,12 @@ class ParallelState:
     ep_rank: int
     etp_size: int
     etp_rank: int
-    edp_rank: int
     tp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
     etp_group: dist.ProcessGroup
     world_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
@@ -242,7 +242,6 @@ def _read_state(
     cp = ps.get_context_parallel_group()
     dp, dp_cp = ps.get_data_parallel_group(), ps.get_data_parallel_group(with_context_parallel=True)
     ep, etp = ps.get_expert_model_parallel_group(), ps.get_expert_tensor_parallel_group()
-    edp = ps.get_expert_data_parallel_group()
     return ParallelState(
         config=config,
         rank=rank,
@@ -261,11 +260,12 @@ def _read_state(
         ep_rank=ep.rank(),
         etp_size=etp.size(),
         etp_rank=etp.rank(),
-        edp_rank=edp.rank(),
         tp_group=tp,
         cp_group=cp,
         dp_group=dp,
         dp_cp_group=dp_cp,
+        pp_group=pp,
+        ep_group=ep,
         etp_group=etp,
         world_group=_world_group(),
         control_group=control_group,

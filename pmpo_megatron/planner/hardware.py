@@ -35,7 +35,7 @@ class Hardware:
     decode_memory_efficiency: float = 0.6  # share of the memory's rate that decoding reaches
     decode_overhead_s: float = 0.004  # of each decoding step: scheduling and sampling
     link_efficiency: float = 0.75
-    host_bytes_per_s: float = 1.5e9  # weights into vLLM: measured through shared memory on CPU; CUDA IPC is not measured yet
+    bucket_s: float = 1e-3  # of a bucket of weights: what both ends say of it; measured on a busy CPU
 
     def link(self, span: int) -> float:
         """Bytes per second and GPU between neighbours in a group that reaches over ``span`` consecutive ranks."""

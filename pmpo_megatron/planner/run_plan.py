@@ -20,10 +20,11 @@ from pmpo_megatron.planner.engine import (
 )
 from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.memory import GpuMemory, kinds_of_gpu
-from pmpo_megatron.planner.parameters import spread_parameters, state_bytes, total_parameters
+from pmpo_megatron.planner.parameters import spread_parameters, state_bytes
 from pmpo_megatron.planner.records import Load, Plan, RoundTime
 from pmpo_megatron.planner.timing import StepTime, TrainingCost
 from pmpo_megatron.planner.verdict import find_notes, find_problems
+from pmpo_megatron.planner.weights import weights_seconds
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import GIB, ITEM_SIZE, resolve_dtype
 
@@ -67,7 +68,7 @@ def plan(
         checkpoint=checkpoint,
         generation=generation,
         step=step,
-        round=_round_time(config, shape, hardware, step, generation),
+        round=_round_time(config, world_size, shape, hardware, step, generation),
         problems=tuple(find_problems(config, shape, engine, gpus, checkpoint)),
         notes=tuple(find_notes(config, load, hardware, world_size, data_parallel)),
     )
@@ -174,16 +175,21 @@ def _generation(
 
 
 def _round_time(
-    config: RunConfig, shape: ModelShape, hardware: Hardware, step: StepTime, generation: GenerationTime | None
+    config: RunConfig,
+    world_size: int,
+    shape: ModelShape,
+    hardware: Hardware,
+    step: StepTime,
+    generation: GenerationTime | None,
 ) -> RoundTime:
-    """Weights go from rank 0 into vLLM; those of other pipeline stages are sent to rank 0 first."""
-    bytes_moved = 2 * total_parameters(shape) * (2 - 1 / config.parallel.pipeline)
+    common = config.parallel, config.rollout, config.bridge, hardware
+    weights = weights_seconds(shape, *common, world_size=world_size) if config.rollout.engine == "vllm" else 0.0
     passes = 2 if config.objective.kl_coefficient else 1
     steps = config.batch.steps_per_round
     return RoundTime(
         rollouts=generation.seconds if generation is not None else 0.0,
         scoring=passes * steps * step.scoring,
         steps=steps * step.seconds,
-        weights=bytes_moved / hardware.host_bytes_per_s if config.rollout.beside_trainer else 0.0,
+        weights=weights,
         overlapped=config.round.mode != "synchronous",
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.parallel.processes import address_toward, temporary_directory
 from pmpo_megatron.rollout.remote_process import NodeAddress
-from pmpo_megatron.rollout.vllm_child import ELSEWHERE
+from pmpo_megatron.rollout.vllm_child import NODE, OWN_NODE
 from pmpo_megatron.rollout.vllm_process import LocalProcess
 
 logger = logging.getLogger(__name__)
@@ -38,17 +38,26 @@ class NodeAgent:
         port: 0: any that is free.
         key: None: a new one.
         logs: a directory for what its vLLMs write, with this host's name; None: not kept.
+        node: which of the trainer's nodes this is, as its vLLMs say when weights come; `OWN_NODE`: none of them.
 
     Raises:
         OSError: nothing can listen there.
     """
 
-    def __init__(self, host: str | None = None, port: int = 0, key: bytes | None = None, *, logs: Path | None = None) -> None:
+    def __init__(
+        self,
+        host: str | None = None,
+        port: int = 0,
+        key: bytes | None = None,
+        *,
+        logs: Path | None = None,
+        node: str = OWN_NODE,
+    ) -> None:
         host = address_toward(os.environ.get("MASTER_ADDR", "127.0.0.1")) if host is None else host
         self._listener = socket.create_server((host, port), backlog=64)
         host, port = self._listener.getsockname()
         self.address = NodeAddress(host, port, secrets.token_bytes(32) if key is None else key)
-        self._parts = ExitStack()
+        self._node, self._parts = node, ExitStack()
         self._logs = logs or Path(self._parts.enter_context(temporary_directory("pmpo-vllm-")))
         self._logs.mkdir(parents=True, exist_ok=True)
         self._joined: list[_Joined] = []
@@ -75,7 +84,7 @@ class NodeAgent:
             if len(strangers) >= MOST_STRANGERS:
                 strangers[0].end()
             log_path = self._logs / f"{socket.gethostname()}-engine-{number}.log"
-            self._joined.append(_Joined(caller, self.address.key, log_path))
+            self._joined.append(_Joined(caller, self.address.key, log_path, self._node))
 
     def _callers(self) -> Iterator[socket.socket]:
         while True:
@@ -92,8 +101,8 @@ class NodeAgent:
 class _Joined:
     """One connection and, if it is rank 0's, the vLLM behind it."""
 
-    def __init__(self, caller: socket.socket, key: bytes, log_path: Path) -> None:
-        self._caller, self._key, self._log_path = caller, key, log_path
+    def __init__(self, caller: socket.socket, key: bytes, log_path: Path, node: str) -> None:
+        self._caller, self._key, self._log_path, self._node = caller, key, log_path, node
         self.stranger = True
         self.process: LocalProcess | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="node-agent-vllm")
@@ -119,7 +128,7 @@ class _Joined:
         with self._caller, Connection(os.dup(self._caller.fileno())) as connection:
             try:
                 self._prove(connection)
-                process = self.process = LocalProcess(connection.recv(), self._log_path, {ELSEWHERE: "1"})
+                process = self.process = LocalProcess(connection.recv(), self._log_path, {NODE: self._node})
                 self._pass_on(process, connection, process.open())
             except AuthenticationError as error:
                 logger.warning("a caller that is not of this run was refused: %s", error)

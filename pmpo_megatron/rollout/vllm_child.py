@@ -23,7 +23,8 @@ from pmpo_megatron.rollout.vllm_settings import Launch
 from pmpo_megatron.types import RouteFormat, Routes
 
 HEARTBEAT_S = 1.0
-ELSEWHERE = "PMPO_ELSEWHERE"  # in the environment of a vLLM that is not on rank 0's node
+NODE = "PMPO_NODE"  # in the environment of a vLLM that is not on rank 0's node: which of the trainer's it is on, or OWN_NODE
+OWN_NODE = "own"
 RECEIVE = "pmpo_receive_weights"
 
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from pmpo_megatron.bridge.lanes import nodes_of_ranks
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.checkpoint.store import CheckpointStore
 from pmpo_megatron.config import to_plain
@@ -123,9 +124,9 @@ def _other_nodes(config: RunConfig, state: ParallelState, parts: ExitStack) -> l
         return own_nodes(config.rollout)
     if config.rollout.nodes == "first":
         return []
-    address = None
+    address, numbers = None, nodes_of_ranks(state)
     if state.local_rank == 0 and not state.is_main:
-        agent = NodeAgent(logs=Path(config.run.directory) / "logs")
+        agent = NodeAgent(logs=Path(config.run.directory) / "logs", node=str(numbers[state.rank]))
         parts.callback(agent.close)
         address = agent.address
     return [node for node in gather_objects(address, state) if node is not None]

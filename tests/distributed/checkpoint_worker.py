@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from pmpo_megatron.algo.objective import PRESETS
-from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.checkpoint import files, save
 from pmpo_megatron.checkpoint.config import CheckpointConfig
 from pmpo_megatron.checkpoint.index import read_index
@@ -27,6 +26,7 @@ from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from tests.distributed.parity_worker import TEMPERATURE, prepared
+from tests.weights import whole_weights
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.003, warmup_steps=3)
 
@@ -49,7 +49,7 @@ class Run:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole tensors by Hugging Face name on rank 0."""
-        return {name: tensor.clone() for name, tensor in WeightSource(self.policy)}
+        return whole_weights(self.policy)
 
     def random_numbers(self) -> list[float]:
         return [float(torch.rand(())), float(np.random.random())]

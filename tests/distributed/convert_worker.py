@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from pmpo_megatron.algo.objective import PRESETS
-from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.checkpoint.config import CheckpointConfig
 from pmpo_megatron.checkpoint.store import CheckpointStore, load_sharded
 from pmpo_megatron.errors import CheckpointError
@@ -17,6 +16,7 @@ from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from tests.distributed.parity_worker import TEMPERATURE, prepared, whole_batch
+from tests.weights import whole_weights
 
 EXTRA_STATE = "_extra_state"  # objects of Megatron's linear layers, empty without float8
 
@@ -91,7 +91,7 @@ def train_and_save(path: str, root: str, layouts: dict[str, dict]) -> dict[str, 
     """Two updates and a run's checkpoint in ``root/NAME`` on each layout.
 
     Returns:
-        For each layout the whole weights by Hugging Face name, as the bridge gathers them (rank 0; empty elsewhere).
+        For each layout the whole weights by Hugging Face name, put together (rank 0; empty elsewhere).
     """
     weights = {}
     for name, layout in layouts.items():
@@ -102,7 +102,7 @@ def train_and_save(path: str, root: str, layouts: dict[str, dict]) -> dict[str, 
         for _ in range(2):
             optimizer_step(policy, scored, objective=PRESETS["pmpo"], progress=0.0, temperature=TEMPERATURE)
         CheckpointStore(f"{root}/{name}", CheckpointConfig(), policy).save(1, {"round": 1}, required=True)
-        weights[name] = {key: tensor.clone() for key, tensor in WeightSource(policy)}
+        weights[name] = whole_weights(policy)
         shut_down(keep_world=True)
     shut_down()
     return weights

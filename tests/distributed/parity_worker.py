@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from pmpo_megatron.algo.objective import PRESETS, ObjectiveConfig
-from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.config import build
 from pmpo_megatron.data.packing import pack
 from pmpo_megatron.model import step as step_module
@@ -19,10 +18,10 @@ from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.schedule import run_schedule
 from pmpo_megatron.model.step import optimizer_step, score
-from pmpo_megatron.parallel.collectives import gather_tensor
 from pmpo_megatron.parallel.shards import join_context_shards
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState, initialize, shut_down
 from pmpo_megatron.types import PackedTrajectories, RouteFormat, Sample
+from tests.weights import whole_weights
 
 VOCAB = 250
 PROMPTS = (5, 20, 3, 8, 1, 12)
@@ -116,12 +115,19 @@ def run_layouts(layouts: list[dict], paths: dict[str, str], task: str) -> list[d
     return results
 
 
+def gather_tensor(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Every rank's ``shard`` (equal shapes) in the group's rank order."""
+    results = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(results, shard.contiguous(), group=group)
+    return results
+
+
 def train(model: ModelConfig, parallel: ParallelConfig, state, distributed: bool) -> dict:
     """Two optimizer steps, with what the update saw of each parameter's gradient."""
     # Adam's epsilon is large so that an update is smooth in the gradient, not its sign: rounding stays rounding.
     optimizer = OptimizerConfig(learning_rate=0.02, epsilon=0.05, weight_decay=0.1, clip_grad=0.5, distributed=distributed)
     policy = Policy.build(model, optimizer, parallel, state)
-    streamed = {name: tensor.clone() for name, tensor in WeightSource(policy)}
+    streamed = whole_weights(policy)
     batches = prepared(state)
     empty = sum(batch.num_trajectories > 0 and not len(batch.wanted) for batch in batches)
     stale = [staled(scored) for scored in score(policy, batches, temperature=TEMPERATURE)]

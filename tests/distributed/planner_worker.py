@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from megatron.core.parallel_state import get_expert_data_parallel_group
 
 from pmpo_megatron.algo.objective import PRESETS
 from pmpo_megatron.data.packing import pack
@@ -55,7 +56,7 @@ def measure_state(case: dict, parallel: ParallelConfig, state: ParallelState) ->
     policy.optimizer.step()
     return {
         "stage": state.pp_rank,
-        "replica": (torch.distributed.get_rank(state.dp_cp_group), state.edp_rank),
+        "replica": (torch.distributed.get_rank(state.dp_cp_group), get_expert_data_parallel_group().rank()),
         "replicas": state.dp_cp_group.size(),
         "parameters_by_name": [[(name, p.numel()) for name, p in m.named_parameters()] for m in policy.modules],
         "parameters": storage_bytes(p for m in policy.modules for p in m.parameters()),

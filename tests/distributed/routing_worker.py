@@ -8,18 +8,17 @@ import numpy as np
 import torch
 
 from pmpo_megatron.algo.objective import ObjectiveConfig
-from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.hf.shape import read_shape
 from pmpo_megatron.model.micro_batch import MicroBatch, prepare
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.routing import add_counts, route_format
 from pmpo_megatron.model.step import optimizer_step, score
-from pmpo_megatron.parallel.collectives import gather_tensor
 from pmpo_megatron.parallel.shards import join_context_shards
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState, initialize, shut_down
 from pmpo_megatron.types import RouteFormat, Sample
-from tests.distributed.parity_worker import TEMPERATURE, micro_batches, samples, staled
+from tests.distributed.parity_worker import TEMPERATURE, gather_tensor, micro_batches, samples, staled
+from tests.weights import whole_weights
 
 
 def told_samples(routes: RouteFormat) -> list[Sample]:
@@ -79,7 +78,7 @@ def train(
         for batch, item in zip(batches, scored, strict=True):
             shards = gather_tensor(item.old_log_probs_T, state.cp_group)
             log_probs.append((batch.sample_ids, join_context_shards(shards, batch.sequences.boundaries)))
-    before = {name: tensor.clone() for name, tensor in WeightSource(policy)}
+    before = whole_weights(policy)
     stale = [staled(item) for item in scored]
     objective = ObjectiveConfig(balance_coefficient=coefficient)
     for _ in range(2):
@@ -89,7 +88,7 @@ def train(
         "log_probs": log_probs,
         "counts": add_counts([item.routing for item in scored], policy.shape, state),
         "loss": result.loss,
-        "changes": {name: tensor - before[name] for name, tensor in WeightSource(policy)},
+        "changes": {name: tensor - before[name] for name, tensor in whole_weights(policy).items()},
     }
 
 

@@ -15,6 +15,7 @@ from pmpo_megatron.hf.shape import read_shape
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity_worker import SAMPLED_TOKENS, TEMPERATURE, micro_batches
 from tests.tiny_models import KINDS, save_tiny_model
+from tests.weights import unshard
 
 TRAINED = ("qwen2", "qwen3-tied")
 MIXTURES = ("qwen2-moe", "qwen3-moe-mixed")
@@ -102,7 +103,7 @@ def whole(ranks, kind, pick, mapping):
         entry, ordered = mapping.entry(name), [parts[i] for i in sorted(parts)]
         if entry.tensor_parallel_dim is None:
             assert all(torch.equal(ordered[0], part) for part in ordered), f"{name}: tensor-parallel copies differ"
-        full[name] = entry.unshard(ordered)
+        full[name] = unshard(entry, ordered)
     return full
 
 

@@ -64,6 +64,6 @@ def connect_and_hang(port: int, common: dict) -> None:
 def add_one(description: dict) -> None:
     """The second slot becomes the first plus one, in memory of another process on this GPU."""
     device = torch.device("cuda", 0)
-    medium = join_medium(description, store=dist.HashStore(), device=device, elsewhere=False)
+    medium = join_medium(description, store=dist.HashStore(), device=device)
     medium.slot(1).copy_(medium.slot(0) + 1)
     torch.cuda.synchronize()

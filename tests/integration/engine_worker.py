@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save_file
 
 from pmpo_megatron.algo.objective import PRESETS
-from pmpo_megatron.bridge.buckets import plan_buckets
+from pmpo_megatron.bridge.buckets import title
 from pmpo_megatron.bridge.config import BridgeConfig
 from pmpo_megatron.bridge.media import SharedFile
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.data.packing import pack
 from pmpo_megatron.errors import RolloutError, WeightSyncError
-from pmpo_megatron.hf.safetensors import SafetensorsWriter, copy_side_files
+from pmpo_megatron.hf.safetensors import copy_side_files
 from pmpo_megatron.hf.tiny_model import make_tokenizer
 from pmpo_megatron.model.micro_batch import prepare
 from pmpo_megatron.model.optimizer import OptimizerConfig
@@ -34,6 +35,7 @@ from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.node_agent import NodeAgent
 from pmpo_megatron.types import Prompt, Sample
 from tests.tiny_models import save_tiny_model
+from tests.weights import whole_weights
 
 SMALL = 0.06  # MiB: several buckets, and tensors that are larger than one
 EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
@@ -100,14 +102,10 @@ def answers_of_all(engine) -> list[tuple[list[int], np.ndarray]]:
 
 def export(bridge: WeightBridge, path: str, target: Path) -> None:
     """The policy as a Hugging Face checkpoint. Collective."""
-    main = bridge.policy.state.is_main
-    if main:
+    weights = whole_weights(bridge.policy)
+    if bridge.policy.state.is_main:
         target.mkdir()
-        writer = SafetensorsWriter(target)
-    for name, tensor in bridge.source:
-        writer.add(name, tensor)
-    if main:
-        writer.finish()
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
         copy_side_files(path, target)
 
 
@@ -150,11 +148,12 @@ def update_nodes(path: str, bridge_settings: dict, directory: str) -> dict | Non
 
     Between the update and the last answers the other node's engine is killed; then it is killed while it takes weights.
     """
+    os.environ["LOCAL_RANK"] = "0"
     state = initialize(ParallelConfig(), device="cpu")
     policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.02), ParallelConfig(), state)
     found = {}
     with contextlib.ExitStack() as parts:
-        agent = None if state.is_main else parts.enter_context(contextlib.closing(NodeAgent()))
+        agent = None if state.is_main else parts.enter_context(contextlib.closing(NodeAgent(node=str(state.rank))))
         nodes = [address for address in gather_objects(agent and agent.address, state) if address is not None]
         engine = engine_for(path, addresses=nodes, engines=1) if state.is_main else None
         if engine is not None:
@@ -164,8 +163,7 @@ def update_nodes(path: str, bridge_settings: dict, directory: str) -> dict | Non
         bridge = WeightBridge(policy, engine, BridgeConfig(bucket_mib=SMALL, timeout_s=200, **bridge_settings), stand_by)
         parts.callback(bridge.close)
         train(policy, ParallelConfig())
-        bridge.push(7)
-        found["transport"] = bridge.transport
+        found["report"] = bridge.push(7)
         if engine is not None:
             found["after"] = answers(engine)
         target = Path(directory) / "exported"
@@ -203,7 +201,7 @@ def corrupt_and_recover(path: str, engines: int) -> dict:
     engine = engine_for(path, engines=engines)
     bridge = WeightBridge(policy, engine, BridgeConfig(bucket_mib=SMALL, timeout_s=200), StandBy(state))
     train(policy, parallel)
-    real, send, found = engine.collective_rpc, SharedFile.move, {}
+    real, send, found, plans = engine.collective_rpc, SharedFile.move, {}, []
 
     def flip_a_bit(medium, number, size):
         if number == 3:
@@ -212,8 +210,8 @@ def corrupt_and_recover(path: str, engines: int) -> dict:
 
     def leave_one_out(method, *arguments):
         if method == "pmpo_receive_weights":
-            buckets = arguments[0]["buckets"]
-            arguments = (arguments[0] | {"buckets": [*buckets[:-1], buckets[-1][:-1]]},)
+            *turns, [(lane, bucket)] = arguments[0]["turns"]
+            arguments = (arguments[0] | {"turns": [*turns, [(lane, bucket[:-1])]]},)
         return real(method, *arguments)
 
     for name in ("flipped", "left_out"):
@@ -227,9 +225,15 @@ def corrupt_and_recover(path: str, engines: int) -> dict:
             answers(engine)
         except RolloutError as error:
             found[f"{name}, generate"] = str(error)
-    engine.collective_rpc = real
+
+    def note_the_plan(method, *arguments):
+        plans.extend(each["turns"] for each in arguments)
+        return real(method, *arguments)
+
+    engine.collective_rpc = note_the_plan
     bridge.push(2)
-    found["third"] = plan_buckets(policy.mapping.hf_shapes, bridge.source.dtype, int(SMALL * 2**20))[3][0]["name"]
+    engine.collective_rpc = real
+    found["third"] = title(plans[0][3][0][1][0])
     found["answers"], found["version"] = answers(engine), engine.version
     first = engine.process_ids[-1]
 

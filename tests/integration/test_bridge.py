@@ -7,14 +7,21 @@ from tests.distributed.harness import run_ranks
 from tests.integration.engine_worker import SMALL, save_model
 
 WORKER = "tests.integration.engine_worker"
-LAYOUTS = {"tp1": (1, {}), "tp2": (2, dict(tensor=2, sequence_parallel=True)), "pp2": (2, dict(pipeline=2)), "dp2": (2, {})}
-DISK, GLOO, BUCKETS = dict(transport="disk"), dict(transport="gloo", bucket_mib=SMALL), dict(bucket_mib=SMALL)
+LAYOUTS = {
+    "tp1": (1, {}),
+    "tp2": (2, dict(tensor=2, sequence_parallel=True)),
+    "pp2": (2, dict(pipeline=2)),
+    "dp2": (2, {}),
+    "tp2-pp2": (4, dict(tensor=2, pipeline=2, sequence_parallel=True)),
+    "tp2-ep2": (4, dict(tensor=2, sequence_parallel=True, expert=2, expert_tensor=1)),
+}
+GLOO, BUCKETS = dict(transport="gloo", bucket_mib=SMALL), dict(bucket_mib=SMALL)
 slow = pytest.mark.slow
 CASES = [
     ("tp1", "qwen2-tied", {}, BUCKETS),
     ("tp1", "qwen2-tied", dict(engines=2), BUCKETS),
     ("tp2", "qwen2", {}, GLOO),
-    ("pp2", "qwen2-tied", {}, DISK),
+    ("tp2-pp2", "qwen2-tied", {}, BUCKETS),
     ("tp2", "qwen2-tied", dict(tensor_parallel=2), BUCKETS),
     ("tp1", "qwen3-moe", {}, BUCKETS),
     pytest.param("tp1", "qwen2-tied", {}, {}, marks=slow),
@@ -28,6 +35,7 @@ CASES = [
     pytest.param("tp2", "qwen2-moe", dict(tensor_parallel=2), BUCKETS, marks=slow),
     pytest.param("pp2", "qwen3-moe-mixed", dict(tensor_parallel=2), {}, marks=slow),
     pytest.param("tp1", "mixtral", {}, {}, marks=slow),
+    pytest.param("tp2-ep2", "qwen2-moe", dict(engines=2), BUCKETS, marks=slow),
 ]
 
 
@@ -47,7 +55,11 @@ def test_an_updated_engine_equals_a_freshly_loaded_one(layout, kind, engine, bri
     same(found["after"], found["fresh"], tolerance=1e-6)
     same(found["restarted"], found["fresh"], tolerance=1e-6)
     assert found["version"] == found["report"].version == 7
-    assert found["report"].verify == bridge.get("verify", "full")
+    report, lanes = found["report"], LAYOUTS[layout][0]
+    assert report.verify == bridge.get("verify", "full")
+    assert sum(report.handed) == pytest.approx(report.bytes, rel=0.2), "padding of the vocabulary and of buckets"
+    assert report.handed[0] < 1.25 * sum(report.handed) / lanes, "rank 0 has its share"
+    assert report.received[0] <= report.handed[0], "and gets no more than that from others"
 
 
 @pytest.mark.parametrize("engines", [1, 2])

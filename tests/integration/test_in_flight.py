@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 
-from pmpo_megatron.bridge.buckets import plan_buckets
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.types import Prompt
 from tests.integration import plays
 from tests.integration.engine_worker import engine_for, prompts, save_model
 from tests.integration.test_episodes import Playing, long_prompts
 from tests.integration.test_rollout import flat, sampling
+from tests.weights import Courier
 
 LONG = SamplingConfig(samples_per_prompt=6, max_tokens=180, temperature=1.0)
 ATTEMPTS = 5  # an update may come after the last token on a busy machine
@@ -22,7 +22,7 @@ ATTEMPTS = 5  # an update may come after the last token on a busy machine
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Three checkpoints of one shape with other weights: by version the model, and the manifest with which it is loaded."""
+    """(a checkpoint, by version models of its shape: version 0 is its own)."""
     path = tmp_path_factory.mktemp("models")
     save_model("qwen2", path / "0")
     found = {}
@@ -31,18 +31,13 @@ def models(tmp_path_factory):
         torch.manual_seed(version)
         for parameter in model.parameters() if version else ():
             parameter.data += 0.3 * parameter.std().nan_to_num(0.1) * torch.randn_like(parameter)
-        if version:
-            model.save_pretrained(path / str(version))
-        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        buckets = plan_buckets(shapes, torch.float32, 1 << 20)
-        manifest = {"version": version, "verify": "off", "expected": shapes, "buckets": buckets, "channel": None}
-        found[version] = model.eval(), manifest | {"files": [str(path / str(version) / "model.safetensors")]}
+        found[version] = model.eval()
     return path / "0", found
 
 
-def load(engine, manifest, version):
-    with engine.update(version):
-        [answer] = engine.collective_rpc("pmpo_receive_weights", manifest | {"version": version})
+def load(courier, model, version):
+    with courier.engine.update(version):
+        [answer] = courier.send(model.state_dict(), version)
         assert answer["problem"] is None
 
 
@@ -52,7 +47,7 @@ def expected_log_probs(models, prompt_ids, rollout, weights_of, *, recompute):
     changes = [0, *(np.flatnonzero(np.diff(rollout.versions)) + 1), len(rollout.token_ids)]
     cache, seen, rows = transformers.DynamicCache(), 0, []
     for first, end in zip(changes, changes[1:], strict=False):
-        model, _ = models[weights_of[int(rollout.versions[first])]]
+        model = models[weights_of[int(rollout.versions[first])]]
         if recompute:
             cache, seen = transformers.DynamicCache(), 0
         with torch.no_grad():
@@ -67,14 +62,15 @@ def test_every_tokens_log_prob_is_that_of_the_version_that_made_it(models, recom
     path, found = models
     engine = engine_for(str(path), recompute_kv=recompute)
     try:
+        courier = Courier(engine, path)
         for attempt in range(ATTEMPTS):
             weights_of = {3 * attempt + which: which for which in range(3)}
-            load(engine, found[0][1], 3 * attempt) if attempt else None
+            load(courier, found[0], 3 * attempt) if attempt else None
             futures = engine.submit(prompts(), LONG, round_index=attempt)
             for which in (1, 2):
                 marks = engine.submit(prompts(1), sampling(max_tokens=20), round_index=which)
                 marks[0].result(timeout=100)  # twenty steps went by
-                load(engine, found[which][1], 3 * attempt + which)
+                load(courier, found[which], 3 * attempt + which)
             late = engine.submit(prompts(), sampling(max_tokens=9), round_index=7)
             groups = [future.result(timeout=200) for future in [*futures, *late]]
             made = [(group.prompt.token_ids, rollout) for group in groups for rollout in group.rollouts]
@@ -101,7 +97,7 @@ def test_a_new_request_does_not_use_a_prefix_that_older_weights_computed(models)
     try:
         running = engine.submit(prompts(), LONG, round_index=0)
         engine.generate([prompt], LONG, round_index=0)
-        load(engine, found[1][1], 1)
+        load(Courier(engine, path), found[1], 1)
         unfinished = [future for future in running if not future.done()]
         [group] = engine.generate([prompt], LONG, round_index=1)
         for rollout in group.rollouts:
@@ -117,7 +113,7 @@ def test_each_turn_of_an_episode_is_made_by_the_weights_of_its_time(models):
     path, found = models
     engine = engine_for(str(path), block_size=32)
     playing = Playing(engine, str(path), "three_turns", divided=False)
-    plays.kept["between turns"] = lambda: load(engine, found[1][1], 1)
+    plays.kept["between turns"] = lambda: load(Courier(engine, path), found[1], 1)
     try:
         one = SamplingConfig(samples_per_prompt=1, max_tokens=120)
         [future] = playing.submit(long_prompts(1), one, round_index=0)
@@ -128,7 +124,7 @@ def test_each_turn_of_an_episode_is_made_by_the_weights_of_its_time(models):
         assert rollout.policy_version == 0 and rollout.episode.turns == 3
         for version, turns in ((0, slice(0, first)), (1, slice(first, None))):
             with torch.no_grad():
-                logits = found[version][0](torch.tensor(ids[None]).long()).logits[0, 49:-1]
+                logits = found[version](torch.tensor(ids[None]).long()).logits[0, 49:-1]
             expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(rollout.token_ids).long()[:, None])[:, 0].numpy()
             chosen = rollout.sampled[turns]
             np.testing.assert_allclose(rollout.log_probs[turns][chosen], expected[turns][chosen], atol=1e-4)

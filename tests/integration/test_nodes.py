@@ -26,14 +26,13 @@ from tests.integration.runs import ROOT
 from tests.integration.test_bridge import WORKER, same
 
 
-@pytest.mark.parametrize(
-    ("bridge", "transport"),
-    [({}, "shared_memory+gloo"), pytest.param(dict(transport="disk"), "disk", marks=pytest.mark.slow)],
-)
-def test_engines_on_all_nodes_get_the_weights_and_answer_and_are_replaced(bridge, transport, tmp_path):
+@pytest.mark.parametrize("transport", ["auto", pytest.param("gloo", marks=pytest.mark.slow)])
+def test_engines_on_all_nodes_get_the_weights_and_answer_and_are_replaced(transport, tmp_path):
     path = save_model("qwen2-tied", tmp_path / "model")
-    found = run_ranks(2, f"{WORKER}:update_nodes", path, bridge, str(tmp_path), timeout=280)[0]
-    assert found["transport"] == transport
+    found = run_ranks(2, f"{WORKER}:update_nodes", path, dict(transport=transport), str(tmp_path), timeout=280)[0]
+    size = found["report"].bytes
+    assert found["report"].handed == pytest.approx((size, size) if transport == "auto" else (size, 0), rel=0.05)
+    assert found["report"].received == (0, 0), "each node has a copy of the model"
     assert [ids for ids, _ in found["before"]] != [ids for ids, _ in found["after"]], "the update changed what is generated"
     for which in ("after", "meanwhile", "restarted", "killed"):
         same(found[which], found["fresh"], tolerance=1e-6)
