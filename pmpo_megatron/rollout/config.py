@@ -93,6 +93,12 @@ class RolloutConfig(Section):
     )
     gpu_memory_utilization: float = setting(0.5, "GPU: share of memory for weights and KV cache", above=0.0, maximum=1.0)
     enforce_eager: bool = setting(False, "GPU: no CUDA graphs")
+    sleep: str = setting(
+        "none",
+        "GPU, round.mode synchronous: what engines beside the trainer free while it trains: nothing, the KV cache, or their "
+        "weights as well",
+        choices=("none", "kv", "all"),
+    )
     threads: int | None = setting(
         None, "CPU threads of each process of an engine; null: on CPU the cores, divided; on GPUs one", minimum=1, maximum=4096
     )
@@ -112,6 +118,15 @@ class RolloutConfig(Section):
         """Whether vLLMs take part of the GPUs that train."""
         return self.engine == "vllm" and self.nodes != "own"
 
+    def check_device(self, device: str) -> None:
+        """Raises ConfigError for what vLLM does on GPUs only, where ``device`` is ``cpu``."""
+        if device != "cpu":
+            return
+        if self.expert_parallel:
+            raise ConfigError("expert_parallel", "vLLM divides whole experts on GPUs only: on CPU it crashes; leave it out")
+        if self.sleep != "none":
+            raise ConfigError("sleep", f"{self.sleep}: vLLM has no sleep mode on CPU; leave it out, or set none")
+
     @classmethod
     def base_for(cls, values: dict[str, Any]) -> dict[str, Any]:
         for name in ("urls", "server_attempts", "engine"):
@@ -126,6 +141,8 @@ class RolloutConfig(Section):
             raise ConfigError("hosts", "and key_file are needed with nodes 'own', and have no effect with any other")
         if self.expert_parallel and self.tensor_parallel == 1:
             raise ConfigError("expert_parallel", "has no effect with tensor_parallel 1: one GPU holds all experts")
+        if self.sleep != "none" and not self.beside_trainer:
+            raise ConfigError("sleep", f"{self.sleep} has no effect: no vLLM shares a GPU with the trainer; leave it out")
         for host in self.hosts:
             if not re.fullmatch(r"[^:\s]+:[1-9]\d{0,4}", host):
                 raise ConfigError("hosts", f"{host!r} is not HOST:PORT")

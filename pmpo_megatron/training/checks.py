@@ -82,8 +82,8 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
     _in_section("rollout", lambda: own_nodes(config.rollout))
-    if config.rollout.expert_parallel and not (_on_gpu(config) or (dry_run and config.run.device == "auto")):
-        raise ConfigError("rollout.expert_parallel", "vLLM divides whole experts on GPUs only: on CPU it crashes; leave it out")
+    on_gpu = _on_gpu(config) or (dry_run and config.run.device == "auto")
+    _in_section("rollout", lambda: config.rollout.check_device("cuda" if on_gpu else "cpu"))
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("rollout.engine", "vllm is not installed; see the README for the requirements")
     if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:

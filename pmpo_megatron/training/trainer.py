@@ -168,6 +168,8 @@ class Trainer:
         with self.timer.phase("rollouts"):
             give_back_cache(self.state.device)
             batch = self.stand_by.run(self._collect_here)
+            if self.collector is not None and batch is not None and self.config.rollout.sleep != "none":
+                self.collector.engine.sleep()
             table = broadcast_object(None if batch is None else batch.table, self.state)
         if table is None:
             return None, None
