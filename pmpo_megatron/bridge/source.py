@@ -48,7 +48,7 @@ class WeightSource:
             owner = self.owner[entry.megatron]
             whole = None
             if self._gathers(entry):
-                shard = self.parameters[entry.megatron].detach()
+                shard = self.policy.memory.weight(self.parameters[entry.megatron])
                 group = self.state.tp_group if entry.expert is None else self.state.etp_group
                 pieces = [shard] if entry.tensor_parallel_dim is None else gather_tensor(shard, group)
                 if self.state.rank == owner:

@@ -16,6 +16,7 @@ from pmpo_megatron.hf.mapping import WeightMapping, global_name, local_name
 from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import ModelShape, read_shape
 from pmpo_megatron.model.log_probs import score_hidden_states
+from pmpo_megatron.model.offload import PhaseMemory
 from pmpo_megatron.model.optimizer import LearningRateSchedule, OptimizerConfig, make_optimizer
 from pmpo_megatron.model.routing import Router, place_routers
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState
@@ -42,6 +43,12 @@ class ModelConfig(Section):
         choices=("none", "selective", "full"),
     )
     log_prob_chunk: int = setting(256, "tokens whose logits exist at once", unit="tokens", minimum=1)
+    offload: str = setting(
+        "none",
+        "GPU, round.mode synchronous: what waits in the host's memory while rollouts run: nothing, the optimizer's states, or "
+        "the weights as well, the reference model's too",
+        choices=("none", "optimizer", "all"),
+    )
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
         return DTYPES[resolve_dtype(self.dtype, device.type)]
@@ -57,6 +64,7 @@ class Policy:
         config: Megatron's TransformerConfig.
         log_prob_chunk: tokens whose logits exist at once.
         routers: of each chunk; none where no layer has experts.
+        memory: what of it is on the GPU while rollouts run, and while it trains.
     """
 
     chunks: tuple[Any, ...]
@@ -68,6 +76,7 @@ class Policy:
     config: Any
     log_prob_chunk: int
     routers: tuple[tuple[Router, ...], ...]
+    memory: PhaseMemory
 
     @staticmethod
     def build(model: ModelConfig, optimizer: OptimizerConfig | None, parallel: ParallelConfig, state: ParallelState) -> Policy:
@@ -94,11 +103,12 @@ class Policy:
         if optimizer is None:
             for chunk in chunks:
                 chunk.requires_grad_(False)
-            return Policy(tuple(chunks), None, None, *common)
+            return Policy(tuple(chunks), None, None, *common, PhaseMemory(chunks, None, model.offload, state.device))
         wrapped = [_wrap(chunk, config, optimizer, first=index == 0) for index, chunk in enumerate(chunks)]
         megatron_optimizer = make_optimizer(wrapped, optimizer)
         schedule = LearningRateSchedule(megatron_optimizer, optimizer)
-        return Policy(tuple(wrapped), megatron_optimizer, schedule, *common)
+        memory = PhaseMemory(wrapped, megatron_optimizer, model.offload, state.device)
+        return Policy(tuple(wrapped), megatron_optimizer, schedule, *common, memory)
 
     @property
     def modules(self) -> tuple[Any, ...]:
@@ -134,6 +144,7 @@ class Policy:
         )
 
     def zero_gradients(self) -> None:
+        self.memory.wait()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -61,7 +61,9 @@ class RolloutEngine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Frees memory on the GPUs (`RolloutConfig.sleep`); the next `update` takes it again. Nothing may be asked meanwhile.
+        """Frees memory on the GPUs (`RolloutConfig.sleep`); the next `update` takes it again.
+
+        What is still asked for is cancelled; nothing may be asked meanwhile.
 
         Raises:
             RolloutError: vLLM could not.

@@ -137,6 +137,10 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """See `engine.RolloutEngine`. Whoever dies has nothing left to free, and is started again by the next `update`."""
+        with self._state:
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.future.cancel()
         with self._life:
             self._asleep = True
             running = [process for process in self._processes if process.running]

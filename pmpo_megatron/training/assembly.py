@@ -32,10 +32,11 @@ from pmpo_megatron.rollout.vllm_process import give_up_starts
 from pmpo_megatron.training.collector import Collector
 from pmpo_megatron.training.held_out import Evaluator
 from pmpo_megatron.training.launch import StopRequest
+from pmpo_megatron.training.progress import RunProgress
 from pmpo_megatron.training.routes import replayed_routes
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.training.stream import StreamCollector
-from pmpo_megatron.training.trainer import RunProgress, Trainer
+from pmpo_megatron.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 WORKER_EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
