@@ -81,7 +81,9 @@ def build_trainer(
     starting = _start_engine(config, state, parts, nodes) if state.is_main else None
     if state.device.type == "cuda":
         # vLLM takes what is allocated on a device while it starts for its own: nobody may build beside it.
-        if starting is not None:
+        if starting is not None and config.rollout.sleep != "none":
+            starting.result().sleep()
+        elif starting is not None:
             starting.result()
         broadcast_object(None, state)
     policy = Policy.build(config.model, config.optimizer, config.parallel, state)
