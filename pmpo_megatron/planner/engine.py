@@ -50,7 +50,9 @@ def engine_bytes(shape: ModelShape, rollout: RolloutConfig, hardware: Hardware) 
     item, size = ITEM_SIZE[resolve_dtype(rollout.dtype, "cuda")], rollout.tensor_parallel
     groups = max(1, math.ceil(shape.num_query_groups / size))  # vLLM repeats groups where there are fewer than GPUs
     kv_per_token = 2 * shape.num_layers * groups * shape.head_dim * item
-    weights = item * total_parameters(shape) / size
+    vocabulary = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    in_layers = 1 if rollout.quantization == "fp8" else item
+    weights = (in_layers * (total_parameters(shape) - vocabulary) + item * vocabulary) / size
     logits = 3 * 4 * rollout.max_num_seqs * shape.vocab_size  # log-probs in float32, sorted or copied: an assumption
     widest = PREFILL_TOKENS * item * (4 * shape.hidden_size + 3 * _width(shape) / size)
     forward, graphs = max(logits, widest), 0 if rollout.enforce_eager else CUDA_GRAPHS_GIB * GIB

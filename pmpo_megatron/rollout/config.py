@@ -78,6 +78,12 @@ class RolloutConfig(Section):
         False, "GPU, mixtures of experts: each of the tensor_parallel GPUs holds whole experts instead of a part of every one"
     )
     dtype: str = setting("auto", "of the engine's weights", choices=("auto", "float32", "bfloat16"))
+    quantization: str = setting(
+        "none",
+        "GPU: matrices of the layers in fp8 (e4m3, one scale for each, activations scaled for each token), made anew whenever "
+        "weights come; use objective.importance with it",
+        choices=("none", "fp8"),
+    )
     max_model_len: int | None = setting(None, "prompt and response at most; null: the model's limit", unit="tokens", minimum=1)
     max_num_seqs: int = setting(256, "requests in one batch of each engine", minimum=1, maximum=65536)
     block_size: int | None = setting(
@@ -124,6 +130,10 @@ class RolloutConfig(Section):
             return
         if self.expert_parallel:
             raise ConfigError("expert_parallel", "vLLM divides whole experts on GPUs only: on CPU it crashes; leave it out")
+        if self.quantization != "none":
+            raise ConfigError(
+                "quantization", f"{self.quantization}: vLLM computes in fp8 on GPUs only; leave it out, or set none"
+            )
         if self.sleep != "none":
             raise ConfigError("sleep", f"{self.sleep}: vLLM has no sleep mode on CPU; leave it out, or set none")
 

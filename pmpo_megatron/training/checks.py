@@ -204,6 +204,8 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError("sampling.samples_per_prompt", "must be at least 2: an advantage compares responses to one prompt")
     if config.sampling.top_p < 1 or config.sampling.top_k:
         logger.warning("sampling.top_p and top_k: the engine's log-probs are of the cut distribution, the trainer's are not")
+    if config.rollout.quantization != "none" and config.objective.importance == config.round.rejection == "none":
+        logger.warning("rollout.quantization without objective.importance: the engine's rounding is not corrected for")
     if config.round.mode != "synchronous" and config.objective.importance == "none":
         logger.warning("round.mode %s without objective.importance: older rollouts are not corrected for", config.round.mode)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,8 @@ from pmpo_megatron.rollout.config import RolloutConfig
 from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.units import GIB
 from tests.distributed.parity_worker import TEMPERATURE, prepared
-from tests.integration.engine_worker import EXTENSION, answers
+from tests.integration.engine_worker import EXTENSION, answers, export
+from tests.integration.engine_worker import train as update
 
 
 def train(path: str, layout: dict, dtype: str, *, own_layers: bool = False) -> dict:
@@ -78,6 +80,28 @@ def sleep_and_wake(path: str, mode: str) -> dict:
         found["answers"].append(answers(engine))
     engine.close()
     bridge.close()
+    shut_down()
+    return found
+
+
+def update_in_fp8(path: str, directory: str) -> dict:
+    """Answers of an engine in fp8 before and after an update, and of one loaded from the exported checkpoint."""
+    state = initialize(ParallelConfig(), device="cuda")
+    settings = dict(kv_cache_gib=0.5, gpu_memory_utilization=0.1, max_num_seqs=32, max_model_len=256, quantization="fp8")
+    common = dict(device="cuda", worker_extension=EXTENSION)
+    engine = make_engine(RolloutConfig(**settings), model_path=path, **common)
+    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.02), ParallelConfig(), state)
+    bridge = WeightBridge(policy, engine, BridgeConfig(), StandBy(state))
+    found = {"before": answers(engine)}
+    update(policy, ParallelConfig())
+    bridge.push(1)
+    found["after"] = answers(engine)
+    export(bridge, path, Path(directory) / "exported")
+    engine.close()
+    bridge.close()
+    fresh = make_engine(RolloutConfig(**settings), model_path=str(Path(directory) / "exported"), **common)
+    found["fresh"] = answers(fresh)
+    fresh.close()
     shut_down()
     return found
 

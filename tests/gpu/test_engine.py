@@ -1,4 +1,4 @@
-"""A real vLLM on a GPU that it shares with the trainer: memory that it frees and takes again."""
+"""A real vLLM on a GPU that it shares with the trainer: memory that it frees and takes again, and weights that it quantises."""
 
 import pytest
 
@@ -25,3 +25,9 @@ def test_an_engine_that_sleeps_frees_its_cache_and_answers_as_before(mode, model
     assert min(found["free"]) > 0.95, "the KV cache of 1 GiB"
     for later in found["answers"][1:]:
         same(later, found["answers"][0], tolerance=1e-2)  # bf16
+
+
+def test_an_engine_in_fp8_quantises_every_update(model, tmp_path):
+    [found] = run_ranks(1, "tests.gpu.gpu_worker:update_in_fp8", model, str(tmp_path), gpu=True, timeout=280)
+    assert [ids for ids, _ in found["before"]] != [ids for ids, _ in found["after"]]
+    same(found["after"], found["fresh"], tolerance=1e-2)

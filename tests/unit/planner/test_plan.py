@@ -191,6 +191,13 @@ def test_memory_by_turns_is_what_each_phase_holds():
     assert training.engine == engine.graphs and rollouts.state.total == 0
 
 
+def test_fp8_halves_what_decoding_reads_but_the_vocabulary():
+    full, half = (plan(config(rollout={"quantization": name}), 8, H100) for name in ("none", "fp8"))
+    vocabulary = 2 * 2 * 152064 * 3584 / 4  # bytes on a GPU: two matrices, bfloat16, four GPUs
+    assert half.engine.weights - vocabulary == pytest.approx((full.engine.weights - vocabulary) / 2, rel=1e-3)
+    assert half.round.rollouts < full.round.rollouts
+
+
 def test_what_is_moved_out_needs_a_nodes_memory():
     found = plan(config(model={"offload": "all"}), 8, replace(H100, host_gib=300.0))
     assert found.moved.total * 8 > 100 * GIB

@@ -105,6 +105,14 @@ def test_memory_that_is_freed_needs_an_allocator_of_its_own_from_the_start():
     assert [settings.get("enable_sleep_mode") for settings in asked] == [None, True, True]
 
 
+def test_fp8_is_what_vllm_makes_of_other_weights():
+    """vLLM's own name "fp8" refuses them."""
+    from vllm.config.quantization import _ONLINE_SHORTHANDS
+
+    name = engine_settings(RolloutConfig(quantization="fp8"), "model", "cuda", None)["quantization"]
+    assert name in _ONLINE_SHORTHANDS and "quantization" not in engine_settings(RolloutConfig(), "model", "cuda", None)
+
+
 def test_text_made_at_the_end_is_what_is_made_token_by_token():
     """By the stream that vLLM's detokenizer uses, also where a response ends in the middle of a character."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
