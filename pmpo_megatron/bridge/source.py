@@ -44,6 +44,7 @@ class WeightSource:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor on ``device``) on rank 0; nothing on other ranks, which take part until the end all the same."""
+        self.policy.gather.finish()
         for entry in self.policy.mapping.entries:
             owner = self.owner[entry.megatron]
             whole = None

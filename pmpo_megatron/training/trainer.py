@@ -134,6 +134,7 @@ class Trainer:
         policies = [policy for policy in (self.policy, self.reference) if policy is not None]
         with self.timer.phase("offload"):
             for policy in policies:
+                policy.gather.finish()
                 policy.memory.begin_rollouts()
             give_back_cache(self.state.device)
             barrier(self.state, "the beginning of rollouts")
