@@ -232,6 +232,7 @@ PARTS: dict[str, Part] = {
     "numerics": tests("numerics"),
     "layouts": tests("layouts"),
     "memory": tests("memory"),
+    "engine": tests("engine"),
     "training": training,
     "step": bench("step", on_gpu=("--size", "1.5B", "--trajectory", "4096", "--recompute", "selective")),
     "log_probs": bench("log_probs", "--tokens", "512", "--vocabulary", "20000", "--repeats", "1", on_gpu=("--repeats", "3")),

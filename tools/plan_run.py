@@ -17,7 +17,7 @@ from pathlib import Path
 from pmpo_megatron.config import apply_overrides, build, read_yaml
 from pmpo_megatron.errors import ConfigError, PmpoError
 from pmpo_megatron.planner import HARDWARE, best_engines, best_layouts, hardware_here, hardware_named, plan
-from pmpo_megatron.planner.text import engines_text, layout_text, plan_lines
+from pmpo_megatron.planner.text import engines_settings, layout_text, plan_lines
 from pmpo_megatron.training.run_config import RunConfig
 
 
@@ -53,14 +53,7 @@ def engine_proposals(options: argparse.Namespace, config: RunConfig, hardware) -
         found = best_engines(config, options.world_size, hardware, sequence=options.sequence_length, count=options.proposals)
     except ConfigError:  # the layout itself cannot be
         return []
-    lines = ["rollouts on all GPUs of a node, fastest first:"] * bool(found)
-    for p in found:
-        rollout, spare = p.config.rollout, p.fullest.spare / 2**30
-        where = (
-            f"{', each' if rollout.engines > 1 else ''} on {rollout.tensor_parallel} GPU{'s' * (rollout.tensor_parallel > 1)}"
-        )
-        lines.append(f"  {engines_text(rollout.engines)}{where}: {p.round.rollouts:.0f} s per round, {spare:.1f} GiB to spare")
-    return lines
+    return ["engines and memory by turns, shortest rounds first:"] * bool(found) + [f"  {engines_settings(p)}" for p in found]
 
 
 def check(options: argparse.Namespace) -> None:

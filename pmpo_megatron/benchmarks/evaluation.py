@@ -64,7 +64,8 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
         max_problems=options.max_problems,
         max_prompt_tokens=ANY_LENGTH,
     )
-    rollout = _rollout_config(options)
+    device = _device(options.device)
+    rollout = _rollout_config(options, device)
     benchmarks = tuple(find_benchmarks(options.benchmarks, options.data_dir))
     rewards = _reward_config(options, benchmarks)
     ks = tuple(sorted(options.pass_k)) if options.pass_k else default_ks(options.samples)
@@ -84,7 +85,7 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
         rollout=rollout,
         ks=ks,
         chunk=chunk,
-        device=_device(options.device),
+        device=device,
         force=options.force,
     )
 
@@ -120,11 +121,15 @@ def _reward_config(options: argparse.Namespace, benchmarks: Sequence[Benchmark])
     return rewards
 
 
-def _rollout_config(options: argparse.Namespace) -> RolloutConfig:
+def _rollout_config(options: argparse.Namespace, device: str) -> RolloutConfig:
     values = {"gpu_memory_utilization": 0.9}  # training leaves room for the trainer; here the GPU is the engine's alone
     config = _section("--rollout", RolloutConfig, values, options.rollout)
     if config.nodes == "all":
         raise ConfigError("--rollout.nodes", "an evaluation has one node; for more, nodes=own, hosts and pmpo-rollout-node")
+    try:
+        config.check_device(device)
+    except ConfigError as error:
+        raise error.within("--rollout") from None
     if find_spec("vllm") is None:
         raise ConfigError("--rollout.engine", "vllm is not installed; see the README for the requirements")
     return config

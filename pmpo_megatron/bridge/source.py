@@ -33,7 +33,7 @@ class WeightSource:
     """
 
     def __init__(self, policy: Policy, device: torch.device = CPU) -> None:
-        self.state, self.device, self.received_bytes = policy.state, device, 0
+        self._policy, self.state, self.device, self.received_bytes = policy, policy.state, device, 0
         self.entries = {entry.megatron: entry for entry in policy.mapping.entries}
         self.parameters = {local_name(name): parameter.detach() for name, parameter in policy.named_parameters()}
         state = self.state
@@ -49,6 +49,7 @@ class WeightSource:
 
     def stream(self, pieces: Iterable[tuple[Collection[int], Piece]]) -> Iterator[torch.Tensor]:
         """Each of ``pieces`` on ``device``, on the ranks that take it. Collective: every rank iterates, in step."""
+        self._policy.gather.finish()
         for takers, piece in pieces:
             rows = self._bring(piece, set(takers))
             if self.state.rank in takers:
@@ -67,7 +68,8 @@ class WeightSource:
             need = {self._members[axis][rank][place] for rank in need}
         rows = None
         if self.state.rank in need:
-            rows = self.parameters[piece["name"]][piece["start"] : piece["start"] + piece["shape"][0]]
+            mine = self.parameters[piece["name"]][piece["start"] : piece["start"] + piece["shape"][0]]
+            rows = self._policy.memory.weight(mine)
         for axis, place, need in reversed(steps):
             rows = self._pass_on(piece, rows, axis, place, need)
         return rows

@@ -151,6 +151,8 @@ def random_states() -> dict[str, Any]:
 
 def sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
     """What dist_checkpointing saves or fills: model chunks, optimizer, schedule."""
+    policy.memory.wait()
+    policy.gather.finish()
     metadata = dict(OPTIMIZER_FORMAT)
     chunks = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(policy.modules)}
     state: dict[str, Any] = dict(chunks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from pmpo_megatron.errors import MappingError
 from pmpo_megatron.hf.mapping import WeightMapping, global_name, local_name
 from pmpo_megatron.hf.safetensors import SafetensorsReader
 from pmpo_megatron.hf.shape import ModelShape, read_shape
+from pmpo_megatron.model.gather import ParameterGather
 from pmpo_megatron.model.log_probs import score_hidden_states
+from pmpo_megatron.model.offload import PhaseMemory
 from pmpo_megatron.model.optimizer import LearningRateSchedule, OptimizerConfig, make_optimizer
 from pmpo_megatron.model.routing import Router, place_routers
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState
@@ -42,6 +44,12 @@ class ModelConfig(Section):
         choices=("none", "selective", "full"),
     )
     log_prob_chunk: int = setting(256, "tokens whose logits exist at once", unit="tokens", minimum=1)
+    offload: str = setting(
+        "none",
+        "GPU, round.mode synchronous: what waits in the host's memory while rollouts run: nothing, the optimizer's states, or "
+        "the weights as well, the reference model's too",
+        choices=("none", "optimizer", "all"),
+    )
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
         return DTYPES[resolve_dtype(self.dtype, device.type)]
@@ -57,6 +65,8 @@ class Policy:
         config: Megatron's TransformerConfig.
         log_prob_chunk: tokens whose logits exist at once.
         routers: of each chunk; none where no layer has experts.
+        memory: what of it is on the GPU while rollouts run, and while it trains.
+        gather: of the parameters after an update.
     """
 
     chunks: tuple[Any, ...]
@@ -68,6 +78,8 @@ class Policy:
     config: Any
     log_prob_chunk: int
     routers: tuple[tuple[Router, ...], ...]
+    memory: PhaseMemory
+    gather: ParameterGather
 
     @staticmethod
     def build(model: ModelConfig, optimizer: OptimizerConfig | None, parallel: ParallelConfig, state: ParallelState) -> Policy:
@@ -94,11 +106,19 @@ class Policy:
         if optimizer is None:
             for chunk in chunks:
                 chunk.requires_grad_(False)
-            return Policy(tuple(chunks), None, None, *common)
-        wrapped = [_wrap(chunk, config, optimizer, first=index == 0) for index, chunk in enumerate(chunks)]
+            memory, gather = PhaseMemory(chunks, None, model.offload, state.device), ParameterGather(())
+            return Policy(tuple(chunks), None, None, *common, memory, gather)
+        bucket = parallel.reduction_bucket(state.dp_size * state.cp_size)
+        settings = _ddp_settings(optimizer, parallel, bucket)
+        wrapped = [_wrap(chunk, config, settings, first=index == 0) for index, chunk in enumerate(chunks)]
+        if bucket is not None:  # gradients are whole in the last micro-batch only
+            without = [chunk.no_sync for chunk in wrapped]
+            config.no_sync_func = without if len(without) > 1 else without[0]
         megatron_optimizer = make_optimizer(wrapped, optimizer)
         schedule = LearningRateSchedule(megatron_optimizer, optimizer)
-        return Policy(tuple(wrapped), megatron_optimizer, schedule, *common)
+        memory = PhaseMemory(wrapped, megatron_optimizer, model.offload, state.device)
+        gather = ParameterGather([chunk for chunk in wrapped if chunk.use_forward_hook])
+        return Policy(tuple(wrapped), megatron_optimizer, schedule, *common, memory, gather)
 
     @property
     def modules(self) -> tuple[Any, ...]:
@@ -107,6 +127,7 @@ class Policy:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(Megatron name with layer and expert counted over the whole model, this rank's shard)."""
+        self.gather.finish()
         return named_parameters(self.modules, self.state)
 
     def score_hidden_states(
@@ -119,6 +140,7 @@ class Policy:
         entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probs and, if wanted, entropies of what the last stage returned, as `log_probs.score_hidden_states`."""
+        self.gather.finish()  # the head is read here, behind its module's back
         last = self.modules[-1]
         tied = last.share_embeddings_and_output_weights
         return score_hidden_states(
@@ -134,6 +156,7 @@ class Policy:
         )
 
     def zero_gradients(self) -> None:
+        self.memory.wait()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -165,13 +188,22 @@ def load_weights(chunks: Iterable[nn.Module], mapping: WeightMapping, path: str,
             raise MappingError(f"{path}: the model built has no parameter for {', '.join(absent[:6])}")
 
 
-def _wrap(chunk: nn.Module, config: Any, optimizer: OptimizerConfig, *, first: bool) -> nn.Module:
-    """Megatron's DDP: contiguous float32 gradient buffers, reduced once at the end of the step."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+def _ddp_settings(optimizer: OptimizerConfig, parallel: ParallelConfig, bucket: int | None) -> Any:
+    """Of Megatron's DDP: float32 gradients, reduced as a whole or, if there is a ``bucket``, by its elements."""
+    from megatron.core.distributed import DistributedDataParallelConfig
 
-    settings = DistributedDataParallelConfig(
+    return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=bucket is not None,
+        overlap_param_gather=bucket is not None and parallel.overlap_param_gather and optimizer.distributed,
+        align_param_gather=True,  # hooks wait for gathers, and begin none
+        bucket_size=bucket,
         use_distributed_optimizer=optimizer.distributed,
     )
-    return DistributedDataParallel(config, settings, chunk, disable_bucketing=not first)
+
+
+def _wrap(chunk: nn.Module, config: Any, settings: Any, *, first: bool) -> nn.Module:
+    """Megatron's DDP; what is reduced while other chunks go backward has one bucket."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    return DistributedDataParallel(config, replace(settings), chunk, disable_bucketing=not first)

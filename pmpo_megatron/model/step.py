@@ -244,6 +244,7 @@ def _update(
             schedule.advance()
         else:
             problem = f"the gradient norm is {norm}; {_name_bad_gradients(policy)}"
+    policy.gather.start()
     return StepResult(
         loss=totals["loss"],
         grad_norm=norm,

@@ -13,6 +13,8 @@ from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.parallel import liveness
 from pmpo_megatron.parallel.environment import choose_device, rank_variables
 
+BUCKET = 40_000_000, 1_000_000  # elements of a gradient at least, and for each rank that has one: as Megatron chooses
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Section):
@@ -27,6 +29,13 @@ class ParallelConfig(Section):
     expert: int = setting(1, "expert-parallel size: a mixture's experts are spread over so many ranks", minimum=1)
     expert_tensor: int | None = setting(None, "tensor-parallel size inside an expert; null: as tensor", minimum=1)
     sequence_parallel: bool = setting(False, "split activations outside matrix products over the tensor-parallel ranks")
+    overlap_grad_reduce: bool = setting(
+        True, "reduce gradients over data-parallel ranks bucket by bucket while the last backward pass goes on, not after it"
+    )
+    overlap_param_gather: bool = setting(
+        True,
+        "with overlap_grad_reduce and optimizer.distributed: gather updated parameters while the next forward pass goes on",
+    )
     timeout_s: float = setting(1800.0, "longest wait in a collective before the run fails", unit="s", minimum=0.001)
     heartbeat_s: float = setting(5.0, "how often each rank says that it lives", unit="s", minimum=0.001)
     stall_s: float = setting(120.0, "a rank without a sign of life for so long is taken for dead", unit="s", minimum=0.001)
@@ -54,6 +63,11 @@ class ParallelConfig(Section):
     @property
     def expert_tensor_size(self) -> int:
         return self.expert_tensor or self.tensor
+
+    def reduction_bucket(self, replicas: int) -> int | None:
+        """Elements of the gradient that are reduced at once over ``replicas``, data-parallel times context-parallel ranks,
+        while the backward pass goes on: Megatron's own number. None: all of them, after it."""
+        return max(BUCKET[0], BUCKET[1] * replicas) if self.overlap_grad_reduce and replicas > 1 else None
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model in ``world_size`` processes.

@@ -9,8 +9,10 @@ from pmpo_megatron.hf.known_models import model_shape
 from pmpo_megatron.planner.engine import split_problem
 from pmpo_megatron.planner.hardware import Hardware, hardware_here, host_bytes
 from pmpo_megatron.planner.parameters import state_bytes
+from pmpo_megatron.planner.records import Plan
 from pmpo_megatron.planner.run_plan import plan
-from pmpo_megatron.planner.text import plan_lines
+from pmpo_megatron.planner.search import best_engines
+from pmpo_megatron.planner.text import engines_settings, plan_lines
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import GIB, resolve_dtype
 
@@ -40,7 +42,15 @@ def memory_report(config: RunConfig, world_size: int, hardware: Hardware | None 
                 f"{gpu.name} needs {gpu.certain / GIB:.1f} GiB without any activations, and {gpu.hardware.name} has "
                 f"{gpu.hardware.memory_gib:.1f}; spread the model over more GPUs (tools/plan_run.py proposes a layout)",
             )
-    return plan_lines(planned)
+    return plan_lines(planned) + _faster_engines(planned)
+
+
+def _faster_engines(planned: Plan) -> list[str]:
+    """Other engines, or memory by turns, where they win a twentieth of a round or more."""
+    best = best_engines(planned.config, planned.world_size, planned.hardware, count=1)
+    if not best or best[0].round.seconds > 0.95 * planned.round.seconds:
+        return []
+    return [f"faster: {engines_settings(best[0])}"]
 
 
 def _cpu_line(config: RunConfig, world_size: int) -> str:

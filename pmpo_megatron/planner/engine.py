@@ -27,13 +27,18 @@ class EngineBytes:
     """Memory on each of the engine's GPUs, in bytes."""
 
     weights: float
-    forward: float  # activations of the largest forward pass, logits of all requests, CUDA graphs
+    forward: float  # activations of the largest forward pass, logits of all requests
+    graphs: float
     kv_cache: float
     kv_per_token: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.forward + max(self.kv_cache, 0.0)
+        return self.weights + self.forward + self.graphs + max(self.kv_cache, 0.0)
+
+    def held(self, sleep: str) -> float:
+        """While it sleeps so (`RolloutConfig.sleep`): CUDA graphs stay."""
+        return self.total if sleep == "none" else self.graphs + (self.weights if sleep == "kv" else 0.0)
 
     @property
     def kv_tokens(self) -> int:
@@ -45,14 +50,15 @@ def engine_bytes(shape: ModelShape, rollout: RolloutConfig, hardware: Hardware) 
     item, size = ITEM_SIZE[resolve_dtype(rollout.dtype, "cuda")], rollout.tensor_parallel
     groups = max(1, math.ceil(shape.num_query_groups / size))  # vLLM repeats groups where there are fewer than GPUs
     kv_per_token = 2 * shape.num_layers * groups * shape.head_dim * item
-    weights = item * total_parameters(shape) / size
+    vocabulary = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    in_layers = 1 if rollout.quantization == "fp8" else item
+    weights = (in_layers * (total_parameters(shape) - vocabulary) + item * vocabulary) / size
     logits = 3 * 4 * rollout.max_num_seqs * shape.vocab_size  # log-probs in float32, sorted or copied: an assumption
     widest = PREFILL_TOKENS * item * (4 * shape.hidden_size + 3 * _width(shape) / size)
-    forward = max(logits, widest) + (0 if rollout.enforce_eager else CUDA_GRAPHS_GIB * GIB)
-    if rollout.kv_cache_gib is not None:
-        return EngineBytes(weights, forward, rollout.kv_cache_gib * GIB, kv_per_token)
+    forward, graphs = max(logits, widest), 0 if rollout.enforce_eager else CUDA_GRAPHS_GIB * GIB
     share = rollout.gpu_memory_utilization * hardware.memory_gib * GIB
-    return EngineBytes(weights, forward, share - weights - forward, kv_per_token)
+    kv_cache = share - weights - forward - graphs if rollout.kv_cache_gib is None else rollout.kv_cache_gib * GIB
+    return EngineBytes(weights, forward, graphs, kv_cache, kv_per_token)
 
 
 def _width(shape: ModelShape) -> float:
@@ -80,10 +86,11 @@ def engine_problems(shape: ModelShape, rollout: RolloutConfig, engine: EngineByt
     limit = rollout.max_model_len or shape.max_position_embeddings
     if limit > shape.max_position_embeddings:
         problems.append(f"rollout.max_model_len: {limit} is above the model's {shape.max_position_embeddings} positions")
+    forward = engine.forward + engine.graphs
     if engine.kv_tokens < limit:
         problems.append(
             f"rollout.gpu_memory_utilization: the KV cache has room for {engine.kv_tokens} tokens, and one request may need "
-            f"{limit} (weights {engine.weights / GIB:.1f} GiB, forward pass {engine.forward / GIB:.1f} GiB); raise it, raise "
+            f"{limit} (weights {engine.weights / GIB:.1f} GiB, forward pass {forward / GIB:.1f} GiB); raise it, raise "
             "rollout.tensor_parallel, or lower rollout.max_model_len or rollout.max_num_seqs"
         )
     return problems

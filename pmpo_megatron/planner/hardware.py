@@ -35,6 +35,7 @@ class Hardware:
     decode_memory_efficiency: float = 0.6  # share of the memory's rate that decoding reaches
     decode_overhead_s: float = 0.004  # of each decoding step: scheduling and sampling
     link_efficiency: float = 0.75
+    host_link_bytes_per_s: float = 25e9  # pinned memory, all GPUs of a node at once: an assumption, 40% of PCIe 5.0 x16
     bucket_s: float = 1e-3  # of a bucket of weights: what both ends say of it; measured on a busy CPU
 
     def link(self, span: int) -> float:
@@ -45,7 +46,7 @@ class Hardware:
 
 HARDWARE = {
     "h100-80gb": Hardware("H100 80GB", 79.1, 989e12, 3.35e12, 450e9, 50e9),
-    "a100-80gb": Hardware("A100 80GB", 79.1, 312e12, 2.0e12, 300e9, 25e9, matmul_efficiency=0.55),
+    "a100-80gb": Hardware("A100 80GB", 79.1, 312e12, 2.0e12, 300e9, 25e9, matmul_efficiency=0.55, host_link_bytes_per_s=12.5e9),
     "h200-141gb": Hardware("H200 141GB", 139.8, 989e12, 4.8e12, 450e9, 50e9),
 }
 DEFAULT = "h100-80gb"

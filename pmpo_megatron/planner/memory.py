@@ -18,15 +18,18 @@ class GpuMemory:
     """Bytes on the fullest GPU of a pipeline stage, without or with the rollout engine on it.
 
     Attributes:
+        shared: an engine is on it.
         state: exact: what Megatron allocates.
         reference: weights of the reference model; exact.
         activations: estimated.
         engine: of vLLM, 0 on GPUs without it.
         engine_asks: what vLLM wants to find free when it starts.
         checkpoint: taken while one is loaded, when there are no activations.
+        phase: when it is so (`phases`); empty: always.
     """
 
     stage: int
+    shared: bool
     state: StateBytes
     reference: int
     activations: ActivationBytes
@@ -34,11 +37,12 @@ class GpuMemory:
     engine_asks: float
     checkpoint: float
     hardware: Hardware
+    phase: str = ""
 
     @property
     def reserved(self) -> float:
         """CUDA contexts, NCCL, and what is lost between activations."""
-        contexts = self.hardware.reserved_gib + (self.hardware.engine_context_gib if self.engine else 0.0)
+        contexts = self.hardware.reserved_gib + (self.hardware.engine_context_gib if self.shared else 0.0)
         return contexts * GIB + self.hardware.fragmentation * self.activations.total
 
     @property
@@ -63,7 +67,8 @@ class GpuMemory:
 
     @property
     def name(self) -> str:
-        return f"stage {self.stage}" + (" with vLLM" if self.engine else "")
+        phase = f", {self.phase}" if self.phase else ""
+        return f"stage {self.stage}{' with vLLM' if self.shared else ''}{phase}"
 
     def largest(self) -> str:
         """The part that takes most of this GPU."""

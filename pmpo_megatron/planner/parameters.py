@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.model.architecture import check_layout
@@ -138,8 +139,11 @@ class Buffer:
         return total
 
 
-def lay_out(parameters: list[Parameter], *, replicas: int, distributed: bool) -> Buffer:
-    """Where each parameter lies in its chunk's buffer. ``replicas`` is data-parallel times context-parallel size."""
+def lay_out(parameters: list[Parameter], *, replicas: int, distributed: bool, bucket_size: int | None = None) -> Buffer:
+    """Where each parameter lies in its chunk's buffer. ``replicas`` is data-parallel times context-parallel size.
+
+    ``bucket_size``: elements after which a bucket ends; None: there is one, but for shared embeddings.
+    """
     if not distributed:
         ends = [0]
         for parameter in reversed(parameters):
@@ -160,7 +164,7 @@ def lay_out(parameters: list[Parameter], *, replicas: int, distributed: bool) ->
             start = close_bucket(start)
         position = start + parameter.numel
         ranges.append((start, position))
-        if parameter.shared_embedding:
+        if parameter.shared_embedding or (bucket_size is not None and position - bucket >= bucket_size):
             position = close_bucket(position)
     if position > bucket:
         close_bucket(position)
@@ -175,7 +179,9 @@ def chunk_buffers(
     parameters = chunk_parameters(shape, parallel, stage=stage, chunk=chunk)
     copies = replicas * parallel.tensor // (parallel.expert * parallel.expert_tensor_size)
     parts = ([p for p in parameters if not p.spread], replicas), ([p for p in parameters if p.spread], copies)
-    return [(part, lay_out(part, replicas=ranks, distributed=distributed), ranks) for part, ranks in parts if part]
+    bucket = parallel.reduction_bucket(replicas) if stage == chunk == 0 else None  # later ones have time
+    lay = partial(lay_out, distributed=distributed, bucket_size=bucket)
+    return [(part, lay(part, replicas=ranks), ranks) for part, ranks in parts if part]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pmpo_megatron.planner.checkpoint import CheckpointBytes
 from pmpo_megatron.planner.engine import EngineBytes, GenerationTime
 from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.memory import GpuMemory
+from pmpo_megatron.planner.phases import Moved
 from pmpo_megatron.planner.timing import StepTime, Work
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.units import round_up
@@ -61,17 +62,18 @@ class Load:
 
 @dataclass(frozen=True)
 class RoundTime:
-    """Seconds of a round's phases; ``rollouts`` is 0 for recorded ones."""
+    """Seconds of a round's phases; ``rollouts`` is 0 for recorded ones. ``moving`` is of memory to the host and back."""
 
     rollouts: float
     scoring: float
     steps: float
     weights: float
+    moving: float
     overlapped: bool
 
     @property
     def seconds(self) -> float:
-        training = self.scoring + self.steps + self.weights
+        training = self.scoring + self.steps + self.weights + self.moving
         return max(self.rollouts, training) if self.overlapped else self.rollouts + training
 
     @property
@@ -84,7 +86,8 @@ class Plan:
     """A run on stated hardware: memory, times, and what is wrong with it.
 
     Attributes:
-        gpus: every kind of GPU in the run; the first is of rank 0.
+        gpus: every kind of GPU in the run, in every phase that differs; the first is of rank 0.
+        moved: to the host before rollouts and back.
         recompute: bytes of activations on the fullest GPU with each kind of recomputation, the rest as configured.
         checkpoint: what saving and loading one take beside training's memory.
         engine: on each of vLLM's GPUs; None where rollouts are recorded ones, or come from nodes of their own.
@@ -98,6 +101,7 @@ class Plan:
     shape: ModelShape
     load: Load
     gpus: tuple[GpuMemory, ...]
+    moved: Moved
     recompute: dict[str, float]
     engine: EngineBytes | None
     checkpoint: CheckpointBytes

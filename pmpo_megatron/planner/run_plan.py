@@ -21,6 +21,7 @@ from pmpo_megatron.planner.engine import (
 from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.memory import GpuMemory, kinds_of_gpu
 from pmpo_megatron.planner.parameters import spread_parameters, state_bytes
+from pmpo_megatron.planner.phases import Moved, by_phase
 from pmpo_megatron.planner.records import Load, Plan, RoundTime
 from pmpo_megatron.planner.timing import StepTime, TrainingCost
 from pmpo_megatron.planner.verdict import find_notes, find_problems
@@ -56,6 +57,7 @@ def plan(
     gpus = _gpus(config, world_size, hardware, shape, load, engine, checkpoint.gpu)
     step = _training_cost(config, world_size, hardware, shape, gpus).step(load.work)
     generation = _generation(config, world_size, shape, load, engine, hardware)
+    moved = Moved.of(config, gpus)
     return Plan(
         config=config,
         world_size=world_size,
@@ -63,13 +65,14 @@ def plan(
         shape=shape,
         load=load,
         gpus=gpus,
-        recompute=_activations_by_recompute(config, shape, load, min(gpus, key=lambda gpu: gpu.spare).stage),
+        moved=moved,
+        recompute=_activations_by_recompute(config, shape, load, gpus),
         engine=engine,
         checkpoint=checkpoint,
         generation=generation,
         step=step,
-        round=_round_time(config, world_size, shape, hardware, step, generation),
-        problems=tuple(find_problems(config, shape, engine, gpus, checkpoint)),
+        round=_round_time(config, world_size, shape, hardware, step, generation, moved),
+        problems=tuple(find_problems(config, shape, engine, gpus, checkpoint, moved)),
         notes=tuple(find_notes(config, load, hardware, world_size, data_parallel)),
     )
 
@@ -121,23 +124,23 @@ def _gpus(
     states = partial(state_bytes, shape, parallel, replicas=replicas, dtype=dtype, distributed=config.optimizer.distributed)
     engine_size = config.rollout.engines * config.rollout.tensor_parallel if engine is not None else 0
     asks = config.rollout.gpu_memory_utilization * hardware.memory_gib * GIB
-    gpus = []
+    gpus: list[GpuMemory] = []
     node_size = hardware.gpus_per_node if config.rollout.nodes == "all" else None
     for stage, shared in kinds_of_gpu(parallel, world_size=world_size, engine_size=engine_size, node_size=node_size):
         reference = states(stage=stage, trained=False).total
         activations = _activations(config, shape, load, stage, config.model.recompute)
-        gpus.append(
-            GpuMemory(
-                stage=stage,
-                state=states(stage=stage),
-                reference=reference if config.objective.kl_coefficient else 0,
-                activations=activations,
-                engine=engine.total if shared and engine is not None else 0.0,
-                engine_asks=asks if shared else 0.0,
-                checkpoint=checkpoint,
-                hardware=hardware,
-            )
+        everything = GpuMemory(
+            stage=stage,
+            shared=shared,
+            state=states(stage=stage),
+            reference=reference if config.objective.kl_coefficient else 0,
+            activations=activations,
+            engine=engine.total if shared and engine is not None else 0.0,
+            engine_asks=asks if shared else 0.0,
+            checkpoint=checkpoint,
+            hardware=hardware,
         )
+        gpus += by_phase(everything, config, engine)
     return tuple(gpus)
 
 
@@ -152,7 +155,8 @@ def _activations(config: RunConfig, shape: ModelShape, load: Load, stage: int, r
     )
 
 
-def _activations_by_recompute(config: RunConfig, shape: ModelShape, load: Load, stage: int) -> dict[str, float]:
+def _activations_by_recompute(config: RunConfig, shape: ModelShape, load: Load, gpus: Sequence[GpuMemory]) -> dict[str, float]:
+    stage = min((gpu for gpu in gpus if gpu.phase != "rollouts"), key=lambda gpu: gpu.spare).stage
     return {mode: _activations(config, shape, load, stage, mode).total for mode in RECOMPUTE}
 
 
@@ -181,15 +185,18 @@ def _round_time(
     hardware: Hardware,
     step: StepTime,
     generation: GenerationTime | None,
+    moved: Moved,
 ) -> RoundTime:
     common = config.parallel, config.rollout, config.bridge, hardware
     weights = weights_seconds(shape, *common, world_size=world_size) if config.rollout.engine == "vllm" else 0.0
     passes = 2 if config.objective.kl_coefficient else 1
     steps = config.batch.steps_per_round
+    scoring = passes * steps * step.scoring
     return RoundTime(
         rollouts=generation.seconds if generation is not None else 0.0,
-        scoring=passes * steps * step.scoring,
+        scoring=scoring,
         steps=steps * step.seconds,
         weights=weights,
+        moving=moved.seconds(hardware, scoring),
         overlapped=config.round.mode != "synchronous",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.known_models import model_shape
@@ -12,7 +13,7 @@ from pmpo_megatron.hf.shape import ModelShape
 from pmpo_megatron.model.architecture import check_layout
 from pmpo_megatron.parallel.shards import sequence_multiple
 from pmpo_megatron.parallel.state import ParallelConfig
-from pmpo_megatron.planner.engine import split_problem
+from pmpo_megatron.planner.engine import engine_nodes, split_problem
 from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.records import Plan
 from pmpo_megatron.planner.run_plan import RECOMPUTE, plan
@@ -45,19 +46,59 @@ def best_layouts(
 def best_engines(
     config: RunConfig, world_size: int, hardware: Hardware, *, sequence: float | None = None, count: int = 3
 ) -> list[Plan]:
-    """The ``count`` plans with the fastest rollouts that fit, with other `engines` and `tensor_parallel` than ``config``'s.
+    """The ``count`` plans with the shortest rounds that fit, with other engines, memory by turns and recomputation.
 
-    All use the whole of a node, each with what KV cache and requests at once ``config`` says. Training is left as it is.
+    Engines use the whole of a node, with the largest KV cache that has room, in whole GiB, and no more than all requests can
+    fill. The trainer's layout is left as it is. What is simpler wins where it is hardly slower.
     """
     if not config.rollout.beside_trainer:
         return []
     shape, gpus = model_shape(config.model.path), min(hardware.gpus_per_node, world_size)
     plans = []
     for size in _powers_of_two(gpus):
-        if gpus % size == 0 and split_problem(shape, size) is None:
-            rollout = replace(config.rollout, engines=gpus // size, tensor_parallel=size)
-            plans.append(plan(replace(config, rollout=rollout), world_size, hardware, sequence=sequence, shape=shape))
-    return sorted(filter(_has_room, plans), key=lambda each: each.round.rollouts)[:count]
+        if gpus % size or split_problem(shape, size) is not None:
+            continue
+        for sleep, offload, recompute in product(*_memory_modes(config), RECOMPUTE):
+            model = replace(config.model, offload=offload, recompute=recompute)
+            rollout = replace(config.rollout, engines=gpus // size, tensor_parallel=size, sleep=sleep)
+            rollout = replace(rollout, kv_cache_gib=1.0, gpu_memory_utilization=0.01)
+            smallest = plan(replace(config, model=model, rollout=rollout), world_size, hardware, sequence=sequence, shape=shape)
+            if (larger := _with_largest_cache(smallest)) is not None:
+                plans.append(plan(larger, world_size, hardware, sequence=sequence, shape=shape))
+    return sorted(filter(_has_room, plans), key=_round_preference)[:count]
+
+
+def _memory_modes(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of `RolloutConfig.sleep` and `ModelConfig.offload`, the simplest first."""
+    if config.round.mode != "synchronous":
+        return ("none",), ("none",)
+    return ("none", "kv", "all"), ("none", "optimizer", "all")
+
+
+def _round_preference(candidate: Plan) -> float:
+    """Time of a round; whatever else is freed or moved counts as 0.5% slower."""
+    sleeps, offloads = _memory_modes(candidate.config)
+    steps = sleeps.index(candidate.config.rollout.sleep) + offloads.index(candidate.config.model.offload)
+    return candidate.round.seconds * (1 + 0.005 * steps)
+
+
+def _with_largest_cache(smallest: Plan) -> RunConfig | None:
+    """The configuration of ``smallest``, where each engine has 1 GiB of KV cache, with as much as has room and is of use."""
+    engine, config = smallest.engine, smallest.config
+    slept = config.rollout.sleep != "none"
+    with_cache = [gpu.spare for gpu in smallest.gpus if gpu.shared and not (slept and gpu.phase == "training")]
+    if engine is None or not with_cache:
+        return None
+    nodes = engine_nodes(config.rollout, smallest.world_size, smallest.hardware)
+    requests = config.batch.prompts_per_round * config.sampling.samples_per_prompt
+    at_once = min(math.ceil(requests / (config.rollout.engines * nodes)), config.rollout.max_num_seqs)
+    useful = at_once * smallest.load.longest * engine.kv_per_token / GIB
+    size = math.floor(min(min(with_cache) / GIB - MARGIN_GIB + 1, math.ceil(useful)))
+    if size < 1:
+        return None
+    asked = (engine.total / GIB + size) / smallest.hardware.memory_gib  # a GiB more than it needs, so that it starts
+    rollout = replace(config.rollout, kv_cache_gib=float(size), gpu_memory_utilization=min(1.0, math.ceil(100 * asked) / 100))
+    return replace(config, rollout=rollout)
 
 
 def _has_room(candidate: Plan) -> bool:

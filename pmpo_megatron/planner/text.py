@@ -33,7 +33,7 @@ def plan_lines(plan: Plan) -> list[str]:
         *memory_table(plan),
         _recompute_line(plan),
     ]
-    lines += _engine_lines(plan) + [_checkpoint_line(plan), _communication_line(plan), *_time_lines(plan)]
+    lines += _engine_lines(plan) + _moving_lines(plan) + [_checkpoint_line(plan), _communication_line(plan), *_time_lines(plan)]
     lines += [f"note: {note}" for note in plan.notes] + [f"problem: {problem}" for problem in plan.problems]
     return [*lines, _limit_line(plan), _verdict(plan)]
 
@@ -52,9 +52,9 @@ def _recompute_line(plan: Plan) -> str:
 def _without_repetition(plan: Plan) -> list[GpuMemory]:
     """First and last stage and the fullest between them: middle stages differ in micro-batches in flight only."""
     last = plan.gpus[-1].stage
-    middle = [gpu for gpu in plan.gpus if 0 < gpu.stage < last and not gpu.engine]
+    middle = [gpu for gpu in plan.gpus if 0 < gpu.stage < last and not gpu.shared]
     shown = max(middle, key=lambda gpu: gpu.total, default=None)
-    return [gpu for gpu in plan.gpus if gpu.stage in (0, last) or gpu.engine or gpu is shown]
+    return [gpu for gpu in plan.gpus if gpu.stage in (0, last) or gpu.shared or gpu is shown]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -64,7 +64,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def engines_text(count: int) -> str:
+def _engines_text(count: int) -> str:
     return "vLLM" if count == 1 else f"{count} vLLMs"
 
 
@@ -77,15 +77,37 @@ def _engine_lines(plan: Plan) -> list[str]:
     nodes = engine_nodes(rollout, plan.world_size, plan.hardware)
     node = "the first node" if nodes == 1 else f"each of {nodes} nodes"
     where = f"GPUs 0-{last} of {node}, on each" if last else f"GPU 0 of {node}"
+    forward = engine.forward + engine.graphs
     lines = [
-        f"{engines_text(rollout.engines)} on {where}: weights {engine.weights / GIB:.1f} GiB, forward pass "
-        f"{engine.forward / GIB:.1f}, KV cache {max(engine.kv_cache, 0) / GIB:.1f} = {engine.kv_tokens} tokens, "
+        f"{_engines_text(rollout.engines)} on {where}: weights {engine.weights / GIB:.1f} GiB, forward pass "
+        f"{forward / GIB:.1f}, KV cache {max(engine.kv_cache, 0) / GIB:.1f} = {engine.kv_tokens} tokens, "
         f"{engine.kv_tokens // plan.load.longest} requests of the greatest length"
     ]
     if plan.generation is not None:
         running, speed = nodes * rollout.engines * plan.generation.running, plan.generation.tokens_per_s
         lines.append(f"rollouts: {running} requests at once, {speed:.0f} response tokens/s")
     return lines
+
+
+def _moving_lines(plan: Plan) -> list[str]:
+    if not plan.moved.total:
+        return []
+    node = plan.moved.total * plan.hardware.gpus_per_node
+    return [
+        f"while rollouts run: {plan.moved.total / GIB:.1f} GiB of a GPU in the host's memory, {node / GIB:.0f} of a node's; "
+        f"out and back {plan.round.moving:.1f} s per round"
+    ]
+
+
+def engines_settings(plan: Plan) -> str:
+    """Settings of engines and of memory by turns, and what they lead to, in one line."""
+    model, rollout, whole = plan.config.model, plan.config.rollout, plan.round
+    return (
+        f"rollout.engines={rollout.engines} rollout.tensor_parallel={rollout.tensor_parallel} rollout.sleep={rollout.sleep} "
+        f"rollout.kv_cache_gib={rollout.kv_cache_gib:g} rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g} "
+        f"model.offload={model.offload} model.recompute={model.recompute}: {whole.seconds:.0f} s per round, rollouts "
+        f"{whole.rollouts:.0f}, log-probs and steps {whole.training:.0f}; {plan.fullest.spare / GIB:.1f} GiB to spare"
+    )
 
 
 def _checkpoint_line(plan: Plan) -> str:
@@ -115,6 +137,7 @@ def _time_lines(plan: Plan) -> list[str]:
         f"{100 * waiting / step.seconds:.0f}% waiting for links, {100 * step.bubble / step.seconds:.0f}% idle in the pipeline",
         f"round: {whole.seconds:.0f} s = rollouts {whole.rollouts:.0f}{' beside' if whole.overlapped else ' +'} log-probs "
         f"{whole.scoring:.0f} + {steps} steps {whole.steps:.0f} + weights into vLLM {whole.weights:.0f}"
+        f"{f' + memory moved {whole.moving:.0f}' if plan.moved.total else ''}"
         " (estimates; the figures behind them are in planner/hardware.py)",
     ]
 

@@ -9,6 +9,7 @@ from pmpo_megatron.planner.checkpoint import CheckpointBytes
 from pmpo_megatron.planner.engine import EngineBytes, engine_problems
 from pmpo_megatron.planner.hardware import Hardware
 from pmpo_megatron.planner.memory import GpuMemory
+from pmpo_megatron.planner.phases import Moved
 from pmpo_megatron.planner.records import Load
 from pmpo_megatron.training.checks import check_experts, check_lengths
 from pmpo_megatron.training.run_config import RunConfig
@@ -21,6 +22,7 @@ def find_problems(
     engine: EngineBytes | None,
     gpus: tuple[GpuMemory, ...],
     checkpoint: CheckpointBytes,
+    moved: Moved,
 ) -> list[str]:
     """Why the run cannot work as it is configured; empty if it fits."""
     problems = []
@@ -36,10 +38,12 @@ def find_problems(
             asked = f"rollout.tensor_parallel: {size}" if engines == 1 else f"rollout.engines: {engines} * {size}"
             problems.append(f"{asked} is more than a node's {here} GPUs; a vLLM runs on one node")
     host = gpus[0].hardware.host_gib
-    if max(checkpoint.saving, checkpoint.loading) > host * GIB:
+    pinned = moved.total * gpus[0].hardware.gpus_per_node
+    if max(checkpoint.saving + pinned, checkpoint.loading) > host * GIB:
+        beside = f" beside {pinned / GIB:.0f} of model.offload" if pinned else ""
         problems.append(
-            f"checkpoints: saving one takes {checkpoint.saving / GIB:.0f} GiB and loading one {checkpoint.loading / GIB:.0f} "
-            f"of a node's memory, which has {host:.0f}; spread the model over more nodes"
+            f"checkpoints: saving one takes {checkpoint.saving / GIB:.0f} GiB{beside} and loading one "
+            f"{checkpoint.loading / GIB:.0f} of a node's memory, which has {host:.0f}; spread the model over more nodes"
         )
     worst = min(gpus, key=lambda gpu: gpu.spare)
     if worst.spare < 0:

@@ -78,6 +78,12 @@ class RolloutConfig(Section):
         False, "GPU, mixtures of experts: each of the tensor_parallel GPUs holds whole experts instead of a part of every one"
     )
     dtype: str = setting("auto", "of the engine's weights", choices=("auto", "float32", "bfloat16"))
+    quantization: str = setting(
+        "none",
+        "GPU: matrices of the layers in fp8 (e4m3, one scale for each, activations scaled for each token), made anew whenever "
+        "weights come; use objective.importance with it",
+        choices=("none", "fp8"),
+    )
     max_model_len: int | None = setting(None, "prompt and response at most; null: the model's limit", unit="tokens", minimum=1)
     max_num_seqs: int = setting(256, "requests in one batch of each engine", minimum=1, maximum=65536)
     block_size: int | None = setting(
@@ -93,6 +99,12 @@ class RolloutConfig(Section):
     )
     gpu_memory_utilization: float = setting(0.5, "GPU: share of memory for weights and KV cache", above=0.0, maximum=1.0)
     enforce_eager: bool = setting(False, "GPU: no CUDA graphs")
+    sleep: str = setting(
+        "none",
+        "GPU, round.mode synchronous: what engines beside the trainer free while it trains: nothing, the KV cache, or their "
+        "weights as well",
+        choices=("none", "kv", "all"),
+    )
     threads: int | None = setting(
         None, "CPU threads of each process of an engine; null: on CPU the cores, divided; on GPUs one", minimum=1, maximum=4096
     )
@@ -112,6 +124,19 @@ class RolloutConfig(Section):
         """Whether vLLMs take part of the GPUs that train."""
         return self.engine == "vllm" and self.nodes != "own"
 
+    def check_device(self, device: str) -> None:
+        """Raises ConfigError for what vLLM does on GPUs only, where ``device`` is ``cpu``."""
+        if device != "cpu":
+            return
+        if self.expert_parallel:
+            raise ConfigError("expert_parallel", "vLLM divides whole experts on GPUs only: on CPU it crashes; leave it out")
+        if self.quantization != "none":
+            raise ConfigError(
+                "quantization", f"{self.quantization}: vLLM computes in fp8 on GPUs only; leave it out, or set none"
+            )
+        if self.sleep != "none":
+            raise ConfigError("sleep", f"{self.sleep}: vLLM has no sleep mode on CPU; leave it out, or set none")
+
     @classmethod
     def base_for(cls, values: dict[str, Any]) -> dict[str, Any]:
         for name in ("urls", "server_attempts", "engine"):
@@ -126,6 +151,8 @@ class RolloutConfig(Section):
             raise ConfigError("hosts", "and key_file are needed with nodes 'own', and have no effect with any other")
         if self.expert_parallel and self.tensor_parallel == 1:
             raise ConfigError("expert_parallel", "has no effect with tensor_parallel 1: one GPU holds all experts")
+        if self.sleep != "none" and not self.beside_trainer:
+            raise ConfigError("sleep", f"{self.sleep} has no effect: no vLLM shares a GPU with the trainer; leave it out")
         for host in self.hosts:
             if not re.fullmatch(r"[^:\s]+:[1-9]\d{0,4}", host):
                 raise ConfigError("hosts", f"{host!r} is not HOST:PORT")

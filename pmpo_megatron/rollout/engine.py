@@ -47,6 +47,8 @@ class RolloutEngine(Protocol):
     def update(self, version: int) -> AbstractContextManager[None]:
         """Whatever is called inside brings all workers to whole weights, which are then called ``version``.
 
+        An engine that sleeps is woken: room for weights, weights, room for the KV cache.
+
         No token is sampled meanwhile; responses under way go on afterwards. If it raises, nothing is sampled until another
         update succeeds.
         """
@@ -56,6 +58,15 @@ class RolloutEngine(Protocol):
 
         Raises:
             RolloutError: an engine died, or its worker raised.
+        """
+
+    def sleep(self) -> None:
+        """Frees memory on the GPUs (`RolloutConfig.sleep`); the next `update` takes it again.
+
+        What is still asked for is cancelled; nothing may be asked meanwhile.
+
+        Raises:
+            RolloutError: vLLM could not.
         """
 
     def revive(self) -> None:

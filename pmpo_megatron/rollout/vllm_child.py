@@ -2,7 +2,8 @@
 
 Messages in: ("add", [(parameters, prompts), ...]), ("abort", names), ("call", (number, method, arguments)) and
 ("resume", (version, recompute)). Out: ("ready" | "alive", None), ("finished", responses), ("value" | "error", (number,
-content)); an error without a number ends the process.
+content)); an error without a number ends the process. A call of `SLEEP` frees memory, which new weights and then "resume"
+take again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ HEARTBEAT_S = 1.0
 NODE = "PMPO_NODE"  # in the environment of a vLLM that is not on rank 0's node: which of the trainer's it is on, or OWN_NODE
 OWN_NODE = "own"
 RECEIVE = "pmpo_receive_weights"
+SLEEP = "sleep"
 
 
 def serve(connection: Connection, alive: Connection, log_path: str, launch: Launch, environment: dict[str, str]) -> None:
@@ -67,6 +69,7 @@ class _Loop:
         if self._by_workers:
             self._engine.collective_rpc("pmpo_record_routes", args=(routes,))
         self._version, self._held, self._spoke = 0, False, time.monotonic()
+        self._asleep: set[str] = set()  # vLLM's tags of what was freed
         self._engine.set_weight_version("0")
 
     def run(self) -> None:
@@ -79,11 +82,14 @@ class _Loop:
                 return
             busy = self._engine.has_unfinished_requests()
             if busy and not self._held:
-                finished = [output for output in self._engine.step() if output.finished]
-                if finished:
-                    self._say("finished", [*map(_plain, finished, repeat(self._tokenizer), self._routes_of(finished))])
+                self._step()
             if busy and time.monotonic() - self._spoke > HEARTBEAT_S:
                 self._say("alive", None)
+
+    def _step(self) -> None:
+        finished = [output for output in self._engine.step() if output.finished]
+        if finished:
+            self._say("finished", [*map(_plain, finished, repeat(self._tokenizer), self._routes_of(finished))])
 
     def _routes_of(self, finished: list[Any]) -> list[Routes | None]:
         """Of the tokens of each prompt and its response."""
@@ -131,15 +137,48 @@ class _Loop:
                 self._engine.add_request(name, prompt, SamplingParams(**common, seed=seed))
 
     def _call(self, number: int, method: str, arguments: tuple) -> None:
-        """A method of the workers. After new weights there is no further step until they are known to be whole."""
-        self._held = self._held or method == RECEIVE
+        """A method of the workers, or `SLEEP`. After new weights there is no further step until they are known to be whole."""
+        self._held = self._held or method in (RECEIVE, SLEEP)
         try:
-            self._say("value", (number, self._engine.collective_rpc(method, args=arguments)))
+            if method == SLEEP:
+                answers = self._sleep(*arguments)
+            else:
+                if method == RECEIVE:
+                    self._wake("weights")
+                answers = self._engine.collective_rpc(method, args=arguments)
+            self._say("value", (number, answers))
         except Exception:
             self._say("error", (number, traceback.format_exc()))
 
+    def _sleep(self, mode: str) -> list[Any]:
+        """Frees what `RolloutConfig.sleep` says, when nothing runs any more; prefixes in the cache are forgotten.
+
+        With ``kv`` weights stay where they are. With ``all`` (vLLM's level 2) they are lost, and the model's buffers, which no
+        update brings, are kept on the host by vLLM itself. CUDA graphs stay: they hold addresses, which are mapped again.
+        """
+        core = self._engine.engine_core.engine_core
+        while core.scheduler.has_requests() or core.batch_queue:  # also the step that clears up after the last request
+            self._step()
+        if mode == "kv":
+            self._engine.sleep(level=0)  # no step is scheduled
+            self._engine.release_kv_cache_memory()
+            self._asleep = {"kv_cache"}
+        else:
+            self._engine.sleep(level=2)
+            self._asleep = {"weights", "kv_cache"}
+        return self._engine.collective_rpc(_give_back_cache)
+
+    def _wake(self, tag: str) -> None:
+        """Takes the memory of ``tag`` again; its content is undefined."""
+        if tag in self._asleep:
+            self._engine.wake_up([tag])
+            self._asleep.discard(tag)
+
     def _resume(self, version: int, recompute: bool) -> None:
         """Goes on with the weights that came last; running responses keep what the old ones computed, or not."""
+        if "weights" in self._asleep:
+            raise RuntimeError("the engine's weights were freed and none came since")
+        self._wake("kv_cache")
         self._held = False
         if version == self._version:  # another engine was given them again
             return
@@ -151,6 +190,14 @@ class _Loop:
     def _say(self, kind: str, content: Any) -> None:
         self._connection.send((kind, content))
         self._spoke = time.monotonic()
+
+
+def _give_back_cache(worker: Any) -> None:
+    """Called with every worker: what PyTorch keeps of the last forward passes."""
+    if worker.device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def _plain(

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import Any
 from pmpo_megatron.errors import RolloutError
 from pmpo_megatron.parallel.processes import temporary_directory
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
-from pmpo_megatron.rollout.remote_process import NodeAddress, RemoteProcess
+from pmpo_megatron.rollout.remote_process import NodeAddress
+from pmpo_megatron.rollout.vllm_child import SLEEP
+from pmpo_megatron.rollout.vllm_group import all_at_once, call_all, end_all, make_processes
 from pmpo_megatron.rollout.vllm_jobs import Job, Part, batches, divide, job_number, make_jobs, missing_parts
 from pmpo_megatron.rollout.vllm_process import LocalProcess, VLLMProcess
 from pmpo_megatron.rollout.vllm_settings import Launch, engine_settings
@@ -55,20 +57,16 @@ class VLLMEngine:
         self.broken: str | None = None
         self._state, self._life = threading.RLock(), threading.RLock()
         self._failure: RolloutError | None = None
-        self._closed = self._updating = False
+        self._closed = self._updating = self._asleep = False
         self._jobs: dict[int, Job] = {}
         self._waiting: deque[Part] = deque()
         self._restarts = 0  # since the last update, or since there was nothing to do
         self._parts = ExitStack()
         logs = logs or Path(self._parts.enter_context(temporary_directory("pmpo-vllm-")))
-        logs.mkdir(parents=True, exist_ok=True)
         settings = engine_settings(config, model_path, device, worker_extension, in_flight=in_flight, routes=routes is not None)
         numbers = range(config.engines)
         launches = [Launch(settings, device, config.threads, number, config.engines, routes) for number in numbers]
-        stall_s = config.stall_s
-        here = [LocalProcess(each, logs / f"engine-{each.number}.log", stall_s=stall_s) for each in launches]
-        there = [RemoteProcess(each, node, stall_s=stall_s) for node in nodes for each in launches]
-        self._processes: list[VLLMProcess] = [*(here if config.nodes != "own" else ()), *there]
+        self._processes = make_processes(config, launches, nodes, logs)
         self.hosts = tuple(dict.fromkeys(process.host for process in self._processes))
         self._events: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
         self._died: queue.SimpleQueue[tuple[VLLMProcess, Exception] | None] = queue.SimpleQueue()
@@ -95,6 +93,8 @@ class VLLMEngine:
                 raise self._failure
             if self.broken is not None:
                 raise RolloutError(f"the engine's weights are not whole ({self.broken}); a full update must succeed first")
+            if self._asleep:
+                raise RolloutError("the engine is asleep; an update wakes it")
             if not self._jobs:
                 self._restarts = 0
             for job in jobs:
@@ -115,6 +115,8 @@ class VLLMEngine:
             with self._state:
                 self._updating = True
             try:
+                if self._asleep:  # those that died meanwhile had no room to start in
+                    self._start([process for process in self._processes if not process.running])
                 yield
             except Exception as error:
                 self.broken = str(error)
@@ -123,27 +125,31 @@ class VLLMEngine:
                 self._updating = False
             with self._state:
                 recompute = self.config.recompute_kv and version != self.version
-                self.version, self.broken, self._restarts = version, None, 0
+                self.version, self.broken, self._restarts, self._asleep = version, None, 0, False
                 for process in self._processes:
                     process.fresh = process.running
                     process.send("resume", (version, recompute))
                 self._share_out()
 
     def collective_rpc(self, method: str, *arguments: Any) -> list[Any]:
-        """See `engine.RolloutEngine`. If an engine dies, all end, so that none waits for it; `revive` starts them again."""
-        asked = [process for process in self._processes if process.running]
-        if not asked:
-            raise RolloutError("no rollout engine runs")
-        calls = [process.call(method, arguments) for process in asked]
-        wait(calls, return_when=FIRST_EXCEPTION)
-        first = next((call.exception() for call in calls if call.done() and call.exception()), None)
-        if first is not None and not all(process.running for process in asked):
-            for process in asked:
-                process.interrupt()
-        wait(calls)
-        if first is not None:
-            raise first
-        return [answer for call in calls for answer in call.result()]
+        """See `engine.RolloutEngine`. If an engine dies, all end; `revive` starts them again."""
+        return call_all([process for process in self._processes if process.running], method, arguments)
+
+    def sleep(self) -> None:
+        """See `engine.RolloutEngine`. Whoever dies has nothing left to free, and is started again by the next `update`."""
+        with self._state:
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.future.cancel()
+        with self._life:
+            self._asleep = True
+            running = [process for process in self._processes if process.running]
+            try:
+                call_all(running, SLEEP, (self.config.sleep,))
+            except RolloutError:
+                if running and all(process.running for process in running):
+                    raise
+                end_all(running)
 
     def revive(self) -> None:
         with self._life:
@@ -154,7 +160,7 @@ class VLLMEngine:
         for process in self._processes:
             process.interrupt()  # also one that is just being started
         with self._life:
-            _end(self._processes)
+            end_all(self._processes)
         self._events.put(None)
         self._died.put(None)
         self._fail(RolloutError("the engine was closed"))
@@ -177,9 +183,9 @@ class VLLMEngine:
             process.start(self.config.start_timeout_s)
 
         try:
-            _all_at_once(start, processes)
+            all_at_once(start, processes)
         except BaseException:  # also an interrupt
-            _end(self._processes)
+            end_all(self._processes)
             raise
 
     def _ask(self, process: VLLMProcess, parts: Sequence[Part]) -> None:
@@ -263,7 +269,7 @@ class VLLMEngine:
     def _replace(self, died: Sequence[tuple[VLLMProcess, Exception]]) -> None:
         with self._life:
             stopped = [process for process, _ in died if not process.running]  # `revive` may have been here
-            if not stopped or self._closed:
+            if not stopped or self._closed or self._asleep:
                 return
             self._restarts += 1
             if self._restarts > self.config.max_restarts:
@@ -285,15 +291,3 @@ class VLLMEngine:
             self._waiting.clear()
         for job in jobs:
             job.fail(error)
-
-
-def _all_at_once(call: Callable[[VLLMProcess], None], processes: Sequence[VLLMProcess]) -> None:
-    """Calls ``call`` with every process; when all have returned, raises the first exception, so that no answer waits."""
-    with ThreadPoolExecutor(max_workers=len(processes), thread_name_prefix="vllm") as pool:
-        calls = [pool.submit(call, process) for process in processes]
-    for done in calls:
-        done.result()
-
-
-def _end(processes: Sequence[VLLMProcess]) -> None:
-    _all_at_once(lambda process: process.kill(), processes)

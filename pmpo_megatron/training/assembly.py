@@ -33,10 +33,11 @@ from pmpo_megatron.rollout.vllm_process import give_up_starts
 from pmpo_megatron.training.collector import Collector
 from pmpo_megatron.training.held_out import Evaluator
 from pmpo_megatron.training.launch import StopRequest
+from pmpo_megatron.training.progress import RunProgress
 from pmpo_megatron.training.routes import replayed_routes
 from pmpo_megatron.training.run_config import RunConfig
 from pmpo_megatron.training.stream import StreamCollector
-from pmpo_megatron.training.trainer import RunProgress, Trainer
+from pmpo_megatron.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 WORKER_EXTENSION = "pmpo_megatron.bridge.vllm_worker.WeightReceiver"
@@ -81,7 +82,9 @@ def build_trainer(
     starting = _start_engine(config, state, parts, nodes) if state.is_main else None
     if state.device.type == "cuda":
         # vLLM takes what is allocated on a device while it starts for its own: nobody may build beside it.
-        if starting is not None:
+        if starting is not None and config.rollout.sleep != "none":
+            starting.result().sleep()
+        elif starting is not None:
             starting.result()
         broadcast_object(None, state)
     policy = Policy.build(config.model, config.optimizer, config.parallel, state)

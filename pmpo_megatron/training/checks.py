@@ -82,8 +82,8 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
     _in_section("rollout", lambda: own_nodes(config.rollout))
-    if config.rollout.expert_parallel and not (_on_gpu(config) or (dry_run and config.run.device == "auto")):
-        raise ConfigError("rollout.expert_parallel", "vLLM divides whole experts on GPUs only: on CPU it crashes; leave it out")
+    on_gpu = _on_gpu(config) or (dry_run and config.run.device == "auto")
+    _in_section("rollout", lambda: config.rollout.check_device("cuda" if on_gpu else "cpu"))
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("rollout.engine", "vllm is not installed; see the README for the requirements")
     if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
@@ -204,6 +204,8 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError("sampling.samples_per_prompt", "must be at least 2: an advantage compares responses to one prompt")
     if config.sampling.top_p < 1 or config.sampling.top_k:
         logger.warning("sampling.top_p and top_k: the engine's log-probs are of the cut distribution, the trainer's are not")
+    if config.rollout.quantization != "none" and config.objective.importance == config.round.rejection == "none":
+        logger.warning("rollout.quantization without objective.importance: the engine's rounding is not corrected for")
     if config.round.mode != "synchronous" and config.objective.importance == "none":
         logger.warning("round.mode %s without objective.importance: older rollouts are not corrected for", config.round.mode)
 

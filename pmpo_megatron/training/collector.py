@@ -35,7 +35,7 @@ class RoundBatch:
     sampler_state: dict[str, Any]  # after this round's prompts: what a checkpoint of the finished round holds
     examples: tuple[dict[str, Any], ...]  # a few rollouts for people
     sources: tuple[str, ...]  # of each sample
-    drawn: int = 0  # as in trainer.RunProgress
+    drawn: int = 0  # as in progress.RunProgress
     open: tuple[tuple[int, ...], ...] = ()
 
 

@@ -188,6 +188,10 @@ class RunConfig(Section):
             raise ConfigError(
                 name, "takes what the trainer's routers do at the round's start; round.old_log_probs must be recomputed"
             )
+        for name, mode in {"rollout.sleep": self.rollout.sleep, "model.offload": self.model.offload}.items():
+            if mode != "none" and self.round.mode != "synchronous":
+                text = f"{mode} with round.mode {self.round.mode}: engines generate while the trainer trains; set none"
+                raise ConfigError(name, text)
         if self.round.mode != "in_flight":
             return
         if self.round.max_staleness < self.versions_per_round:

@@ -43,7 +43,7 @@ class StreamCollector(Collector):
     Args:
         rounds: of the run: no more prompts are drawn than they take.
         versions_per_round: updates of the policy in a round.
-        drawn, open: `trainer.RunProgress` of the checkpoint; its open prompts are submitted before any other.
+        drawn, open: `progress.RunProgress` of the checkpoint; its open prompts are submitted before any other.
     """
 
     def __init__(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,18 @@ from pmpo_megatron.algo.rejection import Rejection
 from pmpo_megatron.bridge.source import give_back_cache
 from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.checkpoint.store import CheckpointStore
-from pmpo_megatron.config import convert, field_types
-from pmpo_megatron.errors import CheckpointError, ConfigError
 from pmpo_megatron.model.micro_batch import MicroBatch, ScoredMicroBatch
 from pmpo_megatron.model.policy import Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.model.step_results import StepResult
 from pmpo_megatron.monitor import Maximum, Mean, Metric, PhaseTimer, RunLog
-from pmpo_megatron.parallel.collectives import any_rank, broadcast_object
+from pmpo_megatron.parallel.collectives import any_rank, barrier, broadcast_object
 from pmpo_megatron.parallel.liveness import doing
 from pmpo_megatron.parallel.stand_by import StandBy
 from pmpo_megatron.training.collector import Collector, RoundBatch
 from pmpo_megatron.training.guards import check_mismatch, check_step, dump_step
 from pmpo_megatron.training.held_out import Evaluator
+from pmpo_megatron.training.progress import RunProgress
 from pmpo_megatron.training.round_metrics import measure_mismatch, step_metrics, trajectory_record
 from pmpo_megatron.training.routes import measure_routing, replayed_routes
 from pmpo_megatron.training.run_config import RunConfig
@@ -34,55 +34,6 @@ from pmpo_megatron.training.token_examples import token_examples
 from pmpo_megatron.types import TrajectoryTable
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class RunProgress:
-    """Where a run stands: what a checkpoint holds beside the weights, the optimizer and the random states."""
-
-    round: int = 0  # the next round
-    policy_version: int = 0  # of the weights: counts rounds, or optimizer steps where each gives the engine new weights
-    skipped_in_a_row: int = 0  # optimizer steps
-    evaluated: int = -1  # the last round that was evaluated before
-    sampler: dict[str, Any] = field(default_factory=dict)
-    drawn: int = 0  # prompts that the sampler has given
-    open: tuple[tuple[int, ...], ...] = ()  # of them, not trained on yet: the number of the draw, the prompt's index
-    log: dict[str, Any] | None = None  # RunLog.cursor()
-    accuracy: dict[str, float] = field(default_factory=dict)  # held-out, by round; keys are text, as JSON has them
-
-    @staticmethod
-    def of(values: dict[str, Any]) -> RunProgress:
-        """What a checkpoint holds.
-
-        Raises:
-            CheckpointError: it is not the progress of a run; names the value.
-        """
-        hints = field_types(RunProgress)
-        required = {"round", "policy_version", "sampler", "log"}
-        if absent := sorted(required - values.keys()):
-            raise CheckpointError(f"progress.json: damaged: {', '.join(absent)} is missing")
-        if unknown := sorted(values.keys() - hints.keys()):
-            raise CheckpointError(f"progress.json: {', '.join(unknown)}: unknown; written by another version?")
-        try:
-            found = RunProgress(**{name: convert(value, hints[name], name) for name, value in values.items()})
-            convert([*found.accuracy.values()], tuple[float, ...], "accuracy")
-            _check_places(found)
-        except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"progress.json: damaged: {error}") from None
-        return found
-
-
-def _check_places(progress: RunProgress) -> None:
-    """Raises where the positions that a run goes on from are not whole numbers of at least 0."""
-    log, sampler = progress.log or {"step": 0, "bytes": {}}, progress.sampler
-    places = {f"log.bytes.{name}": size for name, size in log["bytes"].items()} | {"log.step": log["step"]}
-    places |= {f"sampler.{name}": sampler[name] for name in ("num_prompts", "seed", "epoch", "position") if sampler}
-    places |= {"round": progress.round, "policy_version": progress.policy_version, "skipped": progress.skipped_in_a_row}
-    places |= {f"accuracy of round {name}": int(name) for name in progress.accuracy} | {"drawn": progress.drawn}
-    places |= {f"open[{n}][{k}]": value for n, draw in enumerate(progress.open) for k, value in enumerate(draw)}
-    for name, value in places.items():
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{name} is {value!r}")
 
 
 class Trainer:
@@ -120,8 +71,9 @@ class Trainer:
                 break
         finished = self.progress.round >= self.config.run.rounds
         if finished:
-            self.push_weights()
-            self.evaluate()
+            with self.rollout_phase():
+                self.push_weights()
+                self.evaluate()
         self.save(required=True)
         return finished
 
@@ -160,24 +112,50 @@ class Trainer:
         engine is idle, gets the newest weights, and begins with the next round's. In flight the engine gets them while it
         generates, and goes on.
         """
+        if self.config.round.mode == "synchronous":
+            with self.rollout_phase():
+                return self._collect_now()
         overlapped = self.config.round.mode == "overlapped"
-        ahead = overlapped and self.pushed is not None
-        if not ahead:
-            self.push_weights()
-            self.evaluate()
+        if not overlapped or self.pushed is None:
+            batch, table = self._collect_now()
+        else:
+            batch, table = self._wait_for_batch()
+            if table is not None:
+                self.push_weights()
+                self.evaluate()
+        further = self.progress.round + 1 < self.config.run.rounds
+        if table is not None and overlapped and further and self.collector is not None:
+            self.collector.start(self.progress.round + 1)
+        return batch, table
+
+    @contextmanager
+    def rollout_phase(self) -> Iterator[None]:
+        """Rollouts run inside, and nothing trains. Nobody takes memory that another rank, or the engine, has not given yet."""
+        policies = [policy for policy in (self.policy, self.reference) if policy is not None]
+        with self.timer.phase("offload"):
+            for policy in policies:
+                policy.gather.finish()
+                policy.memory.begin_rollouts()
+            give_back_cache(self.state.device)
+            barrier(self.state, "the beginning of rollouts")
+        yield
+        with self.timer.phase("offload"):
+            if self.collector is not None and self.config.rollout.sleep != "none":
+                self.collector.engine.sleep()
+            barrier(self.state, "the end of rollouts")
+            for policy in policies:
+                policy.memory.begin_training()
+
+    def _collect_now(self) -> tuple[RoundBatch | None, TrajectoryTable | None]:
+        self.push_weights()
+        self.evaluate()
+        return self._wait_for_batch()
+
+    def _wait_for_batch(self) -> tuple[RoundBatch | None, TrajectoryTable | None]:
         with self.timer.phase("rollouts"):
             give_back_cache(self.state.device)
             batch = self.stand_by.run(self._collect_here)
-            table = broadcast_object(None if batch is None else batch.table, self.state)
-        if table is None:
-            return None, None
-        if ahead:
-            self.push_weights()
-            self.evaluate()
-        further = self.progress.round + 1 < self.config.run.rounds
-        if overlapped and further and self.collector is not None:
-            self.collector.start(self.progress.round + 1)
-        return batch, table
+            return batch, broadcast_object(None if batch is None else batch.table, self.state)
 
     def _collect_here(self) -> RoundBatch | None:
         assert self.collector is not None, "rank 0 alone has one, and is asked alone"

@@ -17,6 +17,7 @@ from pmpo_megatron.model.micro_batch import prepare
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
+from pmpo_megatron.parallel import state as state_module
 from pmpo_megatron.parallel.shards import context_indices
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState, initialize, shut_down
 from pmpo_megatron.types import Sample
@@ -41,6 +42,18 @@ def measure(layouts: list[dict], cases: list[dict], activations: list[dict]) -> 
                 "in_flight": in_flight if state.is_first_stage else {},
             }
         )
+        shut_down(keep_world=True)
+    shut_down()
+    return found
+
+
+def measure_with_many_buckets(bucket: tuple[int, int], layouts: list[dict], case: dict) -> list[dict]:
+    """`measure_state` for each layout, where a gradient has buckets of `state.BUCKET` ``bucket``."""
+    state_module.BUCKET = bucket
+    found = []
+    for layout in layouts:
+        parallel = ParallelConfig(**layout)
+        found.append(measure_state(case, parallel, initialize(parallel, device="cpu")))
         shut_down(keep_world=True)
     shut_down()
     return found

@@ -7,11 +7,13 @@ import dataclasses
 import torch
 
 from pmpo_megatron.algo.objective import PRESETS, ObjectiveConfig
+from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
+from pmpo_megatron.parallel import state as state_module
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from tests.distributed.parity_worker import TEMPERATURE, prepared
 
@@ -124,3 +126,27 @@ def lengths_out_of_reach(path: str, layouts: list[dict]) -> list[bool]:
         shut_down(keep_world=True)
     shut_down()
     return same
+
+
+def overlapped_and_not(path: str, layouts: list[dict]) -> list[list[dict]]:
+    """For each layout, with and without overlap: results of three steps, the weights they lead to, and gradient buckets."""
+    state_module.BUCKET = 5000, 0  # several buckets
+    found = []
+    for layout in layouts:
+        both = []
+        for overlap in (True, False):
+            parallel = ParallelConfig(**layout, overlap_grad_reduce=overlap)
+            state = initialize(parallel, device="cpu")
+            case = Case(ModelConfig(path=path, log_prob_chunk=16), parallel, state, prepared(state))
+            # So large an epsilon does not make updates of what should be 0 and is rounding, such as gradients of keys' biases.
+            optimizer = OptimizerConfig(learning_rate=0.1, epsilon=0.1)
+            policy = Policy.build(case.model, optimizer, parallel, state)
+            steps = [case.step(policy, score(policy, case.batches, temperature=TEMPERATURE)) for _ in range(3)]
+            weights = {name: tensor.clone() for name, tensor in WeightSource(policy)}
+            buckets = len(policy.chunks[0].bucket_groups)
+            assert policy.chunks[0].use_forward_hook == overlap
+            both.append({"norms": [(s.loss, s.grad_norm) for s in steps], "weights": weights, "buckets": buckets})
+            shut_down(keep_world=True)
+        found.append(both)
+    shut_down()
+    return found

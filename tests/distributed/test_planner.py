@@ -5,9 +5,10 @@ from itertools import pairwise
 import pytest
 
 from pmpo_megatron.hf.shape import read_shape
+from pmpo_megatron.parallel import state
 from pmpo_megatron.parallel.state import ParallelConfig
 from pmpo_megatron.planner.activations import ActivationModel, layers_in_flight
-from pmpo_megatron.planner.parameters import chunk_parameters, state_bytes, total_parameters
+from pmpo_megatron.planner.parameters import chunk_buffers, chunk_parameters, state_bytes, total_parameters
 from tests.distributed.harness import run_ranks
 from tests.distributed.planner_worker import BOUNDARIES, LENGTHS
 from tests.tiny_models import save_tiny_model
@@ -74,6 +75,23 @@ def test_bytes_of_models_with_experts(world_size, layouts, tmp_path):
             for case, real in zip(kept, measured["activations"], strict=True):
                 assert expected_activations(case, parallel) == real, (case, options)
             check_in_flight(paths[0], parallel, measured)
+
+
+def test_bytes_where_a_gradient_has_many_buckets(models, monkeypatch):
+    """As on large models; each bucket is padded for itself."""
+    bucket, layouts = (5000, 0), [{}, {"pipeline": 2}, {"context": 2}]
+    monkeypatch.setattr(state, "BUCKET", bucket)
+    case = {"path": str(models[0]), "dtype": "bfloat16", "distributed": True}
+    for cached in (chunk_buffers, state_bytes):
+        cached.cache_clear()
+    for found in run_ranks(2, "tests.distributed.planner_worker:measure_with_many_buckets", bucket, layouts, case):
+        for options, real in zip(layouts, found, strict=True):
+            check_states(case, ParallelConfig(**options), real)
+    shape = read_shape(case["path"])
+    [(_, buffer, _)] = chunk_buffers(shape, ParallelConfig(), stage=0, chunk=0, replicas=2)
+    assert len(buffer.buckets) > 3
+    for cached in (chunk_buffers, state_bytes):
+        cached.cache_clear()
 
 
 def check_in_flight(path, parallel, measured):

@@ -77,3 +77,34 @@ def test_own_layers_never_ask_the_gpu_for_lengths(tmp_path):
     path = str(save_tiny_model("qwen2", tmp_path / "model"))
     layouts = [dict(context=2), dict(tensor=2, sequence_parallel=True)]
     assert run_ranks(2, "tests.distributed.step_worker:lengths_out_of_reach", path, layouts) == [[True, True]] * 2
+
+
+OVERLAP = {
+    2: {"dp2": {}, "cp2": dict(context=2)},
+    4: {
+        "dp4": {},
+        "tp2-dp2": dict(tensor=2, sequence_parallel=True),
+        "pp2-dp2": dict(pipeline=2),
+        "pp2-interleaved-dp2": dict(pipeline=2, virtual_pipeline=2),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kind", "names"),
+    [
+        (2, "qwen2-tied", ("dp2", "cp2")),
+        (4, "qwen2-tied", ("dp4", "tp2-dp2", "pp2-dp2", "pp2-interleaved-dp2")),
+        pytest.param(4, "qwen3-moe-mixed", ("dp4", "tp2-dp2", "pp2-dp2"), marks=pytest.mark.slow),
+    ],
+)
+def test_steps_that_overlap_with_communication_are_the_same(world_size, kind, names, tmp_path):
+    """But for rounding: buckets divide the gradient otherwise, so that ranks and the norm are added in another order."""
+    path, layouts = str(save_tiny_model(kind, tmp_path / "model")), OVERLAP[world_size]
+    found = run_ranks(world_size, "tests.distributed.step_worker:overlapped_and_not", path, [layouts[name] for name in names])
+    for name, (overlapped, waited) in zip(names, found[0], strict=True):
+        assert overlapped["buckets"] > 2 >= waited["buckets"], name
+        for (loss, norm), (other_loss, other_norm) in zip(overlapped["norms"], waited["norms"], strict=True):
+            assert (loss, norm) == (pytest.approx(other_loss, rel=1e-5, abs=1e-6), pytest.approx(other_norm, rel=1e-5)), name
+        for key, value in waited["weights"].items():
+            torch.testing.assert_close(overlapped["weights"][key], value, atol=2e-6, rtol=1e-6, msg=f"{name}: {key}")

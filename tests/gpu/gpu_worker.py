@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from pmpo_megatron.algo.objective import PRESETS
+from pmpo_megatron.bridge.config import BridgeConfig
 from pmpo_megatron.bridge.media import Broadcast, join_medium
+from pmpo_megatron.bridge.sync import WeightBridge
 from pmpo_megatron.model import architecture
 from pmpo_megatron.model.optimizer import OptimizerConfig
 from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
+from pmpo_megatron.parallel.stand_by import StandBy
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
+from pmpo_megatron.rollout.config import RolloutConfig
+from pmpo_megatron.rollout.factory import make_engine
+from pmpo_megatron.units import GIB
 from tests.distributed.parity_worker import TEMPERATURE, prepared
+from tests.integration.engine_worker import EXTENSION, answers, export
+from tests.integration.engine_worker import train as update
 
 
 def train(path: str, layout: dict, dtype: str, *, own_layers: bool = False) -> dict:
@@ -52,6 +61,49 @@ def train(path: str, layout: dict, dtype: str, *, own_layers: bool = False) -> d
 
 def train_own_layers(path: str, layout: dict, dtype: str) -> dict:
     return train(path, layout, dtype, own_layers=True)
+
+
+def sleep_and_wake(path: str, mode: str) -> dict:
+    """Answers of a real engine before and after it slept while the weights stayed the same, and the GiB freed meanwhile."""
+    state = initialize(ParallelConfig(), device="cuda")
+    config = RolloutConfig(kv_cache_gib=1.0, gpu_memory_utilization=0.1, max_num_seqs=32, max_model_len=256, sleep=mode)
+    engine = make_engine(config, model_path=path, device="cuda", worker_extension=EXTENSION)
+    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(), ParallelConfig(), state)
+    bridge = WeightBridge(policy, engine, BridgeConfig(), StandBy(state))
+    bridge.push(1)
+    found: dict = {"free": [], "answers": [answers(engine)]}
+    for version in (2, 3):
+        before = torch.cuda.mem_get_info()[0]
+        engine.sleep()
+        found["free"].append((torch.cuda.mem_get_info()[0] - before) / GIB)
+        bridge.push(version)
+        found["answers"].append(answers(engine))
+    engine.close()
+    bridge.close()
+    shut_down()
+    return found
+
+
+def update_in_fp8(path: str, directory: str) -> dict:
+    """Answers of an engine in fp8 before and after an update, and of one loaded from the exported checkpoint."""
+    state = initialize(ParallelConfig(), device="cuda")
+    settings = dict(kv_cache_gib=0.5, gpu_memory_utilization=0.1, max_num_seqs=32, max_model_len=256, quantization="fp8")
+    common = dict(device="cuda", worker_extension=EXTENSION)
+    engine = make_engine(RolloutConfig(**settings), model_path=path, **common)
+    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.02), ParallelConfig(), state)
+    bridge = WeightBridge(policy, engine, BridgeConfig(), StandBy(state))
+    found = {"before": answers(engine)}
+    update(policy, ParallelConfig())
+    bridge.push(1)
+    found["after"] = answers(engine)
+    export(bridge, path, Path(directory) / "exported")
+    engine.close()
+    bridge.close()
+    fresh = make_engine(RolloutConfig(**settings), model_path=str(Path(directory) / "exported"), **common)
+    found["fresh"] = answers(fresh)
+    fresh.close()
+    shut_down()
+    return found
 
 
 def connect_and_hang(port: int, common: dict) -> None:

@@ -58,9 +58,10 @@ def prompts(count: int = 4) -> list[Prompt]:
     ]
 
 
-def engine_for(path: str, *, addresses=(), routes=None, **settings):
+def engine_for(path: str, *, addresses=(), routes=None, logs=None, **settings):
     config = RolloutConfig(**dict(threads=1, kv_cache_gib=0.1, max_num_seqs=32) | settings)
-    return make_engine(config, model_path=path, device="cpu", worker_extension=EXTENSION, nodes=addresses, routes=routes)
+    where = dict(device="cpu", nodes=addresses, logs=logs)
+    return make_engine(config, model_path=path, worker_extension=EXTENSION, routes=routes, **where)
 
 
 def train(policy: Policy, parallel: ParallelConfig) -> None:
@@ -188,6 +189,51 @@ def update_nodes(path: str, bridge_settings: dict, directory: str) -> dict | Non
         found["left"] = gather_objects(agent and [pid for pid in agent.process_ids if Path(f"/proc/{pid}").exists()], state)
     shut_down()
     return found if state.is_main else None
+
+
+def sleep_and_wake(path: str, directory: str) -> dict:
+    """What two engines say around two sleeps, in the second of which the first dies; and what ``sleep: kv`` says on CPU."""
+    os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+    state = initialize(ParallelConfig(), device="cpu")
+    policy = Policy.build(ModelConfig(path=path), OptimizerConfig(learning_rate=0.02), ParallelConfig(), state)
+    found, logs = {}, Path(directory)
+    engine = engine_for(path, engines=2, sleep="all", block_size=32, logs=logs)
+    bridge = WeightBridge(policy, engine, BridgeConfig(bucket_mib=SMALL), StandBy(state))
+    cached = lambda: [group.rollouts[0].cached for group in engine.generate(prompts(6), GREEDY, round_index=0)]  # noqa: E731
+    bridge.push(1)
+    found["answers"] = answers(engine)
+    cached()
+    found["cached, awake"] = cached()
+    engine.sleep()
+    try:
+        answers(engine)
+    except RolloutError as error:
+        found["asked"] = str(error)
+    bridge.push(1)
+    found["cached, woken"], found["woken"] = cached(), answers(engine)
+    engine.sleep()
+    first = engine.process_ids
+    os.kill(first[0], signal.SIGKILL)
+    time.sleep(2)
+    found["dead meanwhile"] = [process.running for process in engine._processes]
+    train(policy, ParallelConfig())
+    bridge.push(2)
+    found["replaced"] = [new != old for new, old in zip(engine.process_ids, first, strict=True)]
+    found["trained"] = answers(engine)
+    bridge.push(3)
+    found["trained, again"] = answers(engine)
+    found["log"] = (logs / "engine-1.log").read_text()
+    engine.close()
+    bridge.close()
+    engine = engine_for(path, sleep="kv")
+    answers(engine)
+    try:
+        engine.sleep()
+    except RolloutError as error:
+        found["kv"] = str(error)
+    engine.close()
+    shut_down()
+    return found
 
 
 def corrupt_and_recover(path: str, engines: int) -> dict:

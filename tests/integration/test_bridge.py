@@ -1,5 +1,7 @@
 """Real Megatron policies into real vLLM engines: after an update the engine is the one that loads the exported checkpoint."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -73,3 +75,18 @@ def test_what_is_corrupted_in_transit_is_caught_and_nothing_is_generated_from_it
     assert found["killed, version"] == 3, "an engine that dies while it takes weights is started again and gets them"
     assert found["killed, seconds"] < 100, "the other engine does not wait out bridge.timeout_s, 200, for the one that died"
     same(found["killed"], found["answers"], tolerance=1e-6)
+
+
+def test_an_engine_that_slept_takes_weights_again_and_is_started_again_if_it_died_asleep(tmp_path):
+    """vLLM's CPU build frees nothing, and does everything else: what comes when, and that no token is made meanwhile."""
+    [found] = run_ranks(1, f"{WORKER}:sleep_and_wake", save_model("qwen2", tmp_path / "model"), str(tmp_path), timeout=280)
+    assert found["asked"] == "the engine is asleep; an update wakes it"
+    assert any(found["cached, awake"]) and not any(found["cached, woken"]), "prefixes are forgotten"
+    same(found["woken"], found["answers"], tolerance=1e-6)
+    assert found["dead meanwhile"] == [False, True], "the trainer has the memory in which it would be started"
+    assert found["replaced"] == [True, False]
+    assert [ids for ids, _ in found["trained"]] != [ids for ids, _ in found["answers"]]
+    same(found["trained"], found["trained, again"], tolerance=1e-6)
+    steps = re.findall(r"fall asleep|wake up tags \S+|state to UNPAUSED", found["log"])
+    assert steps == ["fall asleep", "wake up tags ['weights'].", "wake up tags ['kv_cache'].", "state to UNPAUSED"] * 2
+    assert "Selective discard is not supported on CPU" in found["kv"], "everything before it has been done"

@@ -73,11 +73,14 @@ class TestOneProcess:
         assert_same_run(recorded[0], replayed)
 
     def test_killed_again_and_again_it_ends_at_the_same_bits(self, model, recorded, replayed, tmp_path):
-        """SIGKILL to the whole run at random moments - while it loads, trains, or writes - and the same command again."""
-        directory = tmp_path / "killed"
+        """SIGKILL to the whole run at random moments - while it loads, trains, or writes - and the same command again.
+
+        Unlike the run that it is compared with, it moves its weights and states out while rollouts run.
+        """
+        directory, settings = tmp_path / "killed", [*replay(recorded), "model.offload=all"]
         dice, where = random.Random(), []
         for attempt in range(1, KILLS + 1):
-            process = runs.start(model, directory, *replay(recorded))
+            process = runs.start(model, directory, *settings)
             runs.wait_until(
                 lambda n=attempt: runs.output(directory).count("processes on cpu") == n, timeout=200, what="the start"
             )
@@ -86,7 +89,7 @@ class TestOneProcess:
             process.wait()
             where.append(runs.last_round(directory))
         print(f"killed after rounds {where}")
-        runs.train(model, directory, *replay(recorded))
+        runs.train(model, directory, *settings)
         assert_same_run(replayed, directory)
 
     def test_a_run_that_is_given_again_when_it_is_done_changes_nothing(self, model, recorded, replayed):
@@ -133,7 +136,7 @@ class TestGuards:
 LAYOUTS = {
     "tp2": ["parallel.tensor=2", "parallel.sequence_parallel=true"],
     "pp2-overlapped": ["parallel.pipeline=2", "round.mode=overlapped", "objective.importance=token"],
-    "dp2-dynamic-reference": ["round.dynamic_sampling=true", "objective.kl_coefficient=0.1"],
+    "dp2-dynamic-reference-offload": ["round.dynamic_sampling=true", "objective.kl_coefficient=0.1", "model.offload=all"],
     "cp2": ["parallel.context=2"],
 }
 

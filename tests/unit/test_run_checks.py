@@ -55,6 +55,12 @@ def test_a_right_configuration_passes_and_writes_nothing(capfd, tmp_path):
             ["model.path=Qwen/Qwen3-30B-A3B", "rollout.expert_parallel=true", "rollout.tensor_parallel=2", "run.device=cpu"],
             "error: rollout.expert_parallel: vLLM divides whole experts on GPUs only",
         ),
+        (["rollout.quantization=fp8", "run.device=cpu"], "error: rollout.quantization: fp8: vLLM computes in fp8 on GPUs only"),
+        (["rollout.sleep=kv", "run.device=cpu"], "error: rollout.sleep: kv: vLLM has no sleep mode on CPU"),
+        (
+            ["rollout.sleep=all", "round.mode=in_flight"],
+            "error: rollout.sleep: all with round.mode in_flight: engines generate while the trainer trains",
+        ),
         (
             ["round.routing_replay=old", "round.old_log_probs=rollout"],
             "error: round.routing_replay: takes what the trainer's routers do at the round's start; round.old_log_probs",

@@ -7,7 +7,7 @@ import pytest
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.config import CheckpointConfig
 from pmpo_megatron.errors import CheckpointError
-from pmpo_megatron.training.trainer import RunProgress
+from pmpo_megatron.training.progress import RunProgress
 
 
 def make(root, name):

@@ -169,6 +169,58 @@ def test_overlapped_rounds_take_the_longer_of_both():
     assert other.seconds == max(other.rollouts, other.training + other.weights)
 
 
+def test_memory_by_turns_is_what_each_phase_holds():
+    both = {"rollout": {"engines": 2, "sleep": "kv"}, "model": {"offload": "optimizer"}}
+    [together] = plan(config(rollout={"engines": 2}), 8, H100).gpus
+    found = plan(config(**both), 8, H100)
+    training, rollouts = found.gpus
+    engine, freed = found.engine, found.engine.kv_cache + found.engine.forward
+    assert together.total - training.total == pytest.approx(freed) and freed > 12 * GIB
+    contexts = (H100.reserved_gib + H100.engine_context_gib) * GIB
+    assert rollouts.total == pytest.approx(together.state.parameters + engine.total + contexts)
+    assert found.moved.states == together.state.optimizer and found.moved.weights == 0
+    out = together.state.optimizer / H100.host_link_bytes_per_s
+    assert found.round.moving == pytest.approx(out), "and back while log-probs are scored"
+    assert found.round.seconds == pytest.approx(plan(config(rollout={"engines": 2}), 8, H100).round.seconds + out)
+    text = "\n".join(plan_lines(found))
+    assert (
+        "stage 0 with vLLM, training" in text and "stage 0 with vLLM, rollouts" in text and "of a node's; out and back" in text
+    )
+    both["rollout"]["sleep"] = both["model"]["offload"] = "all"
+    training, rollouts = plan(config(**both), 8, H100).gpus
+    assert training.engine == engine.graphs and rollouts.state.total == 0
+
+
+def test_fp8_halves_what_decoding_reads_but_the_vocabulary():
+    full, half = (plan(config(rollout={"quantization": name}), 8, H100) for name in ("none", "fp8"))
+    vocabulary = 2 * 2 * 152064 * 3584 / 4  # bytes on a GPU: two matrices, bfloat16, four GPUs
+    assert half.engine.weights - vocabulary == pytest.approx((full.engine.weights - vocabulary) / 2, rel=1e-3)
+    assert half.round.rollouts < full.round.rollouts
+
+
+def test_what_is_moved_out_needs_a_nodes_memory():
+    found = plan(config(model={"offload": "all"}), 8, replace(H100, host_gib=300.0))
+    assert found.moved.total * 8 > 100 * GIB
+    assert any("beside 142 of model.offload" in problem for problem in found.problems), found.problems
+    assert plan(config(), 8, replace(H100, host_gib=300.0)).fits
+
+
+def test_memory_by_turns_is_proposed_where_rollouts_want_for_it():
+    large = config(
+        "Qwen/Qwen2.5-32B",
+        parallel={"tensor": 8, "pipeline": 2},
+        rollout={"tensor_parallel": 8, "nodes": "all", "max_model_len": 9216},
+        sampling={"max_tokens": 8192},
+        batch={"max_tokens_per_micro_batch": 9216},
+    )
+    best = best_engines(large, 32, H100, sequence=8192)[0]
+    assert best.config.rollout.sleep == "kv" and best.config.rollout.kv_cache_gib > 30
+    overlapped = replace(large, round=replace(large.round, mode="overlapped"))
+    others = best_engines(overlapped, 32, H100, sequence=8192)
+    assert {p.config.rollout.sleep for p in others} == {"none"}
+    assert best.round.rollouts < 0.9 * others[0].round.rollouts
+
+
 @pytest.mark.parametrize(
     ("parallel", "world_size", "engine", "expected"),
     [
@@ -200,7 +252,7 @@ def test_proposals_fit_and_are_not_slower():
 def test_engines_are_proposed_that_use_the_whole_node():
     found = best_engines(config(), 8, H100)
     assert all(p.fits and p.config.rollout.engines * p.config.rollout.tensor_parallel == 8 for p in found)
-    assert [p.round.rollouts for p in found] == sorted(p.round.rollouts for p in found)
+    assert [p.round.seconds for p in found] == pytest.approx(sorted(p.round.seconds for p in found), rel=0.02)
     assert found[0].round.rollouts < plan(config(), 8, H100).round.rollouts, "which leaves half of the node idle"
     assert all(p.config.rollout.tensor_parallel != 8 for p in found), "does not divide 28 heads"
     assert all(p.config.parallel == config().parallel for p in found)
@@ -235,7 +287,10 @@ def test_nothing_is_proposed_where_rollouts_cannot_work():
 
 
 def test_the_dry_runs_report():
-    assert memory_report(config(run={"device": "cuda"}), 8, H100) == plan_lines(plan(config(), 8, H100))
+    *report, faster = memory_report(config(run={"device": "cuda"}), 8, H100)
+    assert report == plan_lines(plan(config(), 8, H100)) and faster.startswith("faster: rollout.engines=")
+    whole = dict(rollout={"engines": 4, "tensor_parallel": 2, "kv_cache_gib": 9})
+    assert memory_report(config(run={"device": "cuda"}, **whole), 8, H100) == plan_lines(plan(config(**whole), 8, H100))
     with pytest.raises(ConfigError, match="without any activations, and H100 80GB has 79.1"):
         memory_report(config("Qwen/Qwen2.5-72B", run={"device": "cuda"}), 8, H100)
     with pytest.raises(ConfigError, match="rollout.tensor_parallel: 8 must divide the model's 28 heads"):
@@ -279,7 +334,7 @@ def test_the_command(run_tool):
     code, out, _ = run_tool("--hardware", "h100-80gb", "batch.max_tokens_per_micro_batch=8192", "--sequence-length", "1000")
     assert code == 0
     assert "128 trajectories of 1000 tokens" in out and "proposals, fastest training first:" in out
-    assert "rollouts on all GPUs of a node, fastest first:\n  2 vLLMs, each on 4 GPUs: " in out
+    assert "engines and memory by turns, shortest rounds first:\n  rollout.engines=" in out
     assert run_tool("--hardware", "a100-80gb", "--proposals", "0")[0] == 1
     code, _, err = run_tool("model.path=/nowhere")
     assert code == 2 and "error: model.path: /nowhere has no config.json" in err

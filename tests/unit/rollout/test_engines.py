@@ -45,6 +45,7 @@ def test_what_an_engine_leaves_is_asked_again_prompt_by_prompt():
         ({"engine": "server"}, "engine: HTTP servers are no longer used; instead pmpo-rollout-node"),
         ({"urls": ["http://a:1"]}, "urls: HTTP servers are no longer used"),
         ({"nodes": "own"}, "hosts: and key_file are needed with nodes 'own'"),
+        ({"nodes": "own", "hosts": ["a:1"], "key_file": "k", "sleep": "kv"}, "sleep: kv has no effect: no vLLM shares a GPU"),
         ({"hosts": ["a:1"], "key_file": "k"}, "have no effect with any other"),
         ({"nodes": "own", "hosts": ["http://a:1"], "key_file": "k"}, "'http://a:1' is not HOST:PORT"),
     ],
@@ -97,6 +98,19 @@ def test_a_mixture_says_its_routes_by_vllm_on_gpus_and_by_its_workers_on_cpu():
     on_cpu = engine_settings(RolloutConfig(), "model", "cpu", None, routes=True)
     assert on_cpu["enable_prefix_caching"] is False and "enable_return_routed_experts" not in on_cpu
     assert "enable_expert_parallel" not in on_cpu
+
+
+def test_memory_that_is_freed_needs_an_allocator_of_its_own_from_the_start():
+    asked = [engine_settings(RolloutConfig(sleep=mode), "model", "cuda", None) for mode in ("none", "kv", "all")]
+    assert [settings.get("enable_sleep_mode") for settings in asked] == [None, True, True]
+
+
+def test_fp8_is_what_vllm_makes_of_other_weights():
+    """vLLM's own name "fp8" refuses them."""
+    from vllm.config.quantization import _ONLINE_SHORTHANDS
+
+    name = engine_settings(RolloutConfig(quantization="fp8"), "model", "cuda", None)["quantization"]
+    assert name in _ONLINE_SHORTHANDS and "quantization" not in engine_settings(RolloutConfig(), "model", "cuda", None)
 
 
 def test_text_made_at_the_end_is_what_is_made_token_by_token():
