@@ -67,7 +67,7 @@ def open_medium(
         return SharedFile.create(slot_bytes, directory)
     if kind == "cuda_ipc":
         return SharedGpuMemory.create(slot_bytes, device)
-    settings = dict(slot_bytes=slot_bytes, size=workers + 1, timeout_s=timeout_s, loopback=loopback)
+    settings: dict[str, Any] = dict(slot_bytes=slot_bytes, size=workers + 1, timeout_s=timeout_s, loopback=loopback)
     return Broadcast(kind, rank=0, store=store, device=device, **settings)
 
 

@@ -110,9 +110,10 @@ class WeightBridge:
             outcome = self._push_once(version, last=attempt == ATTEMPTS)
             if isinstance(outcome, PushReport):
                 return outcome
-            if not outcome.again or not self._revive(outcome.error):
+            failure = outcome.error
+            if not outcome.again or not self._revive(failure):
                 break
-        raise WeightSyncError(outcome.error)
+        raise WeightSyncError(failure)
 
     def close(self) -> None:
         """Gives the lane's memory back."""

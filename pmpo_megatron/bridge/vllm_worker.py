@@ -54,7 +54,8 @@ class WeightReceiver(RouteRecorder):
         problem = check_complete(entries, [bucket for turn in manifest["turns"] for _, bucket in turn])
         if problem:
             return {"problem": problem, "fingerprints": {}, "waited_s": 0.0}
-        self.pmpo_version, self.pmpo_waited_s, fingerprints = -1, 0.0, {}
+        fingerprints: dict[str, int] = {}
+        self.pmpo_version, self.pmpo_waited_s = -1, 0.0
         try:
             self._pmpo_reload(self._pmpo_receive(manifest, Assembly(entries), fingerprints))
             self.pmpo_version = manifest["version"]
@@ -103,8 +104,8 @@ class WeightReceiver(RouteRecorder):
         """Joins the lanes that lead to this worker's node; `Receiver.begin` of the first."""
         described = {lane: each for lane, each in enumerate(channel["lanes"][os.environ.get(NODE, "0")]) if each is not None}
         if self.pmpo_channel != channel["name"]:
-            for lane in self.pmpo_lanes.values():
-                lane.close()
+            for receiver in self.pmpo_lanes.values():
+                receiver.close()
             lanes: dict[int, Receiver] = {}
             self.pmpo_lanes, self.pmpo_channel = lanes, channel["name"]
             for lane, each in described.items():

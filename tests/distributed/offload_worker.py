@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from pmpo_megatron.algo.objective import PRESETS
-from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.checkpoint.config import CheckpointConfig
 from pmpo_megatron.checkpoint.store import CheckpointStore
 from pmpo_megatron.model import offload
@@ -16,6 +15,7 @@ from pmpo_megatron.model.policy import ModelConfig, Policy
 from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from tests.distributed.parity_worker import TEMPERATURE, prepared
+from tests.weights import whole_weights
 
 
 def train_in_every_mode(path: str, root: str, layout: dict, dtype: str, distributed: bool) -> dict:
@@ -91,7 +91,3 @@ def bytes_held(policy: Policy, reference: Policy) -> dict[str, int]:
         name: sum(storage.nbytes() for storage in {tensor.untyped_storage() for tensor in group})
         for name, group in tensors.items()
     }
-
-
-def whole_weights(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in WeightSource(policy)}

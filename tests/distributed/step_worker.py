@@ -7,7 +7,6 @@ import dataclasses
 import torch
 
 from pmpo_megatron.algo.objective import PRESETS, ObjectiveConfig
-from pmpo_megatron.bridge.source import WeightSource
 from pmpo_megatron.config import build
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.model.optimizer import OptimizerConfig
@@ -16,6 +15,7 @@ from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel import state as state_module
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from tests.distributed.parity_worker import TEMPERATURE, prepared
+from tests.weights import whole_weights
 
 OBJECTIVE = PRESETS["pmpo"]
 
@@ -142,7 +142,7 @@ def overlapped_and_not(path: str, layouts: list[dict]) -> list[list[dict]]:
             optimizer = OptimizerConfig(learning_rate=0.1, epsilon=0.1)
             policy = Policy.build(case.model, optimizer, parallel, state)
             steps = [case.step(policy, score(policy, case.batches, temperature=TEMPERATURE)) for _ in range(3)]
-            weights = {name: tensor.clone() for name, tensor in WeightSource(policy)}
+            weights = whole_weights(policy)
             buckets = len(policy.chunks[0].bucket_groups)
             assert policy.chunks[0].use_forward_hook == overlap
             both.append({"norms": [(s.loss, s.grad_norm) for s in steps], "weights": weights, "buckets": buckets})
