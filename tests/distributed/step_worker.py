@@ -141,7 +141,9 @@ def overlapped_and_not(path: str, layouts: list[dict]) -> list[list[dict]]:
             # So large an epsilon does not make updates of what should be 0 and is rounding, such as gradients of keys' biases.
             optimizer = OptimizerConfig(learning_rate=0.1, epsilon=0.1)
             policy = Policy.build(case.model, optimizer, parallel, state)
-            steps = [case.step(policy, score(policy, case.batches, temperature=TEMPERATURE)) for _ in range(3)]
+            steps = []
+            for batches in (case.batches, 2 * case.batches, case.batches):  # another number of micro-batches every time
+                steps.append(case.step(policy, score(policy, batches, temperature=TEMPERATURE)))
             weights = {name: tensor.clone() for name, tensor in WeightSource(policy)}
             buckets = len(policy.chunks[0].bucket_groups)
             assert policy.chunks[0].use_forward_hook == overlap
