@@ -135,7 +135,7 @@ def overlapped_and_not(path: str, layouts: list[dict]) -> list[list[dict]]:
     for layout in layouts:
         both = []
         for overlap in (True, False):
-            parallel = ParallelConfig(**layout, overlap_grad_reduce=overlap)
+            parallel = ParallelConfig(**layout, overlap_grad_reduce=overlap, overlap_param_gather=overlap)
             state = initialize(parallel, device="cpu")
             case = Case(ModelConfig(path=path, log_prob_chunk=16), parallel, state, prepared(state))
             # So large an epsilon does not make updates of what should be 0 and is rounding, such as gradients of keys' biases.
