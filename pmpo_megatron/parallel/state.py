@@ -30,10 +30,10 @@ class ParallelConfig(Section):
     expert_tensor: int | None = setting(None, "tensor-parallel size inside an expert; null: as tensor", minimum=1)
     sequence_parallel: bool = setting(False, "split activations outside matrix products over the tensor-parallel ranks")
     overlap_grad_reduce: bool = setting(
-        True, "reduce gradients over data-parallel ranks bucket by bucket while the last backward pass goes on, not after it"
+        False, "reduce gradients over data-parallel ranks bucket by bucket while the last backward pass goes on, not after it"
     )
     overlap_param_gather: bool = setting(
-        True,
+        False,
         "with overlap_grad_reduce and optimizer.distributed: gather updated parameters while the next forward pass goes on",
     )
     timeout_s: float = setting(1800.0, "longest wait in a collective before the run fails", unit="s", minimum=0.001)
@@ -52,6 +52,8 @@ class ParallelConfig(Section):
             raise ConfigError(
                 "expert_tensor", f"{self.expert_tensor} with tensor {self.tensor} needs expert > 1; or leave it out"
             )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ConfigError("overlap_param_gather", "needs overlap_grad_reduce")
         if self.heartbeat_s * 4 > self.stall_s:
             raise ConfigError("stall_s", f"{self.stall_s:g} s must be at least four heartbeats of {self.heartbeat_s:g} s")
 

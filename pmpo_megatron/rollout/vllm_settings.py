@@ -89,13 +89,20 @@ def engine_settings(
         settings |= dict(enforce_eager=True, enable_chunked_prefill=False)
         settings["kv_cache_memory_bytes"] = int((config.kv_cache_gib or DEFAULT_CPU_KV_CACHE_GIB) * GIB)
     else:
-        settings |= dict(enforce_eager=config.enforce_eager, gpu_memory_utilization=config.gpu_memory_utilization)
-        if config.quantization == "fp8":
-            settings["quantization"] = "fp8_per_tensor"  # its "fp8" is for checkpoints that are in fp8 already
-        if config.sleep != "none":
-            settings["enable_sleep_mode"] = True
-        if config.kv_cache_gib is not None:
-            settings["kv_cache_memory_bytes"] = int(config.kv_cache_gib * GIB)
+        settings |= _gpu_settings(config)
+    return settings
+
+
+def _gpu_settings(config: RolloutConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = dict(
+        enforce_eager=config.enforce_eager,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enable_sleep_mode=config.sleep != "none",
+    )
+    if config.quantization == "fp8":
+        settings["quantization"] = "fp8_per_tensor"  # its "fp8" is for checkpoints that are in fp8 already
+    if config.kv_cache_gib is not None:
+        settings["kv_cache_memory_bytes"] = int(config.kv_cache_gib * GIB)
     return settings
 
 

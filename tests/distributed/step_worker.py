@@ -135,13 +135,15 @@ def overlapped_and_not(path: str, layouts: list[dict]) -> list[list[dict]]:
     for layout in layouts:
         both = []
         for overlap in (True, False):
-            parallel = ParallelConfig(**layout, overlap_grad_reduce=overlap)
+            parallel = ParallelConfig(**layout, overlap_grad_reduce=overlap, overlap_param_gather=overlap)
             state = initialize(parallel, device="cpu")
             case = Case(ModelConfig(path=path, log_prob_chunk=16), parallel, state, prepared(state))
             # So large an epsilon does not make updates of what should be 0 and is rounding, such as gradients of keys' biases.
             optimizer = OptimizerConfig(learning_rate=0.1, epsilon=0.1)
             policy = Policy.build(case.model, optimizer, parallel, state)
-            steps = [case.step(policy, score(policy, case.batches, temperature=TEMPERATURE)) for _ in range(3)]
+            steps = []
+            for batches in (case.batches, 2 * case.batches, case.batches):  # another number of micro-batches every time
+                steps.append(case.step(policy, score(policy, batches, temperature=TEMPERATURE)))
             weights = whole_weights(policy)
             buckets = len(policy.chunks[0].bucket_groups)
             assert policy.chunks[0].use_forward_hook == overlap

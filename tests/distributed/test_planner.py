@@ -79,7 +79,7 @@ def test_bytes_of_models_with_experts(world_size, layouts, tmp_path):
 
 def test_bytes_where_a_gradient_has_many_buckets(models, monkeypatch):
     """As on large models; each bucket is padded for itself."""
-    bucket, layouts = (5000, 0), [{}, {"pipeline": 2}, {"context": 2}]
+    bucket, layouts = (5000, 0), [{"overlap_grad_reduce": True} | layout for layout in ({}, {"pipeline": 2}, {"context": 2})]
     monkeypatch.setattr(state, "BUCKET", bucket)
     case = {"path": str(models[0]), "dtype": "bfloat16", "distributed": True}
     for cached in (chunk_buffers, state_bytes):
@@ -88,7 +88,7 @@ def test_bytes_where_a_gradient_has_many_buckets(models, monkeypatch):
         for options, real in zip(layouts, found, strict=True):
             check_states(case, ParallelConfig(**options), real)
     shape = read_shape(case["path"])
-    [(_, buffer, _)] = chunk_buffers(shape, ParallelConfig(), stage=0, chunk=0, replicas=2)
+    [(_, buffer, _)] = chunk_buffers(shape, ParallelConfig(**layouts[0]), stage=0, chunk=0, replicas=2)
     assert len(buffer.buckets) > 3
     for cached in (chunk_buffers, state_bytes):
         cached.cache_clear()

@@ -118,7 +118,7 @@ def test_vllms_share_is_weights_forward_pass_and_cache():
     found = engine_bytes(QWEN, RolloutConfig(gpu_memory_utilization=0.5), H100)
     assert found.total == pytest.approx(0.5 * H100.memory_gib * GIB)
     explicit = engine_bytes(QWEN, RolloutConfig(kv_cache_gib=8.0), H100)
-    assert explicit.kv_cache == 8 * GIB and explicit.total == explicit.weights + explicit.forward + 8 * GIB
+    assert explicit.kv_cache == 8 * GIB and explicit.total == explicit.weights + explicit.forward + explicit.graphs + 8 * GIB
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_mixture_says_its_routes_by_vllm_on_gpus_and_by_its_workers_on_cpu():
 
 def test_memory_that_is_freed_needs_an_allocator_of_its_own_from_the_start():
     asked = [engine_settings(RolloutConfig(sleep=mode), "model", "cuda", None) for mode in ("none", "kv", "all")]
-    assert [settings.get("enable_sleep_mode") for settings in asked] == [None, True, True]
+    assert [settings["enable_sleep_mode"] for settings in asked] == [False, True, True]
 
 
 def test_fp8_is_what_vllm_makes_of_other_weights():
