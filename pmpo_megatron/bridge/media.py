@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,23 +28,31 @@ SHARED_MEMORY = "/dev/shm"
 LOOPBACK = "127.0.0.1"
 
 
-class Medium(Protocol):
-    """One end: ``slot`` n is the memory of bucket n, uint8, and ``move`` n takes its first ``size`` bytes across."""
+class Medium:
+    """One end: memory of two slots in one piece. ``slot`` n is that of bucket n, uint8, and ``move`` takes its bytes across."""
+
+    memory: torch.Tensor
+    slot_bytes: int
 
     def connect(self) -> None:
         """Called by every end before the first bucket of every update, when all are there."""
 
-    def slot(self, number: int) -> torch.Tensor: ...
+    def slot(self, number: int) -> torch.Tensor:
+        start = number % SLOTS * self.slot_bytes
+        return self.memory[start : start + self.slot_bytes]
 
-    def move(self, number: int, size: int) -> None: ...
+    def move(self, number: int, size: int) -> None:
+        """The first ``size`` bytes of bucket ``number``; where both ends see the same there is nothing to do."""
 
     def description(self) -> dict[str, Any]:
         """What a worker needs to join; JSON."""
+        raise NotImplementedError
 
     def abort(self) -> None:
         """Ends what `move` waits for in another thread, because other ends will not take part; only `close` may follow."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
 
 
 def open_medium(
@@ -81,24 +89,7 @@ def join_medium(description: dict[str, Any], *, store: dist.Store, device: torch
     return Broadcast(kind, rank=store.add("ranks", 1), store=store, device=device, **values)  # counted from 1
 
 
-class _Slots:
-    """Memory of two slots in one piece."""
-
-    memory: torch.Tensor
-    slot_bytes: int
-
-    def connect(self) -> None:
-        """Shared memory needs no connection."""
-
-    def slot(self, number: int) -> torch.Tensor:
-        start = number % SLOTS * self.slot_bytes
-        return self.memory[start : start + self.slot_bytes]
-
-    def abort(self) -> None:
-        """Nobody waits for another end here."""
-
-
-class SharedFile(_Slots):
+class SharedFile(Medium):
     """A file in the host's memory that both ends map, once: mapping costs a page fault for every 4 KiB, more than copying."""
 
     def __init__(self, path: str, slot_bytes: int, *, owner: bool = False) -> None:
@@ -125,14 +116,11 @@ class SharedFile(_Slots):
     def description(self) -> dict[str, Any]:
         return {"kind": "shared_memory", "path": str(self.path), "slot_bytes": self.slot_bytes}
 
-    def move(self, number: int, size: int) -> None:
-        """Both ends see the same bytes."""
-
     def close(self) -> None:
         self.path.unlink(missing_ok=True)
 
 
-class SharedGpuMemory(_Slots):
+class SharedGpuMemory(Medium):
     """Memory of a rank's GPU, opened by the workers through CUDA IPC; over NVLink where their GPU is another one."""
 
     def __init__(self, memory: torch.Tensor, slot_bytes: int) -> None:
@@ -159,11 +147,8 @@ class SharedGpuMemory(_Slots):
     def move(self, number: int, size: int) -> None:
         torch.cuda.synchronize()  # the copies into the slot are done before anybody hears of it
 
-    def close(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
 
-
-class Broadcast(_Slots):
+class Broadcast(Medium):
     """A process group of a rank, its rank 0, and all workers, apart from the trainer's and the engine's own. NCCL or gloo."""
 
     def __init__(

@@ -120,7 +120,7 @@ def check_training(runs, world_size, layouts, name, kind, kinds=TRAINED):
     tolerance = MIXTURE_TOLERANCE if kind in MIXTURES else TOLERANCE
     reader, streamed = SafetensorsReader(runs.models[kind]), found[0][kind]["streamed"]
     assert streamed.keys() == mapping.hf_shapes.keys()
-    assert all(torch.equal(tensor, reader(name)) for name, tensor in streamed.items()), "what goes to the engine"
+    assert all(torch.equal(tensor, reader(name)) for name, tensor in streamed.items()), "what the ranks loaded"
     for step in range(2):
         expected = whole(reference, kind, lambda r, s=step: r["gradients"][s], mapping)
         assert_close(whole(found, kind, lambda r, s=step: r["gradients"][s], mapping), expected, f"gradient {step}", tolerance)
