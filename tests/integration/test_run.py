@@ -72,6 +72,7 @@ class TestOneProcess:
     def test_replayed_rollouts_give_the_same_run_bit_by_bit(self, recorded, replayed):
         assert_same_run(recorded[0], replayed)
 
+    @pytest.mark.timeout(1200)
     def test_killed_again_and_again_it_ends_at_the_same_bits(self, model, recorded, replayed, tmp_path):
         """SIGKILL to the whole run at random moments - while it loads, trains, or writes - and the same command again.
 
