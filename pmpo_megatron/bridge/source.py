@@ -68,8 +68,7 @@ class WeightSource:
             need = {self._members[axis][rank][place] for rank in need}
         rows = None
         if self.state.rank in need:
-            mine = self.parameters[piece["name"]][piece["start"] : piece["start"] + piece["shape"][0]]
-            rows = self._policy.memory.weight(mine)
+            rows = self._policy.memory.weight(self.parameters[piece["name"]], piece["start"], piece["shape"][0])
         for axis, place, need in reversed(steps):
             rows = self._pass_on(piece, rows, axis, place, need)
         return rows

@@ -59,13 +59,14 @@ class HostCopies:
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
-    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor``, contiguous; a copy on its device where it was moved out."""
+    def on_device(self, tensor: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """``count`` rows of ``tensor``, contiguous, from row ``first``; a copy on its device where it was moved out."""
         place = self._places.get(tensor.untyped_storage())
         if place is None:
-            return tensor
-        copy = torch.empty_like(tensor)
-        begin = place[0] + int(tensor.storage_offset()) * tensor.itemsize
+            return tensor[first : first + count]
+        row = tensor.shape[1:]  # an emptied storage has no views but those that there were
+        copy = torch.empty((count, *row), dtype=tensor.dtype, device=tensor.device)
+        begin = place[0] + (int(tensor.storage_offset()) + first * row.numel()) * tensor.itemsize
         for here, there in self._pieces(copy.view(-1).view(torch.uint8), begin):
             here.copy_(there, non_blocking=True)
         return copy
@@ -118,9 +119,9 @@ class PhaseMemory:
         """From here on everything is there."""
         self._states.wait()
 
-    def weight(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The values of ``parameter``, wherever they are."""
-        return self._weights.on_device(parameter.detach())
+    def weight(self, parameter: torch.Tensor, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """``count`` rows of ``parameter`` from row ``first``, or all, wherever they are."""
+        return self._weights.on_device(parameter.detach(), first, len(parameter) if count is None else count)
 
 
 def states_of(optimizer: Any, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
