@@ -65,6 +65,8 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     check_lengths(config, shape)
     check_experts(config, shape)
     _check_attention(config)
+    on_gpu = _on_gpu(config) or (dry_run and config.run.device == "auto")
+    _in_section("rollout", lambda: config.rollout.check_device("cuda" if on_gpu else "cpu"))
     _check_objective(config)
     check_functions(config.reward_functions(), config.rewards.code)
     if config.episode.function is not None:
@@ -82,8 +84,6 @@ def check_run(config: RunConfig, world_size: int, *, dry_run: bool = False) -> C
     if config.rollout.replay_from is not None and not Path(config.rollout.replay_from).is_file():
         raise ConfigError("rollout.replay_from", f"{config.rollout.replay_from}: no such file")
     _in_section("rollout", lambda: own_nodes(config.rollout))
-    on_gpu = _on_gpu(config) or (dry_run and config.run.device == "auto")
-    _in_section("rollout", lambda: config.rollout.check_device("cuda" if on_gpu else "cpu"))
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("rollout.engine", "vllm is not installed; see the README for the requirements")
     if config.monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
