@@ -17,7 +17,6 @@ from pmpo_megatron.parallel.collectives import gather_objects
 
 def whole_weights(policy: Policy) -> dict[str, torch.Tensor]:
     """By Hugging Face name, on rank 0; nothing elsewhere. Collective."""
-    policy.gather.finish()
     shards = {local_name(name): policy.memory.weight(parameter) for name, parameter in policy.named_parameters()}
     held = Shards.of(policy.state)
     known = gather_objects((held, shards), policy.state)

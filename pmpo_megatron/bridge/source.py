@@ -35,7 +35,7 @@ class WeightSource:
     def __init__(self, policy: Policy, device: torch.device = CPU) -> None:
         self._policy, self.state, self.device, self.received_bytes = policy, policy.state, device, 0
         self.entries = {entry.megatron: entry for entry in policy.mapping.entries}
-        self.parameters = {local_name(name): parameter.detach() for name, parameter in policy.named_parameters()}
+        self.parameters = {local_name(name): parameter for name, parameter in policy.named_parameters()}
         state = self.state
         self._groups = {"pp": state.pp_group, "ep": state.ep_group, "tp": state.tp_group, "etp": state.etp_group}
         mine = {axis: dist.get_process_group_ranks(group) for axis, group in self._groups.items()}
