@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,15 +33,14 @@ QUERY_BLOCK = 512  # rows of an explicit causal mask that exist at once
 class PackedSequences(PackedSeqParams):
     """Megatron's description of packed sequences, with what attention needs of it: no synchronisation per layer.
 
-    ``by_length`` has, for several sequences whole on this rank, (length, positions of the tokens of all sequences of that
-    length), and ``from_lengths`` each token's place among those positions, one length after another.
+    ``runs`` has, for several sequences whole on this rank, (length, first token, end) of neighbours of equal length;
+    `pmpo_megatron.data.split` puts sequences of like length side by side.
     """
 
     boundaries: tuple[int, ...] = ()
     on_host: PackedSequences | None = None  # the same with cu_seqlens on the host, where nobody waits who looks at them
     gather_order: torch.Tensor | None = None  # int64 [T], `shards.context_order`, where context parallel
-    by_length: tuple[tuple[int, torch.Tensor], ...] = ()
-    from_lengths: torch.Tensor | None = None
+    runs: tuple[tuple[int, int, int], ...] = ()
 
 
 def packed_sequences(boundaries: tuple[int, ...], *, context_size: int, device: torch.device) -> PackedSequences:
@@ -48,14 +48,11 @@ def packed_sequences(boundaries: tuple[int, ...], *, context_size: int, device: 
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
     longest = max(end - start for start, end in zip(boundaries[:-1], boundaries[1:], strict=True))
     order = context_order(boundaries, size=context_size).to(device) if context_size > 1 else None
-    by_length = _positions_by_length(boundaries) if context_size == 1 and len(boundaries) > 2 else ()
-    from_lengths = torch.cat([place for _, place in by_length]).argsort().to(device) if by_length else None
     on_host = PackedSequences(
         **_lengths(cu_seqlens, longest),
         boundaries=boundaries,
         gather_order=order,
-        by_length=tuple((length, place.to(device)) for length, place in by_length),
-        from_lengths=from_lengths,
+        runs=_runs(boundaries) if context_size == 1 and len(boundaries) > 2 else (),
     )
     return replace(on_host, **_lengths(cu_seqlens.to(device), longest), on_host=on_host)
 
@@ -66,13 +63,9 @@ def _lengths(cu_seqlens: torch.Tensor, longest: int) -> dict[str, Any]:
     return dict.fromkeys(names, cu_seqlens) | {"qkv_format": "thd", "max_seqlen_q": longest, "max_seqlen_kv": longest}
 
 
-def _positions_by_length(boundaries: tuple[int, ...]) -> tuple[tuple[int, torch.Tensor], ...]:
-    starts: dict[int, list[int]] = {}
-    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
-        starts.setdefault(end - start, []).append(start)
-    return tuple(
-        (length, (torch.tensor(firsts).unsqueeze(1) + torch.arange(length)).flatten()) for length, firsts in starts.items()
-    )
+def _runs(boundaries: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    alike = [[*spans] for _, spans in groupby(pairwise(boundaries), key=lambda span: span[1] - span[0])]
+    return tuple((spans[0][1] - spans[0][0], spans[0][0], spans[-1][1]) for spans in alike)
 
 
 class RMSNorm(nn.Module):
@@ -146,8 +139,8 @@ class CoreAttention(MegatronModule):
         if order is not None:
             key, value = self._gather(key, value, order)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if packed_seq_params is not None and packed_seq_params.by_length:
-            out = self._attend_by_length(q, k, v, packed_seq_params).permute(2, 0, 1, 3)
+        if packed_seq_params is not None and packed_seq_params.runs:
+            out = self._attend_runs(q, k, v, packed_seq_params.runs)
         else:
             out = torch.cat(self._attend(q, k, v, boundaries), dim=2).permute(2, 0, 1, 3)
         return out.reshape(out.shape[0], -1) if packed else out.reshape(*out.shape[:2], -1)
@@ -169,15 +162,16 @@ class CoreAttention(MegatronModule):
                 outputs.extend(self._attend_span(queries, k[:, :, start:last], v[:, :, start:last]))
         return outputs
 
-    def _attend_by_length(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
-        """Packed sequences of equal length go through attention together: where they are short, calls are what costs."""
+    def _attend_runs(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: tuple[tuple[int, int, int], ...]
+    ) -> torch.Tensor:
+        """Neighbours of equal length go through attention together: where they are short, calls are what costs. [L, 1, ...]."""
         outputs = []
-        for length, place in packed.by_length:
-            queries, keys, values = (x[0].index_select(1, place).unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v))
+        for length, start, end in runs:
+            queries, keys, values = (x[0, :, start:end].unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v))
             out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=True)
-            outputs.append(out.transpose(0, 1).flatten(1, 2))
-        assert packed.from_lengths is not None  # they come together
-        return torch.cat(outputs, dim=1).index_select(1, packed.from_lengths).unsqueeze(0)
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).unsqueeze(1)
 
     def _attend_span(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         """Queries that are the last ones of the keys' span: causal, aligned at the lower right."""

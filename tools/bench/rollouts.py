@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 from pmpo_megatron.hf.tiny_model import make_tokenizer
-from pmpo_megatron.rollout import vllm_engine
+from pmpo_megatron.rollout import vllm_jobs
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.factory import make_engine
 from pmpo_megatron.rollout.vllm_jobs import request_parameters
@@ -129,7 +129,7 @@ def round_seconds(engines: list, jobs: list[tuple[Prompt, SamplingConfig]]) -> f
 def compare_sharing(options: argparse.Namespace) -> None:
     from tests.tiny_models import save_tiny_model
 
-    vllm_engine.request_parameters = lambda sampling: request_parameters(sampling) | {"ignore_eos": True}
+    vllm_jobs.request_parameters = lambda sampling: request_parameters(sampling) | {"ignore_eos": True}
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = make_tokenizer()
         sizes = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
