@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,12 +83,14 @@ class WeightBridge:
         self.version: int | None = None  # nothing was pushed yet
         self._push_again = stand_by.offer(lambda: self.push(self.version or 0))
         self._sender: Sender | None = None
-        self._channel: str | None = None  # what the workers know the present lanes by
+        self._channel: str | None = None  # what the workers know the present lanes, and their plan, by
+        self._plan: LanePlan | None = None  # of the present workers; a large mixture has 25,000 pieces, which take a second
         if self.active:
             device = self.state.device
             self.transport = choose_transport(config.transport, device=device.type, hosts=self._hosts)
             self.source = WeightSource(policy, device if self.transport in ON_GPU else torch.device("cpu"))
-            self._held, self._nodes = gather_objects(Shards.of(self.state), self.state), nodes_of_ranks(self.state)
+            held, nodes = gather_objects(Shards.of(self.state), self.state), nodes_of_ranks(self.state)
+            self._make_plan = partial(LanePlan, self.source.entries.values(), held, nodes, beside=self.transport in BESIDE)
             sweep(FILES, config.directory or SHARED_MEMORY)
         if engine is not None:
             engine.on_restart = self._ask_for_weights
@@ -119,7 +122,7 @@ class WeightBridge:
         """Gives the lane's memory back."""
         if self._sender is not None:
             self._sender.close()
-        self._sender = self._channel = None
+        self._sender = self._channel = self._plan = None
 
     def _ask_for_weights(self, engine: RolloutEngine) -> None:
         """Called by the thread that generates, after the engine was started again: waits until it has the newest weights."""
@@ -164,19 +167,13 @@ class WeightBridge:
         """
         started = time.monotonic()
         workers, channel = self._describe_workers()
-        if self._channel is None or {worker["channel"] for worker in workers} != {self._channel}:
+        plan, known = self._plan, {worker["channel"] for worker in workers} == {self._channel}
+        if plan is None or not known:
             self.close()
-            self._channel = channel
-        plan = LanePlan(
-            self.source.entries.values(),
-            self._held,
-            self._nodes,
-            [worker["node"] for worker in workers],
-            beside=self.transport in BESIDE,
-            dtype=self.source.dtype,
-            limit=int(self.config.bucket_mib * 2**20),
-        )
-        with self._taking(version, plan, self._open_lanes(plan)) as call:
+            places, limit = [worker["node"] for worker in workers], int(self.config.bucket_mib * 2**20)
+            known, plan = False, self._make_plan(places, dtype=self.source.dtype, limit=limit)
+            self._channel, self._plan = channel, plan
+        with self._taking(version, plan, self._open_lanes(plan), known=known) as call:
             told = gather_objects(self._hand_over(plan), self.state)
         if call is None:
             return None
@@ -228,8 +225,9 @@ class WeightBridge:
         return self.config.address or address_toward(others[0])
 
     @contextmanager
-    def _taking(self, version: int, plan: LanePlan, lanes: Descriptions) -> Iterator[Future | None]:
-        """On rank 0 the call, in a thread, that has all workers take the buckets; if it ends early, so do all lanes."""
+    def _taking(self, version: int, plan: LanePlan, lanes: Descriptions, *, known: bool) -> Iterator[Future | None]:
+        """On rank 0 the call, in a thread, that has workers take the buckets (``known``: as in the last update); if it ends
+        early, so do all lanes."""
         if self.engine is None:
             yield None
             return
@@ -237,7 +235,7 @@ class WeightBridge:
             "name": self._channel,
             "lanes": {place: [lanes[rank] for rank in each] for place, each in plan.ranks.items()},
         }
-        manifest = {"version": version, "turns": plan.turns, "channel": channel}
+        manifest: dict[str, Any] = {"version": version, "turns": None if known else plan.turns, "channel": channel}
         manifest |= {"verify": self.config.verify, "rounding": self.config.rounding}
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights") as thread:
             call = thread.submit(self.engine.collective_rpc, "pmpo_receive_weights", manifest)

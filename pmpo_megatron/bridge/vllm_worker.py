@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,10 @@ from pmpo_megatron.hf.shape import read_shape
 from pmpo_megatron.rollout.vllm_child import NODE
 from pmpo_megatron.rollout.vllm_routes import RouteRecorder
 
+if TYPE_CHECKING:
+    from pmpo_megatron.bridge.lanes import Turn
+    from pmpo_megatron.hf.entries import Entry
+
 
 class WeightReceiver(RouteRecorder):
     """Mixed into vLLM's worker, whose are ``self.model_runner``, ``model_config``, ``vllm_config`` and ``device``."""
@@ -31,8 +35,9 @@ class WeightReceiver(RouteRecorder):
     model_config: Any
     vllm_config: Any
     device: torch.device
-    pmpo_channel: str | None = None  # the trainer's name for `pmpo_lanes`
+    pmpo_channel: str | None = None  # the trainer's name for `pmpo_lanes` and `pmpo_turns`
     pmpo_lanes: Mapping[int, Receiver] = MappingProxyType({})
+    pmpo_turns: tuple[tuple[Entry, ...], list[Turn]]  # all parameters, and the buckets that have them
 
     def pmpo_describe(self) -> dict[str, Any]:
         """What the other side has to know before it relies on this worker."""
@@ -50,14 +55,16 @@ class WeightReceiver(RouteRecorder):
         Nothing is touched unless they are the whole model. After a failure in the middle the model holds a mixture, and its
         version is -1.
         """
-        entries = WeightMapping(read_shape(self.model_config.model)).entries
-        problem = check_complete(entries, [bucket for turn in manifest["turns"] for _, bucket in turn])
-        if problem:
-            return {"problem": problem, "fingerprints": {}, "waited_s": 0.0}
+        problem: str | None = None
         fingerprints: dict[str, int] = {}
+        if manifest["turns"] is not None:
+            entries = WeightMapping(read_shape(self.model_config.model)).entries
+            if problem := check_complete(entries, [bucket for turn in manifest["turns"] for _, bucket in turn]):
+                return {"problem": problem, "fingerprints": {}, "waited_s": 0.0}
+            self.pmpo_turns = entries, manifest["turns"]
         self.pmpo_version, self.pmpo_waited_s = -1, 0.0
         try:
-            self._pmpo_reload(self._pmpo_receive(manifest, Assembly(entries), fingerprints))
+            self._pmpo_reload(self._pmpo_receive(manifest, fingerprints))
             self.pmpo_version = manifest["version"]
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
@@ -79,15 +86,15 @@ class WeightReceiver(RouteRecorder):
                 finalize_layerwise_reload(model, self.model_config)
             _pack_output_layer(model)
 
-    def _pmpo_receive(
-        self, manifest: dict[str, Any], assembly: Assembly, fingerprints: dict[str, int]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def _pmpo_receive(self, manifest: dict[str, Any], fingerprints: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors: views of a bucket, whose memory is given back when all of them are used, or of pieces put together."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         loading = [get_layerwise_info(module) for module in self.model_runner.model.modules()]
         first = self._pmpo_join(manifest["channel"])
-        for turn in manifest["turns"]:
+        entries, turns = self.pmpo_turns
+        assembly = Assembly(entries)
+        for turn in turns:
             start = first % len(turn)  # not all workers read from the same GPU at once
             for lane, bucket in turn[start:] + turn[:start]:
                 began = time.monotonic()
