@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Makes the environment of a machine with CUDA GPUs from the Python package index alone, and checks what it has.
 #
-#   bash tools/install_gpu.sh [--venv DIR] [--python PATH] [--check]
+#   bash tools/install_gpu.sh [--venv DIR] [--python PATH] [--without-transformer-engine | --check]
 #
 #   --venv DIR     where (default: .venv in the project's root); what is there already is completed
 #   --python PATH  interpreter to make it with, 3.11 to 3.13 (default: python3)
+#   --without-transformer-engine  do not compile it
 #   --check        install nothing; say what the environment has
 #
 # Transformer Engine has no wheel for PyTorch on the index: it is compiled here, against the CUDA toolkit, cuDNN and NCCL that
@@ -33,15 +34,17 @@ install_packages() {
     [ -x "$PYTHON" ] || "$1" -m venv "$VENV" || fail "$1 cannot make virtual environments (on Debian: apt install python3-venv)"
     "$PYTHON" -m pip install --quiet -r "$PROJECT_ROOT/requirements/gpu.txt" || fail "requirements/gpu.txt could not be installed"
     "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation -e "$PROJECT_ROOT" || fail "the project could not be installed"
-    if ! "$PYTHON" -c 'import importlib.metadata as m; m.version("transformer-engine-torch")' 2>/dev/null; then
-        echo "Compiling Transformer Engine ..."
-        # The compiler of the version whose libraries torch brought.
-        "$PYTHON" -m pip install --quiet pybind11 ninja cmake setuptools wheel \
-            "cuda-toolkit[nvcc,cccl]==$("$PYTHON" -c 'import importlib.metadata as m; print(m.version("cuda-toolkit"))')"
-        export_toolkit
-        "$PYTHON" -m pip install --no-build-isolation "$TRANSFORMER_ENGINE" >"$VENV/transformer_engine.log" 2>&1 ||
-            echo "error: Transformer Engine was not compiled; the log is $VENV/transformer_engine.log; its end: $(tail -n 3 "$VENV/transformer_engine.log")" >&2
-    fi
+}
+
+compile_transformer_engine() {
+    ! "$PYTHON" -c 'import importlib.metadata as m; m.version("transformer-engine-torch")' 2>/dev/null || return 0
+    echo "Compiling Transformer Engine ..."
+    # The compiler of the version whose libraries torch brought.
+    "$PYTHON" -m pip install --quiet pybind11 ninja cmake setuptools wheel \
+        "cuda-toolkit[nvcc,cccl]==$("$PYTHON" -c 'import importlib.metadata as m; print(m.version("cuda-toolkit"))')"
+    export_toolkit
+    "$PYTHON" -m pip install --no-build-isolation "$TRANSFORMER_ENGINE" >"$VENV/transformer_engine.log" 2>&1 ||
+        echo "error: Transformer Engine was not compiled; the log is $VENV/transformer_engine.log; its end: $(tail -n 3 "$VENV/transformer_engine.log")" >&2
 }
 
 # One line for each part; 1 if one of them is missing.
@@ -90,20 +93,24 @@ PYTHON
 }
 
 main() {
-    local python="python3" only_check=""
+    local python="python3" only_check="" compile=1
     VENV="$PROJECT_ROOT/.venv"
     while [ $# -gt 0 ]; do
         case "$1" in
-            -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+            -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
             --venv) VENV="${2:?--venv needs a directory}"; shift ;;
             --python) python="${2:?--python needs a path}"; shift ;;
+            --without-transformer-engine) compile="" ;;
             --check) only_check=1 ;;
             *) fail "unknown option $1; --help lists them" ;;
         esac
         shift
     done
     PYTHON="$VENV/bin/python"
-    [ -n "$only_check" ] || install_packages "$python"
+    if [ -z "$only_check" ]; then
+        install_packages "$python"
+        [ -z "$compile" ] || compile_transformer_engine
+    fi
     check
 }
 

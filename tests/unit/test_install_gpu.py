@@ -44,6 +44,9 @@ def test_transformer_engine_is_compiled_against_what_pip_brought(environment):
     assert "--no-build-isolation transformer-engine[pytorch]==2.20.2" in engine
     assert engine.endswith(f"CUDA_HOME={nvidia}/cu13 CPATH={nvidia}/cudnn/include:{nvidia}/nccl/include")
     assert "libcuda.so.1" in (environment / "check").read_text()
+    (environment / "asked").unlink()
+    assert run("--venv", environment, "--without-transformer-engine").returncode == 0
+    assert "transformer-engine" not in (environment / "asked").read_text()
 
 
 def test_what_does_not_work_is_one_line(environment, tmp_path):
