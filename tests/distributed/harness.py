@@ -149,3 +149,4 @@ if __name__ == "__main__":
     directory = _serve()
     if directory is not None:
         _run(directory)
+    os._exit(0)
