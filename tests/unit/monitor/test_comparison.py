@@ -57,10 +57,10 @@ def test_paired_t_and_holm():
 
 
 def test_equal_differences_are_chance_and_not_certainty():
-    """Accuracies are shares of some hundred problems: 3/128 three times over, with the rounding of sums."""
-    base = {1: 71 / 128, 2: 0.1 + 0.2, 3: 0.7}
-    [verdict] = compare([("b", {seed: value + 3 / 128 for seed, value in base.items()}, "a", base)])
-    assert not verdict.differs and verdict.difference == pytest.approx(3 / 128)
+    """Accuracies are shares of some hundred problems: 1/96 three times over, with the rounding of results to six digits."""
+    several = [{seed: float(f"{(24 + seed + more) / 96:.6g}") for seed in (1, 2, 3)} for more in (1, 0)]
+    [verdict] = compare([("b", several[0], "a", several[1])])
+    assert not verdict.differs and verdict.difference == pytest.approx(1 / 96, abs=1e-6)
 
 
 def test_report_says_what_differs_and_what_does_not(tmp_path):
