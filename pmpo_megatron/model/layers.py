@@ -166,6 +166,7 @@ class CoreAttention(MegatronModule):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: tuple[tuple[int, int, int], ...]
     ) -> torch.Tensor:
         """Neighbours of equal length go through attention together: where they are short, calls are what costs. [L, 1, ...]."""
+        v = v.contiguous()  # a view of the fused projection's output would keep all of that for the backward pass
         outputs = []
         for length, start, end in runs:
             queries, keys, values = (x[0, :, start:end].unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v))

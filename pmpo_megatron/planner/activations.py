@@ -58,7 +58,7 @@ class ActivationModel:
         """`layer_terms` of our own layers (`model.layers`), for packed sequences without context parallelism.
 
         torch's norm keeps the normalised input and 1/rms beside its input, SiLU its two halves, the rotation sines and
-        cosines of all tokens. Attention copies queries, keys and values by sequence length, and its output back again.
+        cosines of all tokens. Attention has rotated queries and keys, a copy of the values, and its output by runs and whole.
         """
         shape, tensor = self.shape, self.parallel.tensor
         attention = (queries + 2 * keys) + queries + queries + 4 * shape.head_dim
