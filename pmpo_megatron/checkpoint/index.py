@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from pmpo_megatron.errors import CheckpointError
 
 INDEX_FILE = ".metadata"
+EXTRA_STATE = "_extra_state"  # of an object beside a layer's weights; empty without Transformer Engine's float8
 # All that torch.distributed.checkpoint and Megatron-Core 0.16 and 0.19 write. By name, not by module: other classes of
 # these modules start processes, and what a module imports would be reachable as an attribute of it.
 DCP = "torch.distributed.checkpoint"

@@ -15,7 +15,7 @@ import torch
 
 from pmpo_megatron.checkpoint import files
 from pmpo_megatron.checkpoint.config import CheckpointConfig
-from pmpo_megatron.checkpoint.index import INDEX_FILE, read_index
+from pmpo_megatron.checkpoint.index import EXTRA_STATE, INDEX_FILE, read_index
 from pmpo_megatron.checkpoint.optimizer_state import load_state
 from pmpo_megatron.checkpoint.save import Save, sharded_state
 from pmpo_megatron.checkpoint.space import bytes_of, describe_bytes
@@ -231,13 +231,20 @@ def load_sharded(policy: Policy, directory: Path) -> None:
     from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: it must be named
 
     problems = (KeyError, ValueError, dist_checkpointing.core.CheckpointingException, CheckpointException)
+    wanted = sharded_state(policy, is_loading=True)
+    for index in range(len(policy.modules)):
+        chunk = wanted[f"model{index}"]
+        # Transformer Engine's layers have more of these objects than our own, and without float8 all are empty.
+        wanted[f"model{index}"] = {name: value for name, value in chunk.items() if EXTRA_STATE not in name}
     try:
         with naming_ranks("reading a checkpoint"):
-            loaded = dist_checkpointing.load(sharded_state(policy, is_loading=True), str(directory))
+            loaded = dist_checkpointing.load(wanted, str(directory))
     except problems as error:
         raise CheckpointError(f"{directory}: does not fit this model: {error}") from error
     for index, module in enumerate(policy.modules):
-        module.load_state_dict(loaded[f"model{index}"], strict=True)
+        absent, unknown = module.load_state_dict(loaded[f"model{index}"], strict=False)
+        absent = [name for name in absent if EXTRA_STATE not in name]
+        assert not absent and not unknown, f"names of parameters: {absent} are absent, {unknown} unknown"
     if policy.scheduler is not None:
         if "optimizer_states" in loaded:
             load_state(policy.optimizer, loaded["optimizer"], loaded["optimizer_states"])

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from pmpo_megatron.checkpoint.index import INDEX_FILE, read_index
-from pmpo_megatron.convert.stored_names import EXTRA_STATE, Place, object_names, places
+from pmpo_megatron.checkpoint.index import EXTRA_STATE, INDEX_FILE, read_index
+from pmpo_megatron.convert.stored_names import Place, object_names, places
 from pmpo_megatron.errors import CheckpointError
 from pmpo_megatron.hf.entries import Entry, VocabularyEntry
 from pmpo_megatron.hf.shape import ModelShape

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pmpo_megatron.checkpoint.index import EXTRA_STATE
 from pmpo_megatron.hf.mapping import EXPERT, LAYER, TRANSFORMER_ENGINE_NAMES
 from pmpo_megatron.hf.shape import ModelShape
 
 LAYERS = "decoder.layers."
-EXTRA_STATE = "_extra_state"
-# Megatron's linear layers save an object of their own beside the weight; without Transformer Engine's float8 it is empty.
 ATTENTION = ("self_attention.linear_qkv", "self_attention.linear_proj")
 MLP = ("linear_fc1", "linear_fc2")
 
@@ -51,7 +50,7 @@ def places(megatron_name: str, shape: ModelShape) -> list[Place]:
 
 
 def object_names(shape: ModelShape) -> Iterator[str]:
-    """The keys of the empty objects beside the weights, in a model built here."""
+    """The keys of the empty objects beside the weights of linear layers, in a model of our own layers."""
     for layer in range(shape.num_layers):
         if shape.experts is None:
             for part in (*ATTENTION, *(f"mlp.{part}" for part in MLP)):

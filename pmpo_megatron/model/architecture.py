@@ -17,7 +17,7 @@ from torch import nn
 
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.shape import ModelShape
-from pmpo_megatron.model.experts import check_expert_layout, expert_settings
+from pmpo_megatron.model.experts import check_expert_layout, expert_settings, mark_experts
 from pmpo_megatron.parallel.collectives import gather_objects
 from pmpo_megatron.parallel.state import ParallelConfig, ParallelState
 
@@ -189,7 +189,9 @@ def _build_chunk(shape: ModelShape, config: Any, state: ParallelState, chunk: in
         vp_stage=virtual,
     )
     model.rotary_pos_emb.inv_freq = rotary_frequencies(shape).to(model.rotary_pos_emb.inv_freq.device)
-    return model.to(state.device)
+    model = model.to(state.device)
+    mark_experts(model)
+    return model
 
 
 def _layer_specification(config: Any, virtual: int | None, fused: bool) -> Any:

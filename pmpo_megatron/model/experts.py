@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from pmpo_megatron.errors import ConfigError
 from pmpo_megatron.hf.experts import ExpertShape
 from pmpo_megatron.parallel.state import ParallelConfig
@@ -61,6 +63,17 @@ def expert_settings(experts: ExpertShape | None, layout: ParallelConfig, *, fuse
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor_size,
     )
+
+
+def mark_experts(model: nn.Module) -> None:
+    """Says of every expert's weight that no other tensor-parallel rank has a copy of it, as Megatron's own layers do.
+
+    Transformer Engine 2.20 does not (pytorch/module/grouped_linear.py, reset_parameters), and Megatron then counts the
+    experts of the first tensor-parallel rank alone in the gradient's norm.
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def _complete_router() -> None:

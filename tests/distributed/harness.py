@@ -39,11 +39,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(world_size: int, function: str, *arguments: Any, timeout: float = 240.0, gpu: bool = False) -> list:
+def run_ranks(
+    world_size: int,
+    function: str,
+    *arguments: Any,
+    timeout: float = 240.0,
+    gpu: bool = False,
+    python: tuple[str, ...] = (sys.executable,),
+) -> list:
     """Calls ``function`` ("package.module:name") with ``arguments`` on every rank and returns what each returned.
 
     torchrun's variables are set; the function initialises the process group itself. The arguments and results are pickled.
-    Unless ``gpu``, the ranks see no GPU: the same tests run on every machine.
+    Unless ``gpu``, the ranks see no GPU: the same tests run on every machine. ``python`` is the command that starts their
+    interpreter.
 
     Raises:
         AssertionError: a rank failed or did not end in time; the message has the end of every rank's output.
@@ -53,7 +61,7 @@ def run_ranks(world_size: int, function: str, *arguments: Any, timeout: float = 
         common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(world_size))
         common |= dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo") | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
         ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-        codes = _fork(gpu, {"directory": directory, "ranks": ranks, "timeout": timeout})
+        codes = _fork((gpu, python), {"directory": directory, "ranks": ranks, "timeout": timeout})
         if any(code != 0 for code in codes):
             logs = [(Path(directory) / f"log{rank}").read_text()[-3000:] for rank in range(world_size)]
             raise AssertionError(
@@ -63,17 +71,17 @@ def run_ranks(world_size: int, function: str, *arguments: Any, timeout: float = 
 
 
 @functools.cache
-def _server(gpu: bool) -> subprocess.Popen:
+def _server(gpu: bool, python: tuple[str, ...]) -> subprocess.Popen:
     """The process that ranks are forked from. For ranks with GPUs it imports nothing: a library might touch them."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "tests.distributed.harness", *([] if gpu else IMPORTED)]
+    command = [*python, "-m", "tests.distributed.harness", *([] if gpu else IMPORTED)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}, **pipes)
 
 
-def _fork(gpu: bool, request: dict[str, Any]) -> list[int | str]:
+def _fork(kind: tuple[bool, tuple[str, ...]], request: dict[str, Any]) -> list[int | str]:
     """What `_serve` answers; a caller that is interrupted closes its end, which ends the ranks."""
-    server = _server(gpu)
+    server = _server(*kind)
     try:
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
