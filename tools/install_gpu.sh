@@ -81,7 +81,7 @@ def build():
     return torch.__version__
 
 parts = [
-    report("driver library libcuda.so.1", driver, "`import vllm` needs it: install on a node with GPUs, or NVIDIA's driver libraries"),
+    report("driver library libcuda.so.1", driver, "vLLM's engines need it: run on a node with GPUs, or install NVIDIA's driver libraries"),
     report("torch", build, "pip install -r requirements/gpu.txt"),
     report("GPUs", gpus, "nvidia-smi says what the driver sees"),
     report("megatron-core", version("megatron.core"), "pip install -r requirements/gpu.txt"),
