@@ -15,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # RPC arguments are ours: from this process's parent alone
 if os.environ.get("PMPO_ROLLOUT_DEVICE", "cpu") == "cpu":
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
+else:  # an engine asks for its GPUs before vLLM starts the workers of its tensor parallelism, and what is forked then has none
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 PARENT, imported = os.getppid(), threading.Event()
 

@@ -85,14 +85,14 @@ def _clashes(parallel: Any) -> list[str]:
     return [name for name in dir(extension) if not name.startswith("__") and hasattr(worker, name)]
 
 
-def start(path: str) -> str:
+def start(path: str, tensor_parallel: int) -> str:
     """Why an engine of the model in ``path`` does not start; it must not, without a GPU."""
     from pmpo_megatron.errors import RolloutError
     from pmpo_megatron.rollout.config import RolloutConfig
     from pmpo_megatron.rollout.factory import make_engine
     from pmpo_megatron.training.assembly import WORKER_EXTENSION
 
-    config = RolloutConfig(kv_cache_gib=0.25)
+    config = RolloutConfig(kv_cache_gib=0.25, tensor_parallel=tensor_parallel)
     try:
         make_engine(config, model_path=path, device="cuda", worker_extension=WORKER_EXTENSION).close()
     except RolloutError as error:

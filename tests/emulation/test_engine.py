@@ -109,9 +109,10 @@ def test_what_engines_are_forked_from_does_not_initialise_cuda(machine):
     assert told["gpus"] == "2,3,4,5,6,7,0,1"
 
 
-def test_an_engine_starts_up_to_the_gpu_that_is_not_there(machine, tmp_path):
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_an_engine_starts_up_to_the_gpu_that_is_not_there(tensor_parallel, machine, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(save_tiny_model("qwen2", tmp_path / "model", vocab_size=len(tokenizer)))
-    [told] = machine.call("tests.emulation.engine_worker:start", str(tmp_path / "model"))
+    [told] = machine.call("tests.emulation.engine_worker:start", str(tmp_path / "model"), tensor_parallel)
     assert told.startswith("the rollout engine did not start") and "init_device" in told, told
     assert "Found no NVIDIA driver on your system" in told, told
