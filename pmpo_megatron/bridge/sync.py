@@ -90,7 +90,9 @@ class WeightBridge:
             self.transport = choose_transport(config.transport, device=device.type, hosts=self._hosts)
             self.source = WeightSource(policy, device if self.transport in ON_GPU else torch.device("cpu"))
             held, nodes = gather_objects(Shards.of(self.state), self.state), nodes_of_ranks(self.state)
-            self._make_plan = partial(LanePlan, self.source.entries.values(), held, nodes, beside=self.transport in BESIDE)
+            limit, beside = int(config.bucket_mib * 2**20), self.transport in BESIDE
+            plan = partial(LanePlan, self.source.entries.values(), held, nodes)
+            self._make_plan = partial(plan, beside=beside, dtype=self.source.dtype, limit=limit)
             sweep(FILES, config.directory or SHARED_MEMORY)
         if engine is not None:
             engine.on_restart = self._ask_for_weights
@@ -170,8 +172,7 @@ class WeightBridge:
         plan, known = self._plan, {worker["channel"] for worker in workers} == {self._channel}
         if plan is None or not known:
             self.close()
-            places, limit = [worker["node"] for worker in workers], int(self.config.bucket_mib * 2**20)
-            known, plan = False, self._make_plan(places, dtype=self.source.dtype, limit=limit)
+            known, plan = False, self._make_plan([worker["node"] for worker in workers])
             self._channel, self._plan = channel, plan
         with self._taking(version, plan, self._open_lanes(plan), known=known) as call:
             told = gather_objects(self._hand_over(plan), self.state)

@@ -46,7 +46,7 @@ class PackedSequences(PackedSeqParams):
 def packed_sequences(boundaries: tuple[int, ...], *, context_size: int, device: torch.device) -> PackedSequences:
     """For sequences between the global, padded ``boundaries`` (the last one is the number of tokens of all ranks)."""
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    longest = max(end - start for start, end in zip(boundaries[:-1], boundaries[1:], strict=True))
+    longest = max(end - start for start, end in pairwise(boundaries))
     order = context_order(boundaries, size=context_size).to(device) if context_size > 1 else None
     on_host = PackedSequences(
         **_lengths(cu_seqlens, longest),
@@ -64,8 +64,11 @@ def _lengths(cu_seqlens: torch.Tensor, longest: int) -> dict[str, Any]:
 
 
 def _runs(boundaries: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
-    alike = [[*spans] for _, spans in groupby(pairwise(boundaries), key=lambda span: span[1] - span[0])]
-    return tuple((spans[0][1] - spans[0][0], spans[0][0], spans[-1][1]) for spans in alike)
+    runs, first = [], boundaries[0]
+    for length, alike in groupby(end - start for start, end in pairwise(boundaries)):
+        runs.append((length, first, first + length * len([*alike])))
+        first = runs[-1][2]
+    return tuple(runs)
 
 
 class RMSNorm(nn.Module):
@@ -155,7 +158,7 @@ class CoreAttention(MegatronModule):
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, boundaries: tuple[int, ...]) -> list[torch.Tensor]:
         size, rank = self.cp_group.size(), self.cp_group.rank()
         outputs, offset = [], 0
-        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+        for start, end in pairwise(boundaries):
             for first, last in context_spans(start, end, size=size, rank=rank):
                 queries = q[:, :, offset : offset + last - first]
                 offset += last - first

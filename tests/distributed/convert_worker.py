@@ -8,6 +8,7 @@ import torch
 
 from pmpo_megatron.algo.objective import PRESETS
 from pmpo_megatron.checkpoint.config import CheckpointConfig
+from pmpo_megatron.checkpoint.index import EXTRA_STATE
 from pmpo_megatron.checkpoint.store import CheckpointStore, load_sharded
 from pmpo_megatron.errors import CheckpointError
 from pmpo_megatron.model.micro_batch import prepare
@@ -17,8 +18,6 @@ from pmpo_megatron.model.step import optimizer_step, score
 from pmpo_megatron.parallel.state import ParallelConfig, initialize, shut_down
 from tests.distributed.parity_worker import TEMPERATURE, prepared, whole_batch
 from tests.weights import whole_weights
-
-EXTRA_STATE = "_extra_state"  # objects of Megatron's linear layers, empty without float8
 
 
 def load_model_weights(policy: Policy, directory: str | Path) -> None:

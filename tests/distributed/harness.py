@@ -61,7 +61,7 @@ def run_ranks(
         common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(world_size))
         common |= dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo") | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
         ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-        codes = _fork((gpu, python), {"directory": directory, "ranks": ranks, "timeout": timeout})
+        codes = _fork(_server(gpu, python), {"directory": directory, "ranks": ranks, "timeout": timeout})
         if any(code != 0 for code in codes):
             logs = [(Path(directory) / f"log{rank}").read_text()[-3000:] for rank in range(world_size)]
             raise AssertionError(
@@ -79,9 +79,8 @@ def _server(gpu: bool, python: tuple[str, ...]) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}, **pipes)
 
 
-def _fork(kind: tuple[bool, tuple[str, ...]], request: dict[str, Any]) -> list[int | str]:
+def _fork(server: subprocess.Popen, request: dict[str, Any]) -> list[int | str]:
     """What `_serve` answers; a caller that is interrupted closes its end, which ends the ranks."""
-    server = _server(*kind)
     try:
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
