@@ -207,8 +207,7 @@ def _plain(
     routes)."""
     [sample] = output.outputs
     token_ids = np.array(sample.token_ids, dtype=np.int32)
-    pairs = zip(sample.token_ids, sample.logprobs, strict=True)
-    log_probs = np.fromiter((entry[token].logprob for token, entry in pairs), dtype=np.float32, count=len(token_ids))
+    log_probs = np.array(sample.logprobs.logprobs, dtype=np.float32)  # the sampled token's alone
     versions = [(int(span.version), span.end - span.start) for span in sample.weight_versions]
     text = sample.text or whole_text(tokenizer, token_ids.tolist())
     cached = output.num_cached_tokens or 0

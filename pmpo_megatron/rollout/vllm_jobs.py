@@ -119,6 +119,7 @@ def request_parameters(sampling: SamplingConfig) -> dict[str, Any]:
         stop=list(sampling.stop) or None,
         stop_token_ids=list(sampling.stop_token_ids) or None,
         logprobs=0,
+        flat_logprobs=True,  # one list of numbers instead of a dictionary for each token
         include_stop_str_in_output=True,
         skip_special_tokens=True,
     )

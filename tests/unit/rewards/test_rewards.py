@@ -1,5 +1,6 @@
 """Rewards: extraction, equality, hostile text, workers that hang or die, plug-ins, composition."""
 
+import itertools
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from pmpo_megatron.errors import ConfigError, PmpoError
-from pmpo_megatron.rewards import RewardConfig, RewardPool, RewardScorer
+from pmpo_megatron.rewards import RewardConfig, RewardPool, RewardScorer, equality
 from pmpo_megatron.rewards.extraction import boxed_answers, extract_answer
 from pmpo_megatron.rewards.pool import NOT_FINITE
 from pmpo_megatron.rewards.process import Answer, checked
@@ -106,6 +107,18 @@ def test_boxes_come_in_order():
 )
 def test_scores(pool, response, answer, score):
     assert pool.score([response], [answer]) == [score]
+
+
+def test_integers_are_compared_as_math_verify_would_without_its_cost(monkeypatch):
+    written = ["5", "+5", "-5", "005", "-05", "0", "-0", "50", "1,234", "1234", "99999999999999999999", "100000000000000000000"]
+    pairs = list(itertools.product(written, written))
+    answers = [equality.same_answer(found, answer) for found, answer in pairs]
+    monkeypatch.setattr(equality, "INTEGER", re.compile("nothing"))
+    assert answers == [equality.same_answer(found, answer) for found, answer in pairs]
+    monkeypatch.undo()
+    assert not equality.same_answer("5", "1" * 5000), "Python reads no integer of so many digits"
+    monkeypatch.setattr(equality, "_parse", None)  # which math-verify is asked through
+    assert answers == [equality.same_answer(found, answer) for found, answer in pairs]
 
 
 HOSTILE = [
