@@ -22,6 +22,7 @@ from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.config import Section, build, read_yaml, setting
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.monitor.read import RunRecord
+from pmpo_megatron.yaml_values import apply_overrides
 
 GREEDY, SAMPLED, REWARD = "eval/greedy_accuracy_mean", "eval/accuracy_mean", "reward/mean"
 OBJECTIVE = tuple(f"objective/{name}" for name in ("p_mean", "p_q05", "p_q50", "p_q95", "ess_fraction", "ess_target"))
@@ -98,8 +99,9 @@ class StudyConfig(Section):
         return tuple(own if wanted == ANY else wanted for own, wanted in zip(levels, self.reference, strict=True))
 
     def key(self, overrides: Sequence[str], configuration: Mapping[str, Any]) -> str:
-        """By which a row says what it was measured with: changes with every setting and with the budget."""
-        text = json.dumps([configuration, *self.settings, *overrides, self.rounds])
+        """By which a row says what it was measured with: changes with every setting that holds, and with the budget."""
+        settings = apply_overrides(dict(configuration), [*self.settings, *overrides])
+        text = json.dumps([settings, self.rounds], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

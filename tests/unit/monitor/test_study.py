@@ -1,11 +1,12 @@
 """Studies: their definition, their raw results through kills and from another machine, and what counts as collapse."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pmpo_megatron.config import build
+from pmpo_megatron.config import build, read_yaml
 from pmpo_megatron.errors import ConfigError, DataError
 from pmpo_megatron.monitor.comparison import write_comparison
 from pmpo_megatron.monitor.read import read_run
@@ -19,8 +20,10 @@ from pmpo_megatron.monitor.study import (
     has_collapsed,
     of_source,
     pick,
+    read_study,
 )
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
 AXES = {"rule": {"ess": ["objective.preset=pmpo"], "p-1": ["objective.p=1"]}, "drift": {"4": ["a.b=4"], "16": ["a.b=16"]}}
 VALUES = dict(title="T", config="c.yaml", rounds=4, axes=AXES, reference=["ess", "*"], heat_map=["rule", "drift"])
 
@@ -99,6 +102,8 @@ def test_results_of_other_settings_are_never_mixed(tmp_path):
     study, path = build(StudyConfig, VALUES), tmp_path / "results.csv"
     keys = {study.key(["x=1"], {}), study.key(["x=2"], {}), study.key(["x=1"], {"run": {"seed": 2}})}
     assert len(keys | {build(StudyConfig, VALUES | {"rounds": 5}).key(["x=1"], {})}) == 4
+    replaced, same = {"x": 3}, build(StudyConfig, VALUES | {"settings": ["x=4"]})
+    assert same.key(["x=1"], replaced) == study.key(["x=1"], {}), "what a level replaces does not count"
     Results(path, study).add(("ess", "4"), 1, "before", finished(tmp_path / "a"))
     with pytest.raises(DataError, match="ess/4, seed 1, was measured with other settings"):
         Results(path, study).find(("ess", "4"), 1, "now")
@@ -122,3 +127,13 @@ def test_results_of_other_settings_are_never_mixed(tmp_path):
 )
 def test_collapse(rewards, collapsed):
     assert has_collapsed(rewards) is collapsed
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/results.csv")), ids=lambda path: path.parent.name)
+def test_a_study_goes_on_from_the_rows_that_are_recorded(path):
+    study = read_study(path.parent / "study.yaml")
+    configuration, results, recorded = read_yaml(EXAMPLES.parent / study.config), Results(path, study), 0
+    for levels, overrides in study.variants().items():
+        key = study.key(overrides, configuration)
+        recorded += sum(results.find(levels, seed, key) for seed in range(1, 10))
+    assert recorded == sum(len(variant.runs) for variant in results.variants()) > 0, "rows of no variant"
