@@ -34,6 +34,7 @@ import torch
 from pmpo_megatron.checkpoint.files import replace_text
 from pmpo_megatron.data.generated import make_problems
 from pmpo_megatron.data.tokenizer import load_tokenizer
+from pmpo_megatron.monitor.jsonl import read_json_lines
 from pmpo_megatron.rollout.config import SamplingConfig
 from pmpo_megatron.rollout.replay import RecordingEngine
 from pmpo_megatron.types import Prompt, Rollout, RolloutGroup
@@ -172,7 +173,7 @@ def training(check: Check) -> dict[str, Any]:
         for count in rounds:
             directory = runs / name
             check.run("training", [*command, f"run.directory={directory}", f"run.rounds={count}"], 240)
-        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        lines = read_json_lines(directory / "metrics.jsonl")
         rows[name] = {line["step"]: line for line in lines if "objective/loss" in line}
     names = ("objective/loss", "policy/grad_norm", "reward/mean", "mismatch/mean_abs")
     ends = {name: [row[2][metric] for metric in names] for name, row in rows.items()}

@@ -65,17 +65,18 @@ def run_all(study: StudyConfig, results: Results, options: argparse.Namespace) -
     """Runs what is missing, seed after seed, so that a piece of a study is as even as can be; True if all is done."""
     variants = study.variants()
     configuration = read_yaml(ROOT / study.config)
-    for levels in pick(variants, options.only):  # what is wrong in a setting is said before anything runs
+    picked = pick(variants, options.only)
+    for levels in picked:  # what is wrong in a setting is said before anything runs
         config = build(RunConfig, apply_overrides(configuration, [*study.settings, *variants[levels]]))
         known = config.evaluation.data.parts() if config.evaluation.data else {}
         if missing := [source for source in study.sources if source not in known]:
             raise ConfigError(
                 "sources", f"{missing[0]}: not in evaluation.data.sources, which has {', '.join(known) or 'none'}"
             )
+    keys = {levels: study.key(variants[levels], configuration) for levels in picked}
     wanted = []
     for seed in range(1, study.seeds + 1):
-        for levels in pick(variants, options.only):
-            key = study.key(variants[levels], configuration)
+        for levels, key in keys.items():
             if not results.find(levels, seed, key):
                 wanted.append((levels, seed, key, [*study.settings, *variants[levels]]))
     print(f"{len(wanted)} runs to do, {options.jobs} at a time", flush=True)

@@ -91,8 +91,9 @@ class WeightBridge:
             self.source = WeightSource(policy, device if self.transport in ON_GPU else torch.device("cpu"))
             held, nodes = gather_objects(Shards.of(self.state), self.state), nodes_of_ranks(self.state)
             limit, beside = int(config.bucket_mib * 2**20), self.transport in BESIDE
-            plan = partial(LanePlan, self.source.entries.values(), held, nodes)
-            self._make_plan = partial(plan, beside=beside, dtype=self.source.dtype, limit=limit)
+            self._make_plan = partial(
+                LanePlan, self.source.entries.values(), held, nodes, beside=beside, dtype=self.source.dtype, limit=limit
+            )
             sweep(FILES, config.directory or SHARED_MEMORY)
         if engine is not None:
             engine.on_restart = self._ask_for_weights

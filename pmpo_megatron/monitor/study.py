@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,9 @@ class StudyConfig(Section):
         """What the variant ``levels`` is compared with."""
         return tuple(own if wanted == ANY else wanted for own, wanted in zip(levels, self.reference, strict=True))
 
-    def key(self, overrides: Sequence[str], configuration: Mapping[str, Any]) -> str:
+    def key(self, overrides: Sequence[str], configuration: dict[str, Any]) -> str:
         """By which a row says what it was measured with: changes with every setting that holds, and with the budget."""
-        settings = apply_overrides(dict(configuration), [*self.settings, *overrides])
+        settings = apply_overrides(configuration, [*self.settings, *overrides])
         text = json.dumps([settings, self.rounds], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 

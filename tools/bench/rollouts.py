@@ -14,7 +14,6 @@ log-normal lengths, and slows one engine by stopping and continuing it in turns.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -32,6 +31,7 @@ import numpy as np
 import psutil
 
 from pmpo_megatron.hf.tiny_model import TinyModelConfig, make_model, make_tokenizer
+from pmpo_megatron.monitor.jsonl import read_json_lines
 from pmpo_megatron.rollout import vllm_jobs
 from pmpo_megatron.rollout.config import RolloutConfig, SamplingConfig
 from pmpo_megatron.rollout.factory import make_engine
@@ -71,9 +71,7 @@ class Run:
 
     def rounds(self) -> list[dict]:
         path = self.directory / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
-        rows = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]  # the last line may be half written
-        return [row for row in rows if "time/total_s" in row]
+        return [row for row in read_json_lines(path) if "time/total_s" in row] if path.exists() else []
 
     def between(self, first: int) -> tuple[int, float, dict[str, float]]:
         """Rounds after the ``first`` ones until the last that was seen to end: how many, their seconds, and by part."""

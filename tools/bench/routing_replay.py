@@ -7,7 +7,6 @@ float32 trainer and a bfloat16 engine, for each value of ``round.routing_replay`
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from pmpo_megatron.hf.shape import read_shape
+from pmpo_megatron.monitor.jsonl import read_json_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = {
@@ -36,7 +36,7 @@ def train(*arguments: str | Path) -> None:
 
 def means(directory: Path) -> list[float]:
     """Of each of `COLUMNS` over the rounds; NaN where it was not measured."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = [*read_json_lines(directory / "metrics.jsonl")]
     values = [[row[name] for row in rows if name in row] for name in COLUMNS]
     return [sum(each) / len(each) if each else float("nan") for each in values]
 

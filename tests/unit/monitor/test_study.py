@@ -135,5 +135,5 @@ def test_a_study_goes_on_from_the_rows_that_are_recorded(path):
     configuration, results, recorded = read_yaml(EXAMPLES.parent / study.config), Results(path, study), 0
     for levels, overrides in study.variants().items():
         key = study.key(overrides, configuration)
-        recorded += sum(results.find(levels, seed, key) for seed in range(1, 10))
+        recorded += sum(results.find(levels, seed, key) for seed in range(1, study.seeds + 1))
     assert recorded == sum(len(variant.runs) for variant in results.variants()) > 0, "rows of no variant"
